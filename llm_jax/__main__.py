@@ -1,0 +1,36 @@
+"""`python -m llm_jax COMMAND --flags`: the table of contents. Each command is one small file in `cli/`."""
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "train what an experiment file declares, and report it",
+    "report": "rebuild the report of one or several work folders from their results",
+}
+
+
+def main() -> int:
+    """Runs the command named first; exit code 2 for a mistake in what was typed, after one sentence."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+        if wanted in ("-h", "--help", "help"):
+            print(_contents())
+            return 0
+        print((f"error: no command {wanted!r}\n" if wanted else "") + _contents(), file=sys.stderr)
+        return 2
+    from llm_jax.core.config import ConfigError
+
+    command = sys.argv[1]
+    try:
+        return importlib.import_module(f"llm_jax.cli.{command}").main([f"llm_jax {command}", *sys.argv[2:]])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _contents() -> str:
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"python -m llm_jax COMMAND --flags\n\n{rows}\n\npython -m llm_jax COMMAND --helpshort lists a command's flags."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

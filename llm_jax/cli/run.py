@@ -1,0 +1,81 @@
+"""Train what an experiment file declares, tune every arm alike, and report the comparison.
+
+    python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --workdir=runs/c06
+"""
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from absl import flags
+from rich.console import Console
+
+from llm_jax.core import platform
+from llm_jax.core.config import ConfigError, override_text
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "Where everything is written; the same command again goes on from there.", flag_values=FLAGS)
+flags.DEFINE_string("scale", "small", "One of the sizes that the file declares.", flag_values=FLAGS)
+flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment, e.g. train.steps=500.", flag_values=FLAGS)
+flags.DEFINE_list("arms", None, "Only these arms.", flag_values=FLAGS)
+flags.DEFINE_integer("seeds", None, "Fresh seeds that each arm's winner is trained on.", flag_values=FLAGS)
+flags.DEFINE_integer("population", None, "Trials in one program, at most; 1 trains them one by one.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
+
+EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
+    _parse(argv)
+    platform.setup()
+    from llm_jax.lab import plan, report
+    from llm_jax.lab.runner import Runner
+    from llm_jax.lab.workfolder import WorkFolder
+    from llm_jax.train.loop import Interrupted
+
+    if FLAGS.workdir is None and not FLAGS.plan:
+        raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
+    ablation = _declared()
+    command = "python -m llm_jax run " + shlex.join(argv[1:])
+    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=FLAGS.scale, largest=FLAGS.population)
+    if FLAGS.plan:
+        runner.check()
+        Console().print(plan.table(ablation, runner.costs(), FLAGS.population, EXPECTED_SHARE_OF_PEAK * platform.peak_flops()))
+        return 0
+    try:
+        results = runner.run()
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 130
+    summary = report.write([FLAGS.workdir], FLAGS.workdir)
+    Console().print(report.table(summary))
+    print(f"report: {FLAGS.workdir}/report.html")
+    return 0 if results and runner.failures == 0 else 1
+
+
+def _parse(argv: Sequence[str]) -> None:
+    try:
+        rest = FLAGS(argv, known_only=False)
+    except flags.Error as error:
+        raise ConfigError(str(error).replace("\n", " ")) from None
+    if len(rest) > 1:
+        raise ConfigError(f"takes flags only, got {rest[1]!r}: write --name=value", "run")
+
+
+def _declared():
+    """The ablation of the file at the scale, with the flags' changes."""
+    from llm_jax.lab.experiment import load
+
+    if FLAGS.experiment is None:
+        raise ConfigError("--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py")
+    ablation = load(FLAGS.experiment)
+    ablation = ablation.at_scale(FLAGS.scale if ablation.scales else None)
+    if FLAGS.set:
+        ablation = replace(ablation, base=override_text(ablation.base, FLAGS.set))
+    if FLAGS.arms is not None:
+        ablation = ablation.only(FLAGS.arms)
+    return ablation if FLAGS.seeds is None else ablation.changed({"seeds": FLAGS.seeds})

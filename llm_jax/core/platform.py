@@ -1,0 +1,114 @@
+"""What the machine is, and the choices that follow from it; model code asks here and stays free of `if cpu`.
+
+The CPU values were measured (ratios of step time, 2 cores, GPT-2-shaped models; `tests/benchmarks/train.py`).
+"""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How a platform likes the same mathematics written."""
+
+    scan_layers: bool  # one compiled layer body; unrolled is 1.5× faster on CPU
+    steps_per_dispatch: int  # optimizer steps in one call of the compiled program, at most
+    transposed_weight_gradient: bool  # dW = (gᵀx)ᵀ: XLA:CPU otherwise copies transposed activations
+    row_sums_by_product: bool  # sums over the last axis as products with ones
+    attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
+    population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
+
+
+CPU = Traits(scan_layers=False, steps_per_dispatch=10, transposed_weight_gradient=True, row_sums_by_product=True,
+             attention_row_block=128, population_in_turn=True)
+ACCELERATOR = Traits(scan_layers=True, steps_per_dispatch=1, transposed_weight_gradient=False, row_sums_by_product=False,
+                     attention_row_block=None, population_in_turn=False)
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+# dense bf16 matrix products, FLOP/s a chip, from the vendors' data sheets; prefix of `Device.device_kind`
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "TPU7x": 2307e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}
+
+
+def traits() -> Traits:
+    """The traits of the platform that programs are being written for: the default backend, or `targeting`'s."""
+    import jax
+
+    return CPU if (_target.get() or jax.default_backend()) == "cpu" else ACCELERATOR
+
+
+@contextlib.contextmanager
+def targeting(platform: str) -> Iterator[None]:
+    """Write programs for `platform` ("cpu", "gpu", "tpu"), whatever this machine has: ahead-of-time compilation."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setup(*, devices: int | None = None, cache: bool = True) -> None:
+    """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
+
+    A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores: 1.5× faster
+    than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = devices or cores()
+        flags += f" --xla_force_host_platform_device_count={count}"
+        if count > 1 and "xla_cpu_multi_thread_eigen" not in flags:
+            flags += " --xla_cpu_multi_thread_eigen=false"
+        os.environ["XLA_FLAGS"] = flags.strip()
+    if cache:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cache_dir() -> pathlib.Path:
+    """Where rebuildable files live: `LLM_JAX_CACHE`, else `~/.cache/llm_jax`."""
+    return pathlib.Path(os.environ.get("LLM_JAX_CACHE") or pathlib.Path.home() / ".cache" / "llm_jax")
+
+
+@functools.cache
+def peak_flops() -> float:
+    """Matrix-product peak of all devices together, FLOP/s: the data sheet's, or on a CPU measured here (0.3 s, f32)."""
+    import jax
+
+    devices = jax.devices()
+    for prefix in sorted(PEAK_FLOPS, key=len, reverse=True):
+        if devices[0].device_kind.startswith(prefix):
+            return PEAK_FLOPS[prefix] * len(devices)
+    return _measured_peak()
+
+
+def _measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(lambda a: a @ a)
+    operands = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in jax.devices()]
+    jax.block_until_ready([product(a) for a in operands])
+    best, stop = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        jax.block_until_ready([product(a) for a in operands])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * len(operands) / best

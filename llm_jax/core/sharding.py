@@ -1,0 +1,94 @@
+"""Logical axes: what every array dimension is called, and which mesh axes each name is split over.
+
+Weights and activations have names of their own, because they are split differently: with `fsdp` a weight is split by its
+embedding dimension and gathered when used, while an activation is split by its batch.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# logical axis → mesh axes (a tuple splits one dimension over several)
+RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("embed_act", None),
+    ("heads_act", "tensor"),
+    ("kv_heads_act", "tensor"),
+    ("hidden_act", "tensor"),
+    ("vocab_act", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("hidden", "tensor"),
+    ("vocab", "tensor"),
+    ("position", None),
+    ("norm", None),
+    ("buckets", None),
+    ("layers", None),
+)
+NAMES = frozenset(name for name, _ in RULES)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` with its dimensions laid out as the logical `axes` say; the identity where no mesh is set.
+
+    Raises `ValueError` for an unknown name: silence would leave the array unsplit.
+    """
+    unknown = [a for a in axes if a is not None and a not in NAMES]
+    if unknown or len(axes) != x.ndim:
+        raise ValueError(f"constrain: axes {axes} for shape {x.shape}; the names are {sorted(NAMES)}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[a] == 1 for a in mesh.axis_names if a != "population"):
+        return x
+    return nn.with_logical_constraint(x, axes, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:
+    """The initializer `init` with its logical axes attached (Linen boxes the value; `nn.unbox` takes it out)."""
+    unknown = [a for a in axes if a is not None and a not in NAMES]
+    if unknown:
+        raise ValueError(f"unknown logical axes {unknown}; the names are {sorted(NAMES)}")
+    return nn.with_logical_partitioning(init, axes)
+
+
+def parameter_specs(boxed: Any) -> Any:
+    """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`)."""
+    return nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+
+
+def state_specs(params: Any, specs: Any, state: Any) -> Any:
+    """Specs for `state` (optimizer moments, averages): a leaf whose key path ends with a parameter's path and whose
+    shape is that parameter's takes its spec; everything else is replicated."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    known = {_names(path): (leaf.shape, spec) for (path, leaf), spec in zip(flat, leaves, strict=True)}
+
+    def spec_of(path, leaf):
+        names = _names(path)
+        for start in range(len(names)):
+            shape, spec = known.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return spec
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec_of, state)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
+def named(mesh: Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
+    """`NamedSharding`s from specs, with `leading` mesh axes put in front of every dimension (a population axis)."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs,
+                        is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def unbox(tree: Any) -> Any:
+    """`tree` with Linen's partitioning boxes taken off (and no constraint applied: that fails on abstract values)."""
+    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x, tree,
+                        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

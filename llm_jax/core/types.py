@@ -1,0 +1,47 @@
+"""The two values that travel through the whole system: a batch of tokens, and a weighted sum."""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences and what is to be predicted from them; every array is `[..., B, L]`.
+
+    `None` stands for the cheap common case, so that nothing is moved or masked for it: `weights=None` counts every target
+    once, `segments=None` is one document a row, `positions=None` is 0 … L-1.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array | None = None
+    segments: jax.Array | None = None
+    positions: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weighted:
+    """A sum and its weight, kept apart so that micro-batches, hosts and packed rows add up exactly (f32 scalars)."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    @classmethod
+    def of(cls, value, weight=1.0) -> "Weighted":
+        """`value` counted `weight` times."""
+        weight = jnp.asarray(weight, jnp.float32)
+        return cls(jnp.asarray(value, jnp.float32) * weight, weight)
+
+    def __add__(self, other: "Weighted") -> "Weighted":
+        return Weighted(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def mean(self):
+        """total / weight; 0 where nothing was counted."""
+        return self.total / jnp.maximum(self.weight, 1e-30)
+
+
+Metrics = dict[str, Weighted]

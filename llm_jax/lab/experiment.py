@@ -1,0 +1,285 @@
+"""Declaring: `Experiment` is one run, fully typed; `Ablation` is a question, its arms, and what is tuned for each."""
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llm_jax.core.config import Config, ConfigError, check_type, field_types, override, require, require_positive, to_json, traced
+from llm_jax.core.mesh import Mesh
+from llm_jax.data.pipeline import Data
+from llm_jax.data.tokenizers import Bytes, Tokenizer
+from llm_jax.models.decoder import Decoder
+from llm_jax.objectives.next_token import NextToken
+from llm_jax.optim.optimizers import AdamW, Optimizer
+from llm_jax.optim.schedules import Cosine, Schedule
+from llm_jax.train.pretrain import Train
+
+
+@dataclass(frozen=True)
+class Evaluation(Config):
+    """What is scored, and when. every: steps; tokens: targets scored a split, at most (None: all of it).
+
+    lengths: multiples of the trained length that the final model is scored at, as "…@4x"; during training only 1 is.
+    test: whether the final model is also scored on the test split.
+    """
+
+    every: int = 250
+    tokens: int | None = 65_536
+    lengths: tuple[int, ...] = (1,)
+    test: bool = False
+
+    def validate(self):
+        require_positive(self, "every", "tokens")
+        require(all(length >= 1 for length in self.lengths), "lengths", f"must be multiples >= 1 of the trained length, got {self.lengths}")
+
+
+@dataclass(frozen=True)
+class Checkpoints(Config):
+    """every: steps between saves; keep_last, keep_every, keep_best: which of them stay on disk."""
+
+    every: int = 250
+    keep_last: int = 1
+    keep_every: int | None = None
+    keep_best: bool = True
+
+    def validate(self):
+        require_positive(self, "every", "keep_last", "keep_every")
+
+
+@dataclass(frozen=True)
+class Experiment(Config):
+    """One training run: everything its numbers depend on, and nothing else. Hashes to `fingerprint(experiment)`."""
+
+    seed: int = traced(0)
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Bytes)
+    model: Decoder = field(default_factory=Decoder)
+    objective: NextToken = field(default_factory=NextToken)
+    optimizer: Optimizer = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Cosine)
+    train: Train = field(default_factory=Train)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def validate(self):
+        require(self.seed >= 0, "seed", f"must be >= 0, got {self.seed}")
+        rows, parts = self.data.batch_size, self.train.accumulate
+        require(rows % parts == 0, "train.accumulate", f"must divide data.batch_size={rows}, got {parts}")
+
+
+# ── arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+Choices = Mapping[str, Mapping[str, Any]]  # dotted path → {arm name: value}
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Arm name → {dotted path: value}; what `product`, `zipped` and `chain` make and take."""
+
+    changes: Mapping[str, Mapping[str, Any]]
+
+
+def arms_of(choices: Choices | Arms) -> Arms:
+    """`{path: {name: value}}` as arms; several paths are crossed."""
+    if isinstance(choices, Arms):
+        return choices
+    return product(*({path: named} for path, named in choices.items())) if len(choices) > 1 else Arms(
+        {name: {path: value} for path, named in choices.items() for name, value in named.items()})
+
+
+def product(*parts: Choices | Arms) -> Arms:
+    """Every combination, named "a+b"."""
+    combined = itertools.product(*(arms_of(part).changes.items() for part in parts))
+    return Arms(dict(_joined(items) for items in combined))
+
+
+def zipped(*parts: Choices | Arms) -> Arms:
+    """The first with the first, the second with the second, …; raises `ConfigError` unless all have as many."""
+    lists = [list(arms_of(part).changes.items()) for part in parts]
+    if len({len(items) for items in lists}) > 1:
+        raise ConfigError(f"zipped needs parts of one length, got {', '.join(str(len(items)) for items in lists)}")
+    return Arms(dict(_joined(items) for items in zip(*lists, strict=True)))
+
+
+def chain(*parts: Choices | Arms) -> Arms:
+    """All arms of all parts, one after another; raises `ConfigError` for a name that two parts share."""
+    joined: dict[str, Mapping[str, Any]] = {}
+    for part in parts:
+        for name, changes in arms_of(part).changes.items():
+            if name in joined:
+                raise ConfigError(f"chain has two arms called {name!r}: rename one")
+            joined[name] = changes
+    return Arms(joined)
+
+
+def _joined(items: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    changes: dict[str, Any] = {}
+    for _, part in items:
+        if set(part) & set(changes):
+            raise ConfigError(f"two parts set {', '.join(sorted(set(part) & set(changes)))}: use chain for alternatives")
+        changes |= part
+    return "+".join(dict.fromkeys(name for name, _ in items)), changes
+
+
+def log_grid(low: float, high: float, points: int) -> tuple[float, ...]:
+    """`points` values from `low` to `high`, equally spaced in the logarithm, to three significant digits."""
+    if not 0 < low <= high or points < 1:
+        raise ConfigError(f"log_grid needs 0 < low <= high and points >= 1, got ({low}, {high}, {points})")
+    if points == 1:
+        return (low,)
+    ratio = math.log(high / low) / (points - 1)
+    return tuple(float(f"{low * math.exp(ratio * i):.3g}") for i in range(points))
+
+
+# ── the ablation ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Claim:
+    """What people say: arm `better` beats arm `than`, by at least `by`, on `metric` (default: the ablation's)."""
+
+    text: str
+    better: str
+    than: str
+    metric: str | None = None
+    by: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A question and the runs that answer it (the words are the Deep Learning Tuning Playbook's).
+
+    scientific: the arms that are compared, `{path: {name: value}}` or `product` / `zipped` / `chain` of such.
+    nuisance: `{path: values}`, the grid over which every arm is tuned on `tuning_seeds` seeds of its own; the best is then
+    trained on `seeds` fresh ones, so that choosing it biases nothing. metric: what is compared; mode: whether less or more
+    of it is better; tuning_metric: what the grid is judged by (default: metric). baseline: the arm that differences are
+    taken from (default: the first). scales: name → overrides (of paths, or what `changed` takes).
+    """
+
+    question: str
+    base: Experiment
+    scientific: Choices | Arms = field(default_factory=lambda: Arms({"base": {}}))
+    nuisance: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seeds: int = 3
+    tuning_seeds: int = 1
+    metric: str = "valid/bits_per_byte"
+    mode: Literal["min", "max"] = "min"
+    tuning_metric: str | None = None
+    baseline: str | None = None
+    claims: Sequence[Claim] = ()
+    scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    name: str = "ablation"
+
+    def __post_init__(self):
+        for name, annotation in field_types(type(self)).items():
+            if name in ("question", "base", "seeds", "tuning_seeds", "metric", "mode", "tuning_metric", "baseline", "name"):
+                check_type(getattr(self, name), annotation, name)
+        require(self.seeds >= 1, "seeds", f"must be >= 1, got {self.seeds}")
+        require(self.tuning_seeds >= 1, "tuning_seeds", f"must be >= 1, got {self.tuning_seeds}")
+        for path, values in self.nuisance.items():
+            require(len(values) > 0, f"nuisance[{path!r}]", "is an empty grid: give it at least one value")
+        for claim in self.claims:
+            for arm in (claim.better, claim.than):
+                self._known(arm, f"claim {claim.text!r}")
+        if self.baseline is not None:
+            self._known(self.baseline, "baseline")
+        for arm in self.arms:
+            self.experiment(arm)  # a wrong path or value is found before anything is trained
+
+    @property
+    def arms(self) -> dict[str, Mapping[str, Any]]:
+        """Arm name → its changes to the base, in the order declared."""
+        return dict(arms_of(self.scientific).changes)
+
+    def _known(self, arm: str, where: str) -> None:
+        if arm not in self.arms:
+            raise ConfigError(f"names the arm {arm!r}, but the arms are {', '.join(self.arms)}", where)
+
+    def experiment(self, arm: str, nuisance: Mapping[str, float] | None = None, seed: int | None = None) -> Experiment:
+        """The run of one arm at one point of the grid (default: the grid's first) with one seed (default: the base's)."""
+        if nuisance is None:
+            nuisance = {path: values[0] for path, values in self.nuisance.items()}
+        try:
+            changed = override(self.base, dict(self.arms[arm]))
+            return override(changed, dict(nuisance) | ({} if seed is None else {"seed": seed}))
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in arm {arm!r})") from None
+
+    @property
+    def grid(self) -> list[dict[str, float]]:
+        """Every point of the nuisance grid."""
+        return [dict(zip(self.nuisance, point, strict=True)) for point in itertools.product(*self.nuisance.values())]
+
+    def at_scale(self, scale: str | None) -> Ablation:
+        """The ablation with one of its declared scales applied; `None` leaves it as it is."""
+        if scale is None:
+            return self
+        if scale not in self.scales:
+            raise ConfigError(f"has no scale {scale!r}: it declares {', '.join(self.scales) or 'none'}", self.name)
+        return self.changed(self.scales[scale])
+
+    def changed(self, changes: Mapping[str, Any]) -> Ablation:
+        """With overrides of its own "seeds", "tuning_seeds", "nuisance", of paths of the base experiment, or, as "arms", of
+        paths of some of the arms: `{"arms": {"learned": {"model.position": Learned(max_length=8192)}}}`."""
+        own = {k: v for k, v in changes.items() if k in ("seeds", "tuning_seeds", "nuisance")}
+        arms = changes.get("arms", {})
+        for arm in arms:
+            self._known(arm, "scales")
+        scientific = Arms({arm: {**old, **arms.get(arm, {})} for arm, old in self.arms.items()})
+        base = override(self.base, {k: v for k, v in changes.items() if k not in own and k != "arms"})
+        return replace(self, base=base, scientific=scientific, **own)
+
+    def only(self, names: Sequence[str]) -> Ablation:
+        """With the named arms alone; claims and a baseline that need others are dropped."""
+        for name in names:
+            self._known(name, "--arms")
+        kept = Arms({name: changes for name, changes in self.arms.items() if name in names})
+        claims = tuple(c for c in self.claims if c.better in names and c.than in names)
+        return replace(self, scientific=kept, claims=claims, baseline=self.baseline if self.baseline in names else None)
+
+    def described(self) -> dict[str, Any]:
+        """The JSON that a work folder is recognised by, and that reports are made from."""
+        return {
+            "name": self.name, "question": self.question, "metric": self.metric, "mode": self.mode,
+            "tuning_metric": self.tuning_metric or self.metric, "baseline": self.baseline or next(iter(self.arms)),
+            "arms": list(self.arms), "scientific": {arm: {p: _text(v) for p, v in c.items()} for arm, c in self.arms.items()},
+            "nuisance": {path: list(values) for path, values in self.nuisance.items()},
+            "claims": [to_json(vars(c)) for c in self.claims], "seeds": self.seeds, "tuning_seeds": self.tuning_seeds,
+        }
+
+
+def _text(value: Any) -> str:
+    """A component as one would type it, without the fields that are at their defaults."""
+    if not isinstance(value, Config):
+        return str(value)
+    default = type(value)()
+    given = [f"{name}={_text(getattr(value, name))}" for name in field_types(type(value)) if getattr(value, name) != getattr(default, name)]
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def load(path: str | pathlib.Path) -> Ablation:
+    """The ablation that an experiment file declares as `ablation` (or a single run, as `experiment`).
+
+    Raises `ConfigError` if the file is missing, cannot be run, or declares neither.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"is no file: give --experiment=PATH of an experiment file, such as experiments/c06_positional_encoding.py", str(path))
+    spec = importlib.util.spec_from_file_location("experiment_" + re.sub(r"\W", "_", path.stem), path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    declared = vars(module).get("ablation")
+    single = vars(module).get("experiment")
+    if isinstance(declared, Ablation):
+        return replace(declared, name=path.stem)
+    if isinstance(single, Experiment):
+        return Ablation(question=(module.__doc__ or path.stem).strip().splitlines()[0], base=single, seeds=1, name=path.stem)
+    raise ConfigError("declares neither `ablation = Ablation(…)` nor `experiment = Experiment(…)`", str(path))

@@ -1,0 +1,149 @@
+"""Many trials as one program.
+
+Trials that differ only in traced values (seed, learning rate, weight decay, dropout rate, …) share one compiled program with
+a leading population axis, split over the mesh's `population` devices. Within a device the trials are batched by `vmap`, or
+taken in turn where the platform prefers it (a CPU core is full with one). A change of structure starts another group.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_jax.core import sharding
+from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
+from llm_jax.core.platform import traits
+from llm_jax.core.types import Batch
+from llm_jax.lab.experiment import Experiment
+from llm_jax.train.loop import Program
+from llm_jax.train.pretrain import Trial, trial
+
+
+def structure(experiment: Experiment) -> str:
+    """Fingerprint of all that is not traced: experiments with the same one can share a program."""
+    traced = traced_values(experiment)
+    # a rate that is zero is compiled away, so zero and non-zero are different programs
+    blank = {path: bool(value) if path != "seed" else 0 for path, value in traced.items()}
+    return fingerprint(to_json(substitute(experiment, blank)))
+
+
+def groups(experiments: Sequence[Experiment], *, largest: int | None = None) -> list[list[int]]:
+    """Indices of experiments that share a program, in order of first appearance, at most `largest` together."""
+    together: dict[str, list[int]] = {}
+    for index, experiment in enumerate(experiments):
+        together.setdefault(structure(experiment), []).append(index)
+    return [members[i:i + (largest or len(members))] for members in together.values()
+            for i in range(0, len(members), largest or len(members))]
+
+
+def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: int = 0) -> Callable:
+    """`function(values, state, …)` of one trial as a function of `members` trials, stacked on a leading axis.
+
+    The last `shared` arguments are the same for every trial and are not stacked. `members` must be a multiple of the
+    mesh's population axis.
+    """
+    local = members // mesh.shape["population"]
+
+    def several(*args):
+        own, common = args[:len(args) - shared], args[len(args) - shared:]
+        one = lambda own: function(*own, *common)  # noqa: E731
+        if local == 1:
+            return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
+        return jax.lax.map(one, own) if traits().population_in_turn else jax.vmap(one)(own)
+
+    if mesh.shape["population"] == 1:
+        return several
+
+    def split(*args):
+        specs = tuple(PartitionSpec("population") for _ in args[:len(args) - shared]) + (PartitionSpec(),) * shared
+        return jax.shard_map(several, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("population"),
+                             axis_names={"population"}, check_vma=False)(*args)
+
+    return split
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The jitted program of one structure and size; `bind` gives it the values of particular trials."""
+
+    trial: Trial
+    mesh: jax.sharding.Mesh
+    members: int
+    abstract: Any
+    init: Callable
+    steps: Callable
+    evaluate: Callable
+
+    def bind(self, experiments: Sequence[Experiment]) -> Program:
+        """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
+        values, wanted = stacked_values(experiments, self.members), len(experiments)
+        rows = NamedSharding(self.mesh, PartitionSpec("population", None, ("data", "fsdp")))
+        common = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
+
+        def put(batches: Batch, where: NamedSharding, *, pad: int = 0) -> Batch:
+            def array(x):
+                x = np.asarray(x)
+                return jax.make_array_from_process_local_data(where, np.concatenate([x, x[-1:].repeat(pad, 0)]) if pad else x)
+
+            return jax.tree.map(array, batches)
+
+        def init():
+            with jax.set_mesh(self.mesh):
+                return self.init(values)
+
+        def steps(state, batches):
+            with jax.set_mesh(self.mesh):
+                state, metrics = self.steps(values, state, put(batches, rows, pad=self.members - wanted))
+            return state, metrics
+
+        def evaluate(state, batches):
+            with jax.set_mesh(self.mesh):
+                return self.evaluate(values, state, put(batches, common))
+
+        return Program(wanted, init, steps, evaluate, self.abstract)
+
+
+def stacked_values(experiments: Sequence[Experiment], members: int) -> dict[str, jax.Array]:
+    """Path → `[members]` array of the traced values; zero everywhere is left out, so that it is compiled away."""
+    padded = [traced_values(e) for e in (*experiments, *[experiments[-1]] * (members - len(experiments)))]
+    paths = [path for path in padded[0] if path == "seed" or any(values[path] for values in padded)]
+    kinds = {path: np.int32 if isinstance(padded[0][path], int) and path == "seed" else np.float32 for path in paths}
+    return {path: np.array([values[path] for values in padded], kinds[path]) for path in paths}
+
+
+def compile_population(experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray,
+                       devices: Sequence[jax.Device] | None = None) -> Compiled:
+    """The program that trains `members` experiments of the structure of `experiment`, on all devices by default."""
+    devices = list(devices or jax.devices())
+    mesh = experiment.mesh.for_population(members, len(devices)).build(devices)
+    size = -(-members // mesh.shape["population"]) * mesh.shape["population"]
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (experiment.data.batch_size // experiment.train.accumulate) % parts:
+        raise ConfigError(f"must be a multiple of train.accumulate × data × fsdp = {experiment.train.accumulate * parts} "
+                          f"on this mesh, got {experiment.data.batch_size}", "data.batch_size")
+    one = trial(experiment, vocabulary=vocabulary, byte_lengths=byte_lengths)
+    values = stacked_values([experiment], size)
+    where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)
+    init = jax.jit(lift(one.init, mesh, size), out_shardings=where)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init, values)
+    abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
+    steps = jax.jit(lift(one.steps, mesh, size), donate_argnums=1, out_shardings=(where, None))
+    evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
+    return Compiled(one, mesh, size, abstract, init, steps, evaluate)
+
+
+def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh) -> Any:
+    state = jax.eval_shape(one.init, values)
+    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters), state)
+    return sharding.named(mesh, specs, leading=("population",))
+
+
+def stack(feeds: Sequence[Any]):
+    """One iterator of batches `[members, k, B, L]` from one iterator a member."""
+    for items in zip(*feeds, strict=True):
+        yield jax.tree.map(lambda *rows: np.stack(rows), *items)

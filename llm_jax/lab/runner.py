@@ -1,0 +1,173 @@
+"""Running an ablation: plan → groups → trials, each written down as soon as it ends; what is done is never done again."""
+from __future__ import annotations
+
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from llm_jax.core import platform
+from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.progress import Progress
+from llm_jax.io.tracker import Tracker
+from llm_jax.lab import plan, results
+from llm_jax.lab.experiment import Ablation
+from llm_jax.lab.plan import Cost, Run
+from llm_jax.lab.population import Compiled, compile_population, groups, structure
+from llm_jax.lab.sources import Source, Sources
+from llm_jax.lab.workfolder import WorkFolder, write
+from llm_jax.train.loop import Interrupted, Rhythm, Session, fit, scores
+
+
+@dataclass
+class Runner:
+    """Trains what an ablation declares into a work folder, in groups of at most `largest` trials (None: no limit).
+
+    command and scale are written down with every result. note: called with a sentence worth telling. failures: trials
+    that raised an error; they are written down too, and tried again by the next run.
+    """
+
+    ablation: Ablation
+    folder: WorkFolder
+    command: str = ""
+    scale: str | None = None
+    largest: int | None = None
+    note: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+    failures: int = 0
+    sources: Sources = field(default_factory=Sources)
+    _compiled: dict[tuple[str, int], Compiled] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
+        devices = len(jax.devices())
+        for arm in self.ablation.arms:
+            experiment = self.ablation.experiment(arm)
+            try:
+                experiment.mesh.for_population(1, devices).shape(devices)
+                self.sources.of(experiment).check()
+            except ConfigError as error:
+                raise ConfigError(f"{error} (in arm {arm!r})") from None
+
+    def costs(self) -> dict[str, Cost]:
+        """Arm → what one of its trials takes."""
+        experiments = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
+        return {arm: plan.cost(e, self.sources.of(e).vocabulary) for arm, e in experiments.items()}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
+        self.check()
+        arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
+        self.folder.claim(self.ablation, corpora={arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()})
+        tuned = self._all(plan.tuning_runs(self.ablation))
+        best = plan.winners(self.ablation, tuned)
+        for arm in arms:
+            if arm not in best:
+                self.note(f"arm {arm!r}: no point of the grid trained to the end, so there is no winner to train on fresh seeds")
+        return tuned + self._all(plan.final_runs(self.ablation, best))
+
+    def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        waiting = [run for run in runs if self.folder.result(run.name) is None]
+        done = len(runs) - len(waiting)
+        for part in groups([run.experiment for run in waiting], largest=self.largest):
+            members = [waiting[i] for i in part]
+            group = Group(self, members)
+            try:
+                group.train(overall=(done, len(runs)))
+            except (Interrupted, ConfigError):
+                raise
+            except Exception as error:  # one broken group must not lose the others
+                group.failed(error)
+            done += len(members)
+        finished = [self.folder.result(run.name) for run in runs]
+        return [result for result in finished if result is not None]
+
+    def program(self, runs: Sequence[Run], source: Source) -> Compiled:
+        """The compiled program of the runs' structure and number; the one that tuning compiled serves the winners too."""
+        key = structure(runs[0].experiment), len(runs)
+        if key not in self._compiled:
+            self._compiled[key] = compile_population(runs[0].experiment, len(runs), vocabulary=source.vocabulary,
+                                                     byte_lengths=source.tokenizer.byte_lengths)
+        return self._compiled[key]
+
+
+class Group:
+    """Runs that are trained together, as one program."""
+
+    def __init__(self, runner: Runner, runs: Sequence[Run]):
+        self.runner, self.runs = runner, runs
+        self.name = fingerprint([run.name for run in runs])
+        self.source = runner.sources.of(runs[0].experiment)
+        self.cost = plan.cost(runs[0].experiment, self.source.vocabulary)
+        arms = list(dict.fromkeys(run.arm for run in runs))
+        self.title = f"{arms[0] if len(arms) == 1 else f'{len(arms)} arms'} · {runs[0].phase} × {len(runs)}"
+
+    def train(self, *, overall: tuple[int, int]) -> None:
+        """Trains the runs and writes their results; `overall` is how many of all runs were done before, for the display."""
+        first = self.runs[0].experiment
+        program = self.runner.program(self.runs, self.source).bind([run.experiment for run in self.runs])
+        rhythm = Rhythm.fitting(
+            steps=first.train.steps, log_every=first.train.log_every, evaluate_every=first.evaluation.every,
+            checkpoint_every=first.checkpoints.every, dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch)
+        trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
+        for run in self.runs:
+            write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
+        scale = len(self.runs) / rhythm.steps
+        seeds = [run.seed for run in self.runs]
+        with Progress(rhythm.steps, self.title, flops_per_step=scale * self.cost.flops, tokens_per_step=scale * self.cost.tokens,
+                      peak_flops=platform.peak_flops(), overall=overall) as progress:
+            checkpointer = self._checkpointer(progress)
+            session = self._session(trackers, checkpointer, progress, rhythm)
+            try:
+                state = fit(program, lambda start: self.source.feed(seeds, rhythm.dispatch, start), rhythm, session)
+                final = scores(program, state, self.source.evaluations(final=True))
+            finally:
+                checkpointer.close()
+                for tracker in trackers:
+                    tracker.close()
+        for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
+            result = results.finished(run, self._origin(), self.cost, metrics=metrics, curve=tracker.read(tracker.folder))
+            write(self.runner.folder.trial(run.name) / "results.json", result)
+            if result["status"] == "diverged":
+                self.runner.note(f"{run.arm}, {run.phase}, {dict(run.nuisance)}, seed {run.seed}: diverged")
+        if self.runs[0].phase == "tune":  # nobody asks for the parameters of a trial that only chose a learning rate
+            shutil.rmtree(self.runner.folder.group(self.name), ignore_errors=True)
+
+    def failed(self, error: Exception) -> None:
+        """Writes down that the program raised `error`."""
+        message = str(error).strip().splitlines()
+        self.runner.note(f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)")
+        self.runner.failures += len(self.runs)
+        for run in self.runs:
+            folder = self.runner.folder.trial(run.name)
+            write(folder / "results.json", results.failed(run, self._origin(), error))
+            (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+
+    def _origin(self) -> results.Provenance:
+        ablation = self.runner.ablation.described() | {"scale": self.runner.scale}
+        return results.Provenance(ablation, self.runner.command, self.source.corpus.fingerprint(), self.source.tokenizer.fingerprint,
+                                  len(self.runs), self.name)
+
+    def _checkpointer(self, progress: Progress) -> Checkpointer:
+        keep, ablation = self.runs[0].experiment.checkpoints, self.runner.ablation
+        judged = (ablation.tuning_metric or ablation.metric).partition("@")[0]  # lengths beyond the trained one are scored only at the end
+        return Checkpointer(self.runner.folder.group(self.name) / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every,
+                            best_metric=judged if keep.keep_best else None, best_mode=ablation.mode, warn=progress.note)
+
+    def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
+        def record(step: int, rows: Sequence[dict[str, float]]) -> None:
+            for tracker, row in zip(trackers, rows, strict=True):
+                tracker.log(row)
+
+        def rewind(step: int) -> None:
+            if step:
+                progress.note(f"{self.title}: going on after step {step}")
+            for tracker in trackers:
+                tracker.truncate_after(step)
+
+        return Session(record=record, rewind=rewind, report=progress.update, evaluations=self.source.evaluations(final=False),
+                       tokens_per_step=self.cost.tokens / rhythm.steps, flops_per_step=self.cost.flops / rhythm.steps, checkpointer=checkpointer)

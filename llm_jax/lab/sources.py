@@ -1,0 +1,81 @@
+"""The text of a trial, ready to train on: corpus, fitted tokenizer, token stores and evaluation batches, shared by equals."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.core.platform import cache_dir
+from llm_jax.core.types import Batch
+from llm_jax.data import packing, pipeline
+from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.population import stack
+
+
+class Source:
+    """The corpus of one experiment through its tokenizer; everything is read from the cache where it was made before."""
+
+    def __init__(self, experiment: Experiment):
+        self.data, self.evaluation = experiment.data, experiment.evaluation
+        self.corpus = experiment.data.corpus
+        self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of the tokenizer, and so rows of the embedding."""
+        return self.tokenizer.vocabulary
+
+    def tokens(self, split: str) -> packing.Tokens:
+        """The token store of a split."""
+        return packing.tokenize(self.corpus, self.tokenizer, split, cache_dir())
+
+    @cached_property
+    def training(self) -> packing.Tokens:
+        """The token store that is trained on."""
+        return self.tokens("train")
+
+    def check(self) -> None:
+        """Raises `ConfigError` if any split that will be used is too short, before anything is trained."""
+        self.feed([0], 1, 0)
+        self.evaluations(final=True)
+
+    def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
+        """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
+        feeds = [pipeline.feed(self.data, self.training, seed=seed, steps_per_item=steps, start_step=start) for seed in seeds]
+        return pipeline.prefetch(stack(feeds))
+
+    def evaluations(self, *, final: bool) -> dict[str, Batch]:
+        """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split."""
+        sets = {}
+        for split in ("valid", *(["test"] if final and self.evaluation.test else [])):
+            for times in self.evaluation.lengths if final else (1,):
+                name = split if len(self.evaluation.lengths) == 1 or not final else f"{split}@{times}x"
+                sets[name] = self._batches(split, times)
+            if final and len(self.evaluation.lengths) > 1:
+                sets[split] = self._batches(split, 1)
+        return sets
+
+    def _batches(self, split: str, times: int) -> Batch:
+        length = self.data.sequence_length * times
+        rows = max(self.data.batch_size // times, 1)
+        batches = list(pipeline.evaluation_batches(self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens))
+        if not batches:
+            raise ConfigError(f"the {split} split has no sequence of {length} tokens: use a larger corpus or shorter evaluation.lengths", "data.corpus")
+        return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+
+
+class Sources:
+    """One `Source` for all experiments that read the same text in the same way."""
+
+    def __init__(self):
+        self._known: dict[str, Source] = {}
+
+    def of(self, experiment: Experiment) -> Source:
+        """The experiment's source, made on first use."""
+        key = fingerprint([to_json(part) for part in (experiment.data, experiment.tokenizer, experiment.evaluation)])
+        if key not in self._known:
+            self._known[key] = Source(experiment)
+        return self._known[key]

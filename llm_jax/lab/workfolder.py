@@ -1,0 +1,99 @@
+"""The work folder of an ablation: whose it is, and one folder a trial whose `results.json` says all there is to say."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from llm_jax.core.config import ConfigError, to_json
+from llm_jax.lab.experiment import Ablation
+
+SHOWN = 6  # differences named in an error
+
+
+class WorkFolder:
+    """A folder that holds one ablation. Opening it for another is refused, with what differs; nothing is overwritten."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+
+    def claim(self, ablation: Ablation, *, corpora: dict[str, str]) -> None:
+        """Makes the folder this ablation's, or checks that it is.
+
+        More seeds, and a selection of the arms, are the same ablation: finished trials stay. Another base, grid, metric or
+        arm of the same name is another. corpora: arm → fingerprint of its corpus. Raises `ConfigError`.
+        """
+        identity = {
+            "base": to_json(ablation.base), "nuisance": {p: list(v) for p, v in ablation.nuisance.items()},
+            "metric": [ablation.metric, ablation.mode, ablation.tuning_metric], "tuning_seeds": ablation.tuning_seeds,
+            "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()}, "corpora": corpora,
+        }
+        file = self.path / "ablation.json"
+        if file.exists():
+            known = _read(file)
+            found = _differences(known["identity"], identity)
+            if found:
+                more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                raise ConfigError(f"belongs to another experiment: {'; '.join(found[:SHOWN])}{more}. Choose another --workdir", str(self.path))
+            for part in ("arms", "corpora"):
+                identity[part] = known["identity"][part] | identity[part]
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError("is not empty and holds no ablation.json: choose another --workdir", str(self.path))
+        write(file, {"identity": identity, "ablation": ablation.described()})
+
+    def trial(self, name: str) -> pathlib.Path:
+        """The folder of a trial."""
+        return self.path / "trials" / name
+
+    def group(self, name: str) -> pathlib.Path:
+        """The folder of a group's checkpoints."""
+        return self.path / "groups" / name
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The results of a finished trial (done or diverged), or None: a failed one is to be tried again."""
+        file = self.trial(name) / "results.json"
+        result = _read(file) if file.exists() else None
+        return result if result is not None and result["status"] in ("done", "diverged") else None
+
+
+def _differences(known: Any, given: Any, path: str = "") -> list[str]:
+    """Sentences on where two identities differ; arms and corpora that only one of them names are no difference."""
+    if isinstance(known, dict) and isinstance(given, dict) and known.get("class") == given.get("class"):
+        selectable = path in ("arms", "corpora")
+        keys = [k for k in known if k in given] if selectable else list(dict.fromkeys([*known, *given]))
+        found = []
+        for key in keys:
+            found += _differences(known.get(key), given.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if known == given else [f"{path.removeprefix('base.')} is {_short(known)} there and {_short(given)} here"]
+
+
+def _short(value: Any) -> str:
+    text = value["class"] if isinstance(value, dict) and "class" in value else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def write(file: pathlib.Path, data: Any) -> None:
+    """Writes JSON whole or not at all; numbers that are not finite become null."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    partial.replace(file)
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read(file: pathlib.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"is damaged ({error}): remove it, or choose another --workdir", str(file)) from None

@@ -1,0 +1,207 @@
+"""The only loop over training steps: dispatch, record, evaluate, checkpoint, and stop cleanly when asked to."""
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.core.types import Batch, Metrics
+from llm_jax.io.checkpoint import Checkpointer
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Compiled functions over `members` trials at once; every state leaf and metric has a leading `[members]` axis.
+
+    init: `() -> state`. steps: `(state, host batches [members, k, B, L]) -> (state, metrics summed over k)`.
+    evaluate: `(state, batches [n, B, L]) -> metrics summed over n`. abstract: the state's shapes, dtypes and shardings.
+    """
+
+    members: int
+    init: Callable[[], Any]
+    steps: Callable[[Any, Batch], tuple[Any, Metrics]]
+    evaluate: Callable[[Any, Batch], Metrics]
+    abstract: Any
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When things happen, in steps; `dispatch` steps run in one call of the program and must divide every other."""
+
+    steps: int
+    dispatch: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def fitting(cls, *, steps: int, log_every: int, evaluate_every: int, checkpoint_every: int, dispatch: int) -> Rhythm:
+        """The rhythm with the longest dispatch, at most `dispatch`, that divides every interval: one program, one shape."""
+        common = math.gcd(steps, log_every, evaluate_every, checkpoint_every)
+        longest = max(d for d in range(1, min(dispatch, common) + 1) if common % d == 0)
+        return cls(steps, longest, log_every, evaluate_every, checkpoint_every)
+
+    def at(self, step: int, every: int) -> bool:
+        """Whether something that happens every so often, and at the end, happens after `step` steps."""
+        return step % every == 0 or step == self.steps
+
+
+@dataclass
+class Session:
+    """What surrounds the steps: where records go, what is evaluated, and who is told.
+
+    record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training.
+    rewind: called with the restored step before anything is recorded. flops_per_step, tokens_per_step: of one member.
+    """
+
+    record: Callable[[int, list[Row]], None]
+    rewind: Callable[[int], None]
+    report: Callable[..., None]
+    evaluations: Mapping[str, Batch]
+    tokens_per_step: float
+    flops_per_step: float
+    checkpointer: Checkpointer | None = None
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; the same command again goes on from there")
+        self.step = step
+
+
+def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> Any:
+    """Trains to `rhythm.steps` and returns the final state; resumes from the newest good checkpoint where there is one.
+
+    feed: `start_step -> iterator of host batches [members, dispatch, B, L]`. Raises `Interrupted` after saving.
+    """
+    state, step, elapsed, sums = _start(program, session)
+    session.rewind(step)
+    clock = _Clock(elapsed)
+    batches = feed(step)
+    pending: list[Metrics] = []
+    with _interruptions() as asked_to_stop:
+        while step < rhythm.steps:
+            state, metrics = program.steps(state, next(batches))
+            pending.append(metrics)
+            step += rhythm.dispatch
+            row: Row = {}
+            if rhythm.at(step, rhythm.log_every):
+                sums = _settle(sums, pending)
+                rows = _rows(sums, program.members)
+                sums = {}
+                if rhythm.at(step, rhythm.evaluate_every):
+                    clock.pause()
+                    rows = [a | b for a, b in zip(rows, scores(program, state, session.evaluations), strict=True)]
+                    clock.go()
+                row = _publish(step, rows, clock, session, program.members)
+            if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
+                sums = _settle(sums, pending)
+                _save(state, step, clock, sums, row, session)
+            if asked_to_stop() and step < rhythm.steps:
+                if session.checkpointer is not None:
+                    session.checkpointer.wait()
+                raise Interrupted(step)
+    return state
+
+
+def scores(program: Program, state: Any, evaluations: Mapping[str, Batch]) -> list[Row]:
+    """The mean of every metric of every evaluation set, one row a member; "valid" gives "valid/loss", ….
+
+    A name such as "valid@4x" puts its suffix last: "valid/loss@4x".
+    """
+    rows: list[Row] = [{} for _ in range(program.members)]
+    for name, batches in evaluations.items():
+        split, at, length = name.partition("@")
+        totals = _settle({}, [program.evaluate(state, batches)])
+        for row, values in zip(rows, _rows(totals, program.members), strict=True):
+            row.update({f"{split}/{metric}{at}{length}": value for metric, value in values.items()})
+    return rows
+
+
+@dataclass
+class _Clock:
+    """Seconds spent training, over interruptions and without evaluations."""
+
+    elapsed: float
+    since: float = field(default_factory=time.perf_counter)
+    running: bool = True
+
+    def pause(self) -> None:
+        self.elapsed, self.running = self.read(), False
+
+    def go(self) -> None:
+        self.since, self.running = time.perf_counter(), True
+
+    def read(self) -> float:
+        return self.elapsed + (time.perf_counter() - self.since if self.running else 0.0)
+
+
+Sums = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _settle(sums: Sums, pending: list[Metrics]) -> Sums:
+    """`sums` plus all pending metrics, fetched from the device and added in float64 in the order of the steps."""
+    sums = dict(sums)
+    for metrics in jax.device_get(pending):
+        for name, value in metrics.items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + np.asarray(value.total, np.float64), old[1] + np.asarray(value.weight, np.float64))
+    pending.clear()
+    return sums
+
+
+def _rows(sums: Sums, members: int) -> list[Row]:
+    means = {name: total / np.maximum(weight, 1e-30) for name, (total, weight) in sums.items()}
+    return [{name: float(values[i]) for name, values in means.items()} for i in range(members)]
+
+
+def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, members: int) -> Row:
+    """Records the rows with their axes, shows their mean, and returns that mean."""
+    seconds = clock.read() / members  # a trial's share of the program's time
+    axes = {"step": step, "tokens": step * session.tokens_per_step, "flops": step * session.flops_per_step, "seconds": seconds}
+    session.record(step, [axes | row for row in rows])
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    session.report(step, **mean)
+    return mean
+
+
+def _start(program: Program, session: Session) -> tuple[Any, int, float, Sums]:
+    restored = session.checkpointer.restore(program.abstract) if session.checkpointer is not None else None
+    if restored is None:
+        return program.init(), 0, 0.0, {}
+    step, state, extra = restored
+    sums = {name: (np.asarray(t, np.float64), np.asarray(w, np.float64)) for name, (t, w) in extra["sums"].items()}
+    return state, step, extra["seconds"], sums
+
+
+def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> None:
+    if session.checkpointer is None:
+        return
+    extra = {"seconds": clock.read(), "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()}}
+    session.checkpointer.save(step, state, extra, row)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM (a preempted machine) and the first Ctrl-C into a question the loop asks between dispatches."""
+    received: list[int] = []
+    try:
+        previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: the caller's signals are not ours to take
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,135 @@
+"""A pretraining trial as three pure functions of its traced values: init, steps, evaluate."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.core import sharding
+from llm_jax.core.config import Config, require, require_positive, substitute, traced
+from llm_jax.core.types import Batch, Metrics
+from llm_jax.models.decoder import Decoder, matrix_axes, parameter_roles
+from llm_jax.objectives.next_token import NextToken
+from llm_jax.optim.gradients import clip_by_global_norm
+from llm_jax.optim.optimizers import Optimizer
+from llm_jax.optim.schedules import Schedule
+from llm_jax.train.step import TrainState, make_train_step, many_steps
+
+Values = Mapping[str, Any]  # dotted path → scalar, traced under jit
+
+
+@dataclass(frozen=True)
+class Train(Config):
+    """How long and how: what the numbers of a run depend on besides model, data and optimizer.
+
+    steps: optimizer updates. accumulate: micro-batches an update. clip: largest global gradient norm, None for no clipping.
+    average: decay of the parameters' moving average, which is then what evaluation sees; None for none.
+    log_every: steps between records. steps_per_dispatch: updates in one call of the program; None lets the platform choose.
+    """
+
+    steps: int = 1000
+    accumulate: int = 1
+    clip: float | None = traced(1.0)
+    average: float | None = None
+    log_every: int = 50
+    steps_per_dispatch: int | None = None
+
+    def validate(self):
+        require_positive(self, "steps", "accumulate", "clip", "log_every", "steps_per_dispatch")
+        require(self.average is None or 0 < self.average < 1, "average", f"must be in (0, 1), got {self.average}")
+
+
+class Recipe(Protocol):
+    """What of an experiment a trial reads."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def objective(self) -> NextToken: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def train(self) -> Train: ...
+
+
+R = TypeVar("R", bound=Config)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Pure functions of `values` (path → scalar), which take the place of the recipe's traced fields.
+
+    init: `values -> TrainState`. steps: `(values, state, batches [k, B, L]) -> (state, metrics summed over k)`.
+    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout.
+    parameters: abstract, boxed with their logical axes.
+    """
+
+    init: Callable[[Values], TrainState]
+    steps: Callable[[Values, TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Values, TrainState, Batch], Metrics]
+    parameters: Any
+
+
+def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
+    """The trial of a `Recipe` over a vocabulary whose ids stand for `byte_lengths` `[V]` bytes of text each."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def boxed(key, tokens):
+        return recipe.model.build(vocabulary).init(key, tokens)["params"]
+
+    abstract = jax.eval_shape(boxed, jax.random.key(0), tokens)
+    plain = sharding.unbox(abstract)
+    roles, axes = parameter_roles(plain), matrix_axes(plain)
+
+    def optimizer(recipe: Recipe):
+        factor = lambda step: recipe.schedule(step, recipe.train.steps)  # noqa: E731
+        return clip_by_global_norm(recipe.train.clip), recipe.optimizer.build(factor, roles=roles, axes=axes)
+
+    def chained(recipe: Recipe):
+        import optax
+
+        clip, update = optimizer(recipe)
+        return optax.with_extra_args_support(optax.chain(clip, update))
+
+    def init(values: Values) -> TrainState:
+        given = substitute(recipe, values)
+        key = jax.random.key(given.seed)
+        params = sharding.unbox(boxed(jax.random.fold_in(key, 0), jnp.zeros(tokens.shape, tokens.dtype)))
+        average = params if recipe.train.average is not None else None
+        return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
+
+    def loss(given: Recipe, *, train: bool):
+        network = given.model.build(vocabulary)
+        table = jnp.asarray(byte_lengths)
+
+        def call(params, batch: Batch, rng):
+            apply = lambda params, batch, rng: network.apply(  # noqa: E731
+                {"params": params}, batch.tokens, batch.positions, batch.segments,
+                deterministic=not train, rngs={"dropout": rng} if train else None)
+            return given.objective.loss(apply, params, batch, rng=rng, byte_lengths=table, train=train)
+
+        return call
+
+    def steps(values: Values, state: TrainState, batches: Batch):
+        given = substitute(recipe, values)
+        step = make_train_step(loss(given, train=True), chained(given), accumulate=recipe.train.accumulate, average=recipe.train.average)
+        return many_steps(step, state, batches)
+
+    def evaluate(values: Values, state: TrainState, batches: Batch) -> Metrics:
+        given = substitute(recipe, values)
+        params = state.average
+        if params is None:
+            params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
+        score = loss(given, train=False)
+        per_batch = jax.lax.map(lambda batch: score(params, batch, state.key)[1], batches)
+        return jax.tree.map(lambda x: x.sum(0), per_batch)
+
+    return Trial(init, steps, evaluate, abstract)

@@ -1,0 +1,46 @@
+"""A mistake in what was typed: one sentence, exit code 2, nothing written."""
+import subprocess
+import sys
+
+import pytest
+
+from llm_jax import __main__
+from tests.lab.test_runner import declared  # noqa: F401
+
+ERRORS = {
+    "misspelt field": (["--set=train.stpes=5"], "train.stpes is no field of Train: did you mean steps"),
+    "wrong type": (["--set=train.steps=many"], "train.steps must be int, got 'many'"),
+    "negative learning rate": (["--set=optimizer.learning_rate=-1"], "optimizer.learning_rate must be > 0, got -1"),
+    "heads and width": (["--set=model.attention.heads=3"], "heads"),
+    "unknown arm": (["--arms=rope,alibli"], "--arms names the arm 'alibli', but the arms are rope, alibi"),
+    "unknown component": (["--set=model.position=Roppe()"], "model.position has no choice 'Roppe': did you mean Rope"),
+    "mesh": (["--set=mesh.tensor=7"], "mesh tensor=7 does not divide"),
+    "longer than the corpus": (["--set=data.sequence_length=1000000"], "data."),
+    "no such file": (["--set=data.corpus=TextFiles(path='nowhere.txt')"], "nowhere.txt"),
+    "unknown flag": (["--sett=1"], "sett"),
+    "stray word": (["train.steps=5"], "takes flags only"),
+}
+
+
+def run(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llm_jax", "run", *argv])
+    from llm_jax.cli import run as command
+
+    command.FLAGS.unparse_flags()
+    for name in command.FLAGS:
+        command.FLAGS[name].unparse()
+    code = __main__.main()
+    return code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("flags, sentence", ERRORS.values(), ids=ERRORS)
+def test_a_mistake_is_one_sentence_and_writes_nothing(declared, flags, sentence, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    code, text = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", *flags], monkeypatch, capsys)
+    assert code == 2 and sentence in text and "\n" not in text, text
+    assert not (tmp_path / "w").exists()
+
+
+def test_commands_are_listed():
+    shown = subprocess.run([sys.executable, "-m", "llm_jax", "nonsense"], capture_output=True, text=True)
+    assert shown.returncode == 2 and "run" in shown.stderr and "report" in shown.stderr

@@ -1,0 +1,147 @@
+"""From a declaration to results on disk; killed at any moment, the same command again ends in the same numbers."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+EXPERIMENT = '''
+from llm_jax.data.corpora import TextFiles
+from llm_jax.data.pipeline import Data
+from llm_jax.lab import Ablation, Claim, Experiment
+from llm_jax.lab.experiment import Checkpoints, Evaluation
+from llm_jax.models.decoder import Decoder
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.position import Alibi, Rope
+from llm_jax.train.pretrain import Train
+
+ablation = Ablation(
+    question="Which of two schemes learns faster?",
+    base=Experiment(
+        data=Data(corpus=TextFiles(path={text!r}), sequence_length=16, batch_size=4), model=Decoder(width=16, depth=1, attention=Attention(heads=2)),
+        train=Train(steps=60, log_every=6), evaluation=Evaluation(every=12, tokens=512, lengths=(1, 2)), checkpoints=Checkpoints(every=6)),
+    scientific={{"model.position": {{"rope": Rope(), "alibi": Alibi()}}}},
+    nuisance={{"optimizer.learning_rate": (1e-3, 1e-2)}}, seeds=2,
+    claims=[Claim("ALiBi is better", better="alibi", than="rope")],
+)
+'''
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("declared")
+    words = "the quick brown fox jumps over the lazy dog while many small numbers add up".split()
+    lines = [" ".join(words[(i * k) % len(words)] for k in range(1, 9)) for i in range(600)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    (folder / "two_schemes.py").write_text(EXPERIMENT.format(text=str(folder / "text.txt")))
+    return folder / "two_schemes.py"
+
+
+def command(declared, workdir, *flags):
+    return [sys.executable, "-m", "llm_jax", "run", f"--experiment={declared}", f"--workdir={workdir}", *flags]
+
+
+def environment(declared) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(declared.parent / "cache")}
+
+
+def run(declared, workdir, *flags):
+    return subprocess.run(command(declared, workdir, *flags), env=environment(declared), capture_output=True, text=True, timeout=300)
+
+
+def outcomes(workdir):
+    """Trial → everything in its results that does not depend on the clock."""
+    found = {}
+    for file in sorted(pathlib.Path(workdir, "trials").glob("*/results.json")):
+        result = json.loads(file.read_text())
+        curve = {k: v for k, v in result["curve"].items() if k != "seconds"}
+        found[result["trial"]] = (result["status"], result["arm"], result["phase"], result["seed"], result["nuisance"], result["metrics"], curve)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(declared):
+    workdir = declared.parent / "uninterrupted"
+    done = run(declared, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_every_run_of_the_plan_is_written_down(finished):
+    workdir, done = finished
+    results = outcomes(workdir)
+    assert len(results) == 2 * 2 * 1 + 2 * 2
+    assert {r[0] for r in results.values()} == {"done"}
+    assert all({"valid/bits_per_byte", "valid/bits_per_byte@1x", "valid/bits_per_byte@2x"} <= set(r[5]) for r in results.values())
+    tuning, final = ({r[3] for r in results.values() if r[2] == phase} for phase in ("tune", "final"))
+    assert not tuning & final, "the seeds that choose must not be the seeds that are reported"
+    for name in ("report.html", "report.md", "results.json", "ablation.json"):
+        assert (workdir / name).is_file()
+    assert "rope" in done.stdout and "alibi" in done.stdout
+
+
+def test_the_winner_has_the_best_tuning_metric(finished):
+    results = list(outcomes(finished[0]).values())
+    for arm in ("rope", "alibi"):
+        tuned = min((r for r in results if r[1] == arm and r[2] == "tune"), key=lambda r: r[5]["valid/bits_per_byte"])
+        assert {json.dumps(r[4]) for r in results if r[1] == arm and r[2] == "final"} == {json.dumps(tuned[4])}
+
+
+def test_finished_trials_are_not_run_again(declared, finished):
+    workdir, _ = finished
+    before = {f: f.stat().st_mtime_ns for f in pathlib.Path(workdir, "trials").glob("*/results.json")}
+    again = run(declared, workdir)
+    assert again.returncode == 0, again.stderr
+    assert before == {f: f.stat().st_mtime_ns for f in pathlib.Path(workdir, "trials").glob("*/results.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_again_and_again_the_numbers_are_the_same(declared, finished, kill, tmp_path):
+    expected, workdir, kills = outcomes(finished[0]), tmp_path / "killed", 0
+    for attempt in range(40):
+        process = subprocess.Popen(command(declared, workdir), env=environment(declared), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_for_progress(process, workdir, seconds=0.05 * attempt)
+        if process.poll() is not None:
+            break
+        process.send_signal(kill)
+        process.wait(timeout=60)
+        kills += 1
+    assert kills >= 2 and run(declared, workdir).returncode == 0
+    assert outcomes(workdir) == expected
+
+
+def _wait_for_progress(process, workdir, *, seconds: float) -> None:
+    """Waits until the run wrote something new, and a little longer."""
+    newest = lambda: max((f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob("*") if f.is_file()), default=0)  # noqa: E731
+    start, deadline = newest(), time.monotonic() + 120
+    while process.poll() is None and newest() == start and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(seconds)
+
+
+def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tmp_path, monkeypatch):
+    from llm_jax.lab import runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    compile_population = runner.compile_population
+
+    def breaks_for_rope(experiment, *args, **kwargs):
+        if type(experiment.model.position).__name__ == "Rope":
+            raise MemoryError("the device has no more memory")
+        return compile_population(experiment, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "compile_population", breaks_for_rope)
+    notes: list[str] = []
+    ablation = load(declared).changed({"mesh.data": 1, "mesh.population": 8, "train.steps": 6, "train.log_every": 6, "evaluation.every": 6})
+    broken = runner.Runner(ablation, WorkFolder(tmp_path / "w"), note=notes.append)
+    broken.run()
+    states = {(r[1], r[0]) for r in outcomes(tmp_path / "w").values()}
+    assert states == {("rope", "failed"), ("alibi", "done")} and broken.failures == 2
+    assert any("no more memory" in note for note in notes)
