@@ -1,0 +1,1 @@
+"""The same mathematics written the way a platform likes it; `core.platform.traits` chooses."""

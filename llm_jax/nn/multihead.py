@@ -1,0 +1,67 @@
+"""Multi-head attention (Vaswani et al. 2017), multi-query (Shazeer 2019) and grouped-query (Ainslie et al. 2023)."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from llm_jax.core.config import Config, require, require_positive
+from llm_jax.core.sharding import constrain
+from llm_jax.nn.attention import attend
+from llm_jax.nn.linear import Linear
+from llm_jax.nn.position import Position
+
+
+@dataclass(frozen=True)
+class Attention(Config):
+    """heads: of queries. kv_heads: of keys and values; None is one each (MHA), 1 is MQA. head_dim: None is width / heads."""
+
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = False
+
+    def validate(self):
+        require_positive(self, "heads", "kv_heads", "head_dim")
+        require(self.heads % self.groups == 0, "kv_heads", f"must divide heads={self.heads}, got {self.kv_heads}")
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    def size(self, width: int) -> int:
+        """The dimension of one head."""
+        return self.head_dim or width // self.heads
+
+
+class MultiHead(nn.Module):
+    """`[B, L, D] -> [B, L, D]`. gain: of the output projection's initialisation."""
+
+    config: Attention
+    position: Position
+    gain: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array | None, shared: Mapping[str, jax.Array],
+                 rates: Mapping[str, Any]) -> jax.Array:
+        c, width = self.config, x_BLD.shape[-1]
+        size = c.size(width)
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            y = Linear((width,), (heads, size), ("embed", axis, "head_dim"), bias=c.bias, dtype=self.dtype, name=name)(x_BLD)
+            return constrain(y, "batch", "length", f"{axis}_act", None)
+
+        q_BLHK = self.position.rotate(project("query", c.heads, "heads"), positions_BL)
+        k_BLGK = self.position.rotate(project("key", c.groups, "kv_heads"), positions_BL)
+        v_BLGK = project("value", c.groups, "kv_heads")
+        out_BLHK = attend(
+            q_BLHK, k_BLGK, v_BLGK, positions_BL=positions_BL, segments_BL=segments_BL,
+            bias=lambda queries, keys: self.position.bias(dict(shared), queries, keys, c.heads),
+            rate=rates.get("attention", 0.0), key=self.make_rng("dropout") if "attention" in rates else None)
+        out_BLHK = constrain(out_BLHK, "batch", "length", "heads_act", None)
+        return Linear((c.heads, size), (width,), ("heads", "head_dim", "embed"), gain=self.gain, bias=c.bias, dtype=self.dtype, name="output")(out_BLHK)

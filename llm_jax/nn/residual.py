@@ -1,0 +1,63 @@
+"""How a branch joins the residual stream; "none" is a real choice (He et al. 2016 is what it tests)."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core.config import Config
+from llm_jax.core.sharding import partitioned
+
+
+@dataclass(frozen=True)
+class Residual(Config):
+    """x + branch."""
+
+    def join(self, x: jax.Array, branch: jax.Array, *, depth: int, gain: Callable[[float], jax.Array]) -> jax.Array:
+        """`[B, L, D]` twice to once. depth: layers of the model; gain: makes a learned scalar with that initial value."""
+        return x + branch
+
+
+@dataclass(frozen=True)
+class NoResidual(Residual):
+    """The branch alone."""
+
+    def join(self, x, branch, *, depth, gain):
+        return branch
+
+
+@dataclass(frozen=True)
+class Scaled(Residual):
+    """x + branch / √(2·depth), so that the stream's variance does not grow with depth; `learned` makes it a start value."""
+
+    learned: bool = False
+
+    def join(self, x, branch, *, depth, gain):
+        factor = 1 / math.sqrt(2 * depth)
+        return x + branch * (gain(factor).astype(x.dtype) if self.learned else factor)
+
+
+@dataclass(frozen=True)
+class ReZero(Residual):
+    """x + α·branch with a learned α that starts at 0. Bachlechner et al. 2020."""
+
+    def join(self, x, branch, *, depth, gain):
+        return x + branch * gain(0.0).astype(x.dtype)
+
+
+class Join(nn.Module):
+    """A residual connection with its learned scalar, if it has one."""
+
+    config: Residual
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, branch: jax.Array) -> jax.Array:
+        def gain(value: float) -> jax.Array:
+            return self.param("scale", partitioned(nn.initializers.constant(value), (None,)), (1,), jnp.float32)
+
+        return self.config.join(x, branch, depth=self.depth, gain=gain)
