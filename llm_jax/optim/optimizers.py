@@ -1,0 +1,232 @@
+"""The optimizers, each a configuration that builds its update rule; optax does the arithmetic wherever it knows it.
+
+Every learning rate is the peak; the schedule's factor multiplies it, and weight decay is decoupled and multiplied by the
+scheduled learning rate (Loshchilov & Hutter 2019, as PyTorch does it). Fields declared `traced` may differ within one program.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from llm_jax.core.config import Config, require, require_fraction, require_positive, traced
+from llm_jax.optim.gradients import Factor, where_present, decayed, scheduled
+from llm_jax.optim.second_order import hutchinson, scale_by_soap
+
+
+@dataclass(frozen=True)
+class Optimizer(Config):
+    """An update rule. slots: float32 numbers it keeps for each parameter, for memory estimates."""
+
+    abstract = True
+    slots = 2
+
+    learning_rate: float = traced(1e-3)
+
+    def validate(self):
+        require_positive(self, "learning_rate")
+        for name in ("b1", "b2", "momentum"):
+            if hasattr(self, name):
+                require_fraction(self, name)
+        if hasattr(self, "weight_decay"):
+            require(self.weight_decay >= 0, "weight_decay", f"must be >= 0, got {self.weight_decay}")
+
+    def rule(self, roles: Any, axes: Any) -> optax.GradientTransformation:
+        """Gradients to updates at learning rate 1, without decay."""
+        raise NotImplementedError
+
+    def build(self, factor: Factor, *, roles: Any, axes: Any) -> optax.GradientTransformationExtraArgs:
+        """The whole transformation. factor: step → fraction of the peak; roles, axes: what each parameter is
+        (`models.decoder.parameter_roles`, `matrix_axes`). Its update takes the extra arguments value, loss_fn and key."""
+        parts = [self.rule(roles, axes)]
+        if hasattr(self, "weight_decay"):
+            parts.append(decayed(self.weight_decay, roles))
+        return optax.with_extra_args_support(optax.chain(*parts, scheduled(self.learning_rate, factor)))
+
+    def evaluation_params(self, state: Any, params: Any) -> Any:
+        """The parameters to evaluate, given the state of what `build` returned."""
+        return params
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """θ ← θ - η g."""
+
+    slots = 0
+    learning_rate: float = traced(1e-1)
+
+    def rule(self, roles, axes):
+        return optax.identity()
+
+
+@dataclass(frozen=True)
+class Momentum(Optimizer):
+    """m ← μ m + g; θ ← θ - η m, or with Nesterov's look-ahead - η (g + μ m). Polyak 1964, Sutskever et al. 2013."""
+
+    slots = 1
+    learning_rate: float = traced(1e-1)
+    momentum: float = traced(0.9)
+    nesterov: bool = False
+
+    def rule(self, roles, axes):
+        return optax.trace(self.momentum, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """m̂ / (√v̂ + ε) with bias-corrected moments. Kingma & Ba 2015."""
+
+    b1: float = traced(0.9)
+    b2: float = traced(0.99)
+    epsilon: float = 1e-8
+
+    def rule(self, roles, axes):
+        return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay. Loshchilov & Hutter 2019."""
+
+    weight_decay: float = traced(0.1)
+
+
+@dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Adam's second moment from its row and column means, no first moment. Shazeer & Stern 2018.
+
+    relative: steps are multiplied by the parameter's root mean square, so that the learning rate is a relative change.
+    smallest: both dimensions must be at least this to be factored.
+    """
+
+    slots = 0
+    learning_rate: float = traced(1e-2)
+    weight_decay: float = traced(0.0)
+    decay_exponent: float = 0.8
+    clip: float = 1.0
+    relative: bool = True
+    smallest: int = 32
+
+    def rule(self, roles, axes):
+        return optax.chain(
+            optax.scale_by_factored_rms(decay_rate=self.decay_exponent, min_dim_size_to_factor=self.smallest),
+            optax.clip_by_block_rms(self.clip), optax.scale_by_param_block_rms() if self.relative else optax.identity())
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    """The sign of an interpolated momentum. Chen et al. 2023."""
+
+    slots = 1
+    learning_rate: float = traced(3e-4)
+    b1: float = traced(0.9)
+    b2: float = traced(0.99)
+    weight_decay: float = traced(0.1)
+
+    def rule(self, roles, axes):
+        return optax.scale_by_lion(self.b1, self.b2)
+
+
+@dataclass(frozen=True)
+class Sophia(Optimizer):
+    """clip(m / max(γ h, ε), 1) with h Hutchinson's estimate of the Hessian's diagonal, every `interval` steps. Liu et al. 2023."""
+
+    learning_rate: float = traced(1e-3)
+    b1: float = traced(0.965)
+    b2: float = traced(0.99)
+    gamma: float = 0.01
+    interval: int = 10
+    weight_decay: float = traced(0.1)
+
+    def rule(self, roles, axes):
+        return optax.contrib.sophia(
+            learning_rate=-1.0,  # optax applies the sign of descent here, `scheduled` does in this file
+            b1=self.b1, b2=self.b2, gamma=self.gamma, update_interval=self.interval, weight_decay=0.0, hessian_diagonal_fn=hutchinson())
+
+
+@dataclass(frozen=True)
+class MatrixOptimizer(Optimizer):
+    """A rule for weight matrices; embeddings, the output layer and vectors take Adam at the same learning rate."""
+
+    abstract = True
+
+    b1: float = traced(0.9)
+    b2: float = traced(0.99)
+    weight_decay: float = traced(0.1)
+
+    def matrix_rule(self, axes: Any) -> optax.GradientTransformation:
+        """The rule for matrices; `axes` is a function from their updates to each one's (input axes, output axes)."""
+        raise NotImplementedError
+
+    def rule(self, roles, axes):
+        labels = jax.tree.map(lambda role: "matrix" if role == "matrix" else "other", roles)
+        other = optax.scale_by_adam(self.b1, self.b2)
+        return optax.partition({"matrix": self.matrix_rule(lambda updates: where_present(axes, updates)), "other": other}, labels)
+
+
+@dataclass(frozen=True)
+class Muon(MatrixOptimizer):
+    """Nesterov momentum, orthogonalised by Newton–Schulz iterations. Jordan et al. 2024.
+
+    Updates are scaled by 0.2 √max(fan in, fan out), which gives them AdamW's typical size, so that both work at the same
+    learning rates (Liu et al. 2025, Muon is Scalable, §2.2).
+    """
+
+    slots = 1
+    momentum: float = traced(0.95)
+    iterations: int = 5
+    size: float = 0.2
+
+    def matrix_rule(self, axes):
+        def dimensions(updates):
+            named = lambda u, pair: u if isinstance(u, optax.MaskedNode) else optax.contrib.MuonDimensionNumbers(*pair)  # noqa: E731
+            return jax.tree.map(named, updates, axes(updates), is_leaf=lambda u: isinstance(u, optax.MaskedNode))
+
+        def resize(updates, state, params=None):
+            def one(u, pair):
+                return u * (self.size * math.sqrt(max(math.prod(u.shape[i] for i in part) for part in pair)))
+
+            return jax.tree.map(one, updates, axes(updates)), state
+
+        return optax.chain(
+            optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=dimensions),
+            optax.GradientTransformation(lambda params: optax.EmptyState(), resize))
+
+
+@dataclass(frozen=True)
+class SOAP(MatrixOptimizer):
+    """Adam in the slowly turning eigenbasis of Shampoo's preconditioner. Vyas et al. 2024, algorithm 3.
+
+    frequency: steps between QR iterations of the basis. largest: a side longer than this is not turned.
+    """
+
+    slots = 6
+    frequency: int = 10
+    largest: int = 4096
+
+    def matrix_rule(self, axes):
+        return scale_by_soap(axes, b1=self.b1, b2=self.b2, frequency=self.frequency, largest=self.largest)
+
+
+@dataclass(frozen=True)
+class ScheduleFreeAdamW(Optimizer):
+    """AdamW whose schedule is replaced by interpolating with an average of the iterates. Defazio et al. 2024.
+
+    It wants a constant schedule after warm-up. Evaluation sees the average.
+    """
+
+    learning_rate: float = traced(3e-3)
+    b1: float = traced(0.9)
+    b2: float = traced(0.99)
+    weight_decay: float = traced(0.1)
+
+    def build(self, factor, *, roles, axes):
+        base = optax.chain(optax.scale_by_adam(0.0, self.b2), decayed(self.weight_decay, roles), scheduled(self.learning_rate, factor))
+        return optax.contrib.schedule_free(base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1)
+
+    def evaluation_params(self, state, params):
+        return optax.contrib.schedule_free_eval_params(state, params)
