@@ -141,9 +141,3 @@ def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: 
     state = jax.eval_shape(one.init, values)
     specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters), state)
     return sharding.named(mesh, specs, leading=("population",))
-
-
-def stack(feeds: Sequence[Any]):
-    """One iterator of batches `[members, k, B, L]` from one iterator a member."""
-    for items in zip(*feeds, strict=True):
-        yield jax.tree.map(lambda *rows: np.stack(rows), *items)

@@ -5,14 +5,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import jax
-import numpy as np
 
-from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.core.config import fingerprint, to_json
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.types import Batch
 from llm_jax.data import packing, pipeline
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.population import stack
 
 
 class Source:
@@ -21,6 +19,8 @@ class Source:
     def __init__(self, experiment: Experiment):
         self.data, self.evaluation = experiment.data, experiment.evaluation
         self.corpus = experiment.data.corpus
+        shape = experiment.mesh.for_population(1, jax.device_count()).shape(jax.device_count())
+        self.parts = shape["data"] * shape["fsdp"]  # what a batch's rows are split over
         self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
 
     @property
@@ -44,8 +44,7 @@ class Source:
 
     def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
         """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
-        feeds = [pipeline.feed(self.data, self.training, seed=seed, steps_per_item=steps, start_step=start) for seed in seeds]
-        return pipeline.prefetch(stack(feeds))
+        return pipeline.feed(self.data, self.training, seeds=seeds, steps_per_item=steps, start_step=start)
 
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
         """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split."""
@@ -60,11 +59,8 @@ class Source:
 
     def _batches(self, split: str, times: int) -> Batch:
         length = self.data.sequence_length * times
-        rows = max(self.data.batch_size // times, 1)
-        batches = list(pipeline.evaluation_batches(self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens))
-        if not batches:
-            raise ConfigError(f"the {split} split has no sequence of {length} tokens: use a larger corpus or shorter evaluation.lengths", "data.corpus")
-        return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+        rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
+        return pipeline.evaluation_batches(self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens)
 
 
 class Sources:

@@ -1,0 +1,64 @@
+"""Token stores: all documents of a split one after another in a memory-mapped file, made once and cached."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_jax.core.config import fingerprint
+from llm_jax.data.corpora import Corpus, Split
+from llm_jax.data.tokenizers import Fitted
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids `[n]`, memory-mapped; starts `[documents]` int64: where each document begins; end: the id after each, or None."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    end: int | None
+    split: str = "train"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split, cache: str | os.PathLike) -> Tokens:
+    """The token store of a split, from the `cache` folder if it is whole there. Raises what reading the corpus raises."""
+    identity = fingerprint([corpus.fingerprint(), repr(corpus), tokenizer.fingerprint, split])
+    folder = pathlib.Path(cache) / "tokens" / identity
+    if not (folder / "meta.json").is_file():
+        _write(folder, corpus, tokenizer, split)
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["tokens"] == 0:
+        return Tokens(np.zeros(0, meta["dtype"]), np.zeros(0, np.int64), tokenizer.end, split)
+    ids = np.memmap(folder / "ids.bin", meta["dtype"], "r", shape=(meta["tokens"],))
+    return Tokens(ids, np.load(folder / "starts.npy"), tokenizer.end, split)
+
+
+def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split) -> None:
+    """Fills a folder beside the final one and renames it: what is under the final name is whole."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
+    starts, total = [], 0
+    with open(partial / "ids.bin", "wb") as out:
+        for document in corpus.documents(split):
+            ids = tokenizer.encode(document).astype(dtype)
+            if tokenizer.end is not None:
+                ids = np.append(ids, np.array(tokenizer.end, dtype))
+            starts.append(total)
+            total += len(ids)
+            ids.tofile(out)
+    np.save(partial / "starts.npy", np.array(starts, np.int64))
+    (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))
+    if folder.exists():  # an unfinished one, or another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)

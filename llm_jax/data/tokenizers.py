@@ -1,0 +1,159 @@
+"""Tokenizers: a configuration that is fitted to a corpus, and what comes of it. All of them are lossless."""
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
+from llm_jax.data.corpora import Corpus
+
+MARK = "\u2581"  # SentencePiece's stand-in for a space
+
+
+class Fitted:
+    """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents."""
+
+    def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
+        self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        return len(self.piece_bytes)
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """`[V]` int32: bytes of text that each id stands for; they sum to the text's own length."""
+        return np.array([len(piece) for piece in self.piece_bytes], np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """`[n]` int32 ids."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def pieces(self, text: str) -> list[str]:
+        """The text of each id in turn."""
+        return [self.decode([i]) for i in self.encode(text)]
+
+
+@dataclass(frozen=True)
+class Tokenizer(Config):
+    """How text becomes ids."""
+
+    abstract = True
+
+    def fit(self, corpus: Corpus, cache: str | os.PathLike) -> Fitted:
+        """The tokenizer made from a corpus, or read from the `cache` folder if it was made before. Raises `ConfigError`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Bytes(Tokenizer):
+    """UTF-8 bytes, and one id for the end of a document. Xue et al. 2022 (ByT5)."""
+
+    def fit(self, corpus, cache):
+        return _Bytes([bytes([i]) for i in range(256)] + [b""], 256, "bytes")
+
+
+class _Bytes(Fitted):
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Characters(Tokenizer):
+    """The characters that occur in the corpus, in code-point order, and no end of document: nanoGPT's "character level"."""
+
+    def fit(self, corpus, cache):
+        found = sorted({c for _, text in corpus.named() for c in set(text)})
+        return _Characters(found)
+
+
+class _Characters(Fitted):
+    def __init__(self, characters: list[str]):
+        super().__init__([c.encode("utf-8") for c in characters], None, fingerprint(["characters", *characters]))
+        self._points = np.array([ord(c) for c in characters], np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+        unknown = np.flatnonzero(self._points[ids] != points)
+        if len(unknown):
+            raise ConfigError(f"does not know the character {text[unknown[0]]!r}: its corpus has only {self.vocabulary} others", "tokenizer")
+        return ids.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+    """Subwords: byte-pair encoding (Sennrich et al. 2016) or a unigram model (Kudo 2018), with bytes for what is unseen.
+
+    Trained on the corpus's train split, without normalization, or loaded from a `.model` file where `path` is given.
+    """
+
+    vocabulary: int = 4096
+    kind: Literal["bpe", "unigram"] = "bpe"
+    path: str | None = None
+
+    def validate(self):
+        require(self.vocabulary > 260, "vocabulary", f"must be > 260 (256 bytes and the specials), got {self.vocabulary}")
+
+    def fit(self, corpus, cache):
+        if self.path is not None:
+            file = pathlib.Path(self.path).expanduser()
+            require(file.is_file(), "tokenizer.path", f"is no file: {self.path!r}")
+            return _SentencePiece(file.read_bytes())
+        identity = fingerprint([to_json(self), corpus.fingerprint()])
+        file = pathlib.Path(cache) / "tokenizers" / f"{identity}.model"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.{os.getpid()}")
+            partial.write_bytes(self._train(corpus))
+            partial.replace(file)
+        return _SentencePiece(file.read_bytes())
+
+    def _train(self, corpus: Corpus) -> bytes:
+        import sentencepiece
+
+        model = io.BytesIO()
+        lines = (line for text in corpus.documents("train") for line in text.splitlines() if line)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, vocab_size=self.vocabulary, model_type=self.kind, byte_fallback=True,
+                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 20, num_threads=1, input_sentence_size=2_000_000, shuffle_input_sentence=False, minloglevel=2)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot be {self.vocabulary} for this corpus: {str(error).splitlines()[0]}", "tokenizer.vocabulary") from None
+        return model.getvalue()
+
+
+class _SentencePiece(Fitted):
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+        super().__init__([self._bytes_of(i) for i in range(p.get_piece_size())], p.eos_id() if p.eos_id() >= 0 else None, fingerprint([model.hex()]))
+        self._mark = [p.piece_to_id(f"<0x{b:02X}>") for b in MARK.encode()]
+
+    def _bytes_of(self, i: int) -> bytes:
+        p = self._processor
+        if p.is_byte(i):
+            return bytes([int(p.id_to_piece(i)[3:5], 16)])
+        return b"" if p.is_control(i) or p.is_unknown(i) or p.is_unused(i) else p.id_to_piece(i).replace(MARK, " ").encode("utf-8")
+
+    def encode(self, text: str) -> np.ndarray:
+        # a literal "▁" would come back as a space, so it goes in as its bytes
+        parts = self._processor.encode(text.split(MARK))
+        ids = list(parts[0])
+        for part in parts[1:]:
+            ids += self._mark + list(part)
+        return np.array(ids, np.int32)

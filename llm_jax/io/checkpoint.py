@@ -1,0 +1,181 @@
+"""Checkpoints through Orbax, behind one thin door: asynchronous, retained best / last / every N, and never the end of a run.
+
+A save that fails (a full disk) is reported, and training goes on. A checkpoint that cannot be read back is set aside, and the
+next newest one is taken.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+CHECKSUMS = "checksums.json"
+
+
+class Checkpointer:
+    """The checkpoints of one program in one folder.
+
+    keep_last, keep_every: the newest so many stay, and those at multiples of so many steps. best_metric, best_mode: the one
+    whose metrics were best by that name stays too. warn: called with a sentence when something went wrong.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None, best_metric: str | None = None,
+                 best_mode: str = "min", asynchronous: bool = True, warn: Callable[[str], None] = warnings.warn):
+        self.folder, self.warn = pathlib.Path(folder).absolute(), warn
+        self._best_metric, self._best_mode = best_metric, best_mode
+        policies: list[Any] = [checkpoint_managers.LatestN(keep_last + 1)]  # one more than asked for: the newest may prove damaged
+        if keep_every is not None:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        if best_metric is not None:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=self._score, reverse=best_mode == "min", n=1))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=self._score if best_metric else None, best_mode=best_mode,
+            enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True)
+        self._manager: ocp.CheckpointManager | None = None
+        self._unchecked: set[int] = set()
+        for name in ("absl", "orbax"):  # Orbax tells the story of every save
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        worst = float("inf") if self._best_mode == "min" else float("-inf")
+        value = metrics.get(self._best_metric or "")
+        return worst if value is None else value
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        return self._manager
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
+        """Starts saving `state` (arrays of any sharding, typed keys) and `extra` (JSON); False if that failed.
+
+        The arrays may be donated as soon as this returns.
+        """
+        try:
+            manager = self._open()
+            self._seal()
+            finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
+            saved = manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                                 metrics=finite, force=True)
+            self._unchecked.add(step)
+            return bool(saved)
+        except Exception as error:  # a full or read-only disk, or the failure of the save before, which Orbax raises here
+            self._lost(step, error)
+            return False
+
+    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none."""
+        if not self.folder.is_dir():
+            return None
+        for step in sorted(self._open().all_steps(), reverse=True):
+            damage = _damage(self.folder / str(step))
+            if damage is None:
+                try:
+                    found = self._open().restore(step, args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_without_keys(abstract)), extra=ocp.args.JsonRestore()))
+                    return step, _with_keys(found["state"], abstract), found["extra"]
+                except Exception as error:
+                    damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._set_aside(step, damage)
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything is on disk, or reported as lost."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._lost(max(self._unchecked, default=-1), error)
+        self._seal()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self.wait()
+        if self._manager is not None:
+            try:
+                self._manager.close()
+            except Exception as error:
+                self._lost(-1, error)
+            self._manager = None
+
+    def _lost(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()
+        self.warn(f"the checkpoint of step {step} could not be saved, training goes on: {reason[0] if reason else type(error).__name__}")
+        manager, self._manager = self._manager, None  # a manager whose save failed stays failed: the next save opens a new one
+        try:
+            if manager is not None:
+                manager.close()
+        except Exception as again:
+            logging.getLogger(__name__).debug("closing after a failed save: %s", again)
+
+    def _seal(self) -> None:
+        """Writes the checksums of the checkpoints that have been committed since; one process does it for all."""
+        for step in sorted(self._unchecked):
+            folder = self.folder / str(step)
+            if folder.is_dir():
+                self._unchecked.discard(step)
+                if jax.process_index() == 0:
+                    partial = folder / f".{CHECKSUMS}"
+                    partial.write_text(json.dumps(_checksums(folder)))
+                    partial.replace(folder / CHECKSUMS)
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        aside = self.folder.with_name(f"{self.folder.name}.damaged") / str(step)
+        self.warn(f"the checkpoint of step {step} is damaged ({damage}); it was moved to {aside}, and the next newest one is taken")
+        self._open().close()
+        self._manager = None
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / str(step)).rename(aside)
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:
+    """Relative path → [size, CRC-32] of every file."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS and not f.name.startswith(f".{CHECKSUMS}"))
+    return {f.relative_to(folder).as_posix(): [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in files}
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with a committed checkpoint, or None; one that was never sealed is left to Orbax to judge."""
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    try:
+        known = json.loads((folder / CHECKSUMS).read_text())
+    except json.JSONDecodeError:
+        return f"{CHECKSUMS} cannot be read"
+    found = _checksums(folder)
+    wrong = [name for name in known if found.get(name) != known[name]]
+    return f"{wrong[0]} is missing or changed" if wrong else None
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(state: Any) -> Any:
+    """Typed keys as the integers they hold, for arrays and for shapes alike."""
+    def plain(x):
+        if not _is_key(x):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            spec = x.sharding.spec if isinstance(x.sharding, jax.sharding.NamedSharding) else None
+            where = jax.sharding.NamedSharding(x.sharding.mesh, spec) if spec is not None else x.sharding
+            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=where)
+        return jax.random.key_data(x)
+
+    return jax.tree.map(plain, state)
+
+
+def _with_keys(state: Any, abstract: Any) -> Any:
+    return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, state, abstract)

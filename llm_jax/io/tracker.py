@@ -1,0 +1,71 @@
+"""Records of a run: one JSON line each in `metrics.jsonl`, which is the truth, mirrored to TensorBoard where that works."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+AXES = ("step", "tokens", "flops", "seconds")
+
+
+class Tracker:
+    """Appends records to `folder/metrics.jsonl`. A mirror that fails is switched off with one warning and never slows a run."""
+
+    def __init__(self, folder: str | os.PathLike, *, tensorboard: bool = True):
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.folder / "metrics.jsonl", "a")
+        self._tensorboard, self._writer = tensorboard, None
+
+    def log(self, record: Mapping[str, float]) -> None:
+        """Writes a record, which must have a "step"; numbers that are not finite become null."""
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+        self._mirror(clean)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what was recorded after `step`, and a last line that was cut short: a resumed run writes it again."""
+        kept = [record for record in self.read(self.folder) if record["step"] <= step]
+        self._file.close()
+        partial = self.folder / ".metrics.jsonl"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(self.folder / "metrics.jsonl")
+        self._file = open(self.folder / "metrics.jsonl", "a")
+
+    @staticmethod
+    def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
+        """All whole records, oldest first."""
+        file = pathlib.Path(folder) / "metrics.jsonl"
+        records = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # cut short when the process died
+        return records
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _mirror(self, record: Mapping[str, Any]) -> None:
+        if not self._tensorboard:
+            return
+        try:
+            if self._writer is None:
+                from tensorboardX import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder))
+            for name, value in record.items():
+                if name not in AXES and value is not None:
+                    self._writer.add_scalar(name, value, int(record["step"]))
+        except Exception as error:  # whatever a mirror does, the run goes on
+            self._tensorboard = False
+            warnings.warn(f"TensorBoard is switched off for {self.folder}: {error}", stacklevel=2)
