@@ -53,10 +53,10 @@ def _by_head(q_BLHK: jax.Array, groups: int) -> jax.Array:
 
 def _visible(start: int, stop: int, segments_BL: jax.Array | None) -> jax.Array:
     """`[B or 1, rows, keys]`: which keys [0, stop) the queries [start, stop) may see."""
-    causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+    causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
     if segments_BL is None:
         return causal[None]
-    return causal & (segments_BL[:, start:stop, None] == segments_BL[:, None, :stop])
+    return causal[None] & (segments_BL[:, start:stop, None] == segments_BL[:, None, :stop])
 
 
 def _attend_rows(q_BGRLK, k_BGMK, v_BGMK, *, mask, bias, rate, key) -> jax.Array:

@@ -49,7 +49,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.weights()
         y = product(x.astype(self.dtype), kernel, contract=len(self.inputs))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
     def weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Kernel and bias in the compute dtype."""

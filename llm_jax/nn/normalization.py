@@ -27,7 +27,7 @@ class Norm(Config):
         return {}
 
     def apply(self, x: jax.Array, vectors: dict[str, jax.Array]) -> jax.Array:
-        """`[..., D] -> [..., D]`, float32 in and out."""
+        """`[..., D] -> [..., D]`, float32 in and out; vectors `[1, …, D]`."""
         raise NotImplementedError
 
 
@@ -84,6 +84,6 @@ class Normalize(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.config.vectors():
             return x
-        vectors = {name: self.param(name, partitioned(nn.initializers.constant(value), ("norm",)), (x.shape[-1],), jnp.float32)
+        vectors = {name: self.param(name, partitioned(nn.initializers.constant(value), ("norm",)), (x.shape[-1],), jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
                    for name, value in self.config.vectors().items()}
         return self.config.apply(x.astype(jnp.float32), vectors).astype(x.dtype)

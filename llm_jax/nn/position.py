@@ -107,7 +107,7 @@ class Alibi(Position):
 
     def bias(self, shared, queries_BL, keys_BM, heads):
         distance = jnp.abs(queries_BL[:, :, None] - keys_BM[:, None, :]).astype(jnp.float32)
-        return -jnp.asarray(self.slopes(heads), jnp.float32)[:, None, None] * distance[:, None]
+        return -jnp.asarray(self.slopes(heads), jnp.float32)[None, :, None, None] * distance[:, None]
 
     @staticmethod
     def slopes(heads: int) -> list[float]:
@@ -146,7 +146,7 @@ class T5Bias(Position):
 
 def _angles(positions_BL: jax.Array, count: int, step: float, theta: float) -> jax.Array:
     """`[B, L, count]` float32: position × θ^(-i·step)."""
-    return positions_BL[..., None].astype(jnp.float32) * theta ** (-step * jnp.arange(count, dtype=jnp.float32))
+    return positions_BL[..., None].astype(jnp.float32) * theta ** (-step * jnp.arange(count, dtype=jnp.float32))[None, None]
 
 
 class Positions(nn.Module):

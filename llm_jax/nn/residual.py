@@ -58,6 +58,6 @@ class Join(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, branch: jax.Array) -> jax.Array:
         def gain(value: float) -> jax.Array:
-            return self.param("scale", partitioned(nn.initializers.constant(value), (None,)), (1,), jnp.float32)
+            return self.param("scale", partitioned(nn.initializers.constant(value), (None,)), (1,), jnp.float32).reshape((1,) * x.ndim)
 
         return self.config.join(x, branch, depth=self.depth, gain=gain)

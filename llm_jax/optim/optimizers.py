@@ -14,8 +14,9 @@ import optax
 import optax.contrib
 
 from llm_jax.core.config import Config, require, require_fraction, require_positive, traced
-from llm_jax.optim.gradients import Factor, where_present, decayed, scheduled
-from llm_jax.optim.second_order import hutchinson, scale_by_soap
+from llm_jax.optim.gradients import Factor, decayed, scale_by_adam, scheduled
+from llm_jax.optim.matrices import masked, matrix_by_matrix, sizes, where_present
+from llm_jax.optim.second_order import branching, hutchinson, scale_by_soap
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,13 @@ class Optimizer(Config):
 
     abstract = True
     slots = 2
+    weight_decay = 0.0  # a field where the optimizer has it
 
     learning_rate: float = traced(1e-3)
 
     def validate(self):
         require_positive(self, "learning_rate")
-        for name in ("b1", "b2", "momentum"):
-            if hasattr(self, name):
-                require_fraction(self, name)
-        if hasattr(self, "weight_decay"):
-            require(self.weight_decay >= 0, "weight_decay", f"must be >= 0, got {self.weight_decay}")
+        require(self.weight_decay >= 0, "weight_decay", f"must be >= 0, got {self.weight_decay}")
 
     def rule(self, roles: Any, axes: Any) -> optax.GradientTransformation:
         """Gradients to updates at learning rate 1, without decay."""
@@ -42,10 +40,8 @@ class Optimizer(Config):
     def build(self, factor: Factor, *, roles: Any, axes: Any) -> optax.GradientTransformationExtraArgs:
         """The whole transformation. factor: step → fraction of the peak; roles, axes: what each parameter is
         (`models.decoder.parameter_roles`, `matrix_axes`). Its update takes the extra arguments value, loss_fn and key."""
-        parts = [self.rule(roles, axes)]
-        if hasattr(self, "weight_decay"):
-            parts.append(decayed(self.weight_decay, roles))
-        return optax.with_extra_args_support(optax.chain(*parts, scheduled(self.learning_rate, factor)))
+        parts = self.rule(roles, axes), decayed(self.weight_decay, roles), scheduled(self.learning_rate, factor)
+        return optax.with_extra_args_support(optax.chain(*parts))
 
     def evaluation_params(self, state: Any, params: Any) -> Any:
         """The parameters to evaluate, given the state of what `build` returned."""
@@ -72,6 +68,10 @@ class Momentum(Optimizer):
     momentum: float = traced(0.9)
     nesterov: bool = False
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "momentum")
+
     def rule(self, roles, axes):
         return optax.trace(self.momentum, nesterov=self.nesterov)
 
@@ -84,8 +84,13 @@ class Adam(Optimizer):
     b2: float = traced(0.99)
     epsilon: float = 1e-8
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "b1", "b2")
+        require_positive(self, "epsilon")
+
     def rule(self, roles, axes):
-        return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+        return scale_by_adam(self.b1, self.b2, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,14 @@ class Adafactor(Optimizer):
     relative: bool = True
     smallest: int = 32
 
+    def validate(self):
+        super().validate()
+        require_positive(self, "decay_exponent", "clip", "smallest")
+
     def rule(self, roles, axes):
-        return optax.chain(
+        return matrix_by_matrix(optax.chain(
             optax.scale_by_factored_rms(decay_rate=self.decay_exponent, min_dim_size_to_factor=self.smallest),
-            optax.clip_by_block_rms(self.clip), optax.scale_by_param_block_rms() if self.relative else optax.identity())
+            optax.clip_by_block_rms(self.clip), optax.scale_by_param_block_rms() if self.relative else optax.identity()), roles, axes)
 
 
 @dataclass(frozen=True)
@@ -127,25 +136,41 @@ class Lion(Optimizer):
     b2: float = traced(0.99)
     weight_decay: float = traced(0.1)
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "b1", "b2")
+
     def rule(self, roles, axes):
         return optax.scale_by_lion(self.b1, self.b2)
 
 
 @dataclass(frozen=True)
 class Sophia(Optimizer):
-    """clip(m / max(γ h, ε), 1) with h Hutchinson's estimate of the Hessian's diagonal, every `interval` steps. Liu et al. 2023."""
+    """clip(m̂ / max(γ h, ε), ±1) with h the running mean of Hutchinson's estimate of the Hessian's diagonal, made every `interval`
+    steps from the loss of the last micro-batch. Liu et al. 2023, Sophia-H.
+
+    Entries without positive curvature move by the learning rate, the others by less: γ sets how many. The variant with
+    Gauss–Newton–Bartlett estimates would need labels sampled from the model, which a scalar loss does not give.
+    """
 
     learning_rate: float = traced(1e-3)
     b1: float = traced(0.965)
     b2: float = traced(0.99)
-    gamma: float = 0.01
+    gamma: float = traced(0.01)
+    epsilon: float = 1e-12
     interval: int = 10
     weight_decay: float = traced(0.1)
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "b1", "b2")
+        require_positive(self, "gamma", "epsilon", "interval")
+
     def rule(self, roles, axes):
-        return optax.contrib.sophia(
+        return branching(optax.contrib.sophia(
             learning_rate=-1.0,  # optax applies the sign of descent here, `scheduled` does in this file
-            b1=self.b1, b2=self.b2, gamma=self.gamma, update_interval=self.interval, weight_decay=0.0, hessian_diagonal_fn=hutchinson())
+            b1=self.b1, b2=self.b2, eps=self.epsilon, gamma=self.gamma, update_interval=self.interval, weight_decay=0.0,
+            hessian_diagonal_fn=hutchinson()))
 
 
 @dataclass(frozen=True)
@@ -162,9 +187,13 @@ class MatrixOptimizer(Optimizer):
         """The rule for matrices; `axes` is a function from their updates to each one's (input axes, output axes)."""
         raise NotImplementedError
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "b1", "b2")
+
     def rule(self, roles, axes):
         labels = jax.tree.map(lambda role: "matrix" if role == "matrix" else "other", roles)
-        other = optax.scale_by_adam(self.b1, self.b2)
+        other = scale_by_adam(self.b1, self.b2)
         return optax.partition({"matrix": self.matrix_rule(lambda updates: where_present(axes, updates)), "other": other}, labels)
 
 
@@ -172,25 +201,27 @@ class MatrixOptimizer(Optimizer):
 class Muon(MatrixOptimizer):
     """Nesterov momentum, orthogonalised by Newton–Schulz iterations. Jordan et al. 2024.
 
-    Updates are scaled by 0.2 √max(fan in, fan out), which gives them AdamW's typical size, so that both work at the same
-    learning rates (Liu et al. 2025, Muon is Scalable, §2.2).
+    Updates are scaled by `size` · √max(inputs, outputs), so that their root mean square is `size`, AdamW's typical one, and both
+    work at the same learning rates (Liu et al. 2025, Muon is Scalable, §2.2). b1, b2: of Adam for everything else.
     """
 
     slots = 1
     momentum: float = traced(0.95)
     iterations: int = 5
-    size: float = 0.2
+    size: float = traced(0.2)
+
+    def validate(self):
+        super().validate()
+        require_fraction(self, "momentum")
+        require_positive(self, "iterations", "size")
 
     def matrix_rule(self, axes):
         def dimensions(updates):
-            named = lambda u, pair: u if isinstance(u, optax.MaskedNode) else optax.contrib.MuonDimensionNumbers(*pair)  # noqa: E731
-            return jax.tree.map(named, updates, axes(updates), is_leaf=lambda u: isinstance(u, optax.MaskedNode))
+            return jax.tree.map(lambda u, pair: u if masked(u) else optax.contrib.MuonDimensionNumbers(*pair),
+                                updates, axes(updates), is_leaf=masked)
 
         def resize(updates, state, params=None):
-            def one(u, pair):
-                return u * (self.size * math.sqrt(max(math.prod(u.shape[i] for i in part) for part in pair)))
-
-            return jax.tree.map(one, updates, axes(updates)), state
+            return jax.tree.map(lambda u, pair: u * (self.size * math.sqrt(max(sizes(u, pair)))), updates, axes(updates)), state
 
         return optax.chain(
             optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=dimensions),
@@ -205,8 +236,14 @@ class SOAP(MatrixOptimizer):
     """
 
     slots = 6
+    b1: float = traced(0.95)
+    b2: float = traced(0.95)
     frequency: int = 10
     largest: int = 4096
+
+    def validate(self):
+        super().validate()
+        require_positive(self, "frequency", "largest")
 
     def matrix_rule(self, axes):
         return scale_by_soap(axes, b1=self.b1, b2=self.b2, frequency=self.frequency, largest=self.largest)
@@ -216,17 +253,28 @@ class SOAP(MatrixOptimizer):
 class ScheduleFreeAdamW(Optimizer):
     """AdamW whose schedule is replaced by interpolating with an average of the iterates. Defazio et al. 2024.
 
-    It wants a constant schedule after warm-up. Evaluation sees the average.
+    Gradients are taken at y = (1 - b1) z + b1 x, z follows AdamW without momentum, x is the average of z weighted by the
+    square of the learning rate, and is what evaluation sees. It wants a constant schedule after warm-up.
     """
 
     learning_rate: float = traced(3e-3)
     b1: float = traced(0.9)
     b2: float = traced(0.99)
+    epsilon: float = 1e-8
     weight_decay: float = traced(0.1)
 
+    def validate(self):
+        super().validate()
+        require_fraction(self, "b2")
+        require(0 < self.b1 < 1, "b1", f"must be in (0, 1), got {self.b1}")
+        require_positive(self, "epsilon")
+
+    def rule(self, roles, axes):
+        return optax.scale_by_rms(self.b2, self.epsilon, eps_in_sqrt=False, bias_correction=True)
+
     def build(self, factor, *, roles, axes):
-        base = optax.chain(optax.scale_by_adam(0.0, self.b2), decayed(self.weight_decay, roles), scheduled(self.learning_rate, factor))
-        return optax.contrib.schedule_free(base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1)
+        base = super().build(factor, roles=roles, axes=axes)
+        return optax.contrib.schedule_free(base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1)  # optax counts from 1
 
     def evaluation_params(self, state, params):
         return optax.contrib.schedule_free_eval_params(state, params)

@@ -1,12 +1,13 @@
 """Learning-rate schedules: a factor in [0, 1] on the peak learning rate, as a function of the step."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 
-from llm_jax.core.config import Config, require
+from llm_jax.core.config import Config, require, traced
 
 
 @dataclass(frozen=True)
@@ -15,20 +16,20 @@ class Schedule(Config):
 
     abstract = True
 
-    warmup: float = 0.05
+    warmup: float = traced(0.05)
 
     def validate(self):
         require(self.warmup >= 0, "warmup", f"must be >= 0, got {self.warmup}")
 
     def __call__(self, step, total: int):
         """The factor at `step` (0-based, may be traced) of `total`: (step + 1) / warm-up steps at first, never above 1."""
-        warm = self.warmup * total if self.warmup < 1 else float(self.warmup)
+        warm = jnp.asarray(jnp.where(self.warmup < 1, self.warmup * total, self.warmup), jnp.float32)
         step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warm) / max(total - warm, 1.0), 0.0, 1.0)
-        return jnp.minimum((step + 1) / max(warm, 1.0), 1.0) * self.after(step, progress, warm)
+        progress = jnp.clip((step - warm) / jnp.maximum(total - warm, 1.0), 0.0, 1.0)
+        return jnp.minimum((step + 1) / jnp.maximum(warm, 1.0), 1.0) * self.after(step, progress, warm)
 
-    def after(self, step, progress, warm: float):
-        """The factor without warm-up; progress runs from 0 at its end to 1 at the end of training."""
+    def after(self, step, progress, warm):
+        """The factor without warm-up; progress runs from 0 at its end to 1 at the end of training; `warm` is its steps."""
         raise NotImplementedError
 
 
@@ -46,7 +47,7 @@ class Decaying(Schedule):
 
     abstract = True
 
-    final: float = 0.0
+    final: float = traced(0.0)
 
     def validate(self):
         super().validate()
@@ -57,7 +58,7 @@ class Decaying(Schedule):
 class Cosine(Decaying):
     """final + (1 - final) (1 + cos π·progress) / 2. Loshchilov & Hutter 2017."""
 
-    final: float = 0.1
+    final: float = traced(0.1)
 
     def after(self, step, progress, warm):
         return self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -76,19 +77,22 @@ class Rsqrt(Schedule):
     """√(warm-up / step), which knows no end. Vaswani et al. 2017, §5.3."""
 
     def after(self, step, progress, warm):
-        warm = max(warm, 1.0)
+        warm = jnp.maximum(warm, 1.0)
         return jnp.sqrt(warm / jnp.maximum(step + 1, warm))
+
+
+FALLS: dict[str, Callable] = {"linear": lambda t: t, "sqrt": jnp.sqrt, "cosine": lambda t: 0.5 * (1 - jnp.cos(jnp.pi * t))}
 
 
 @dataclass(frozen=True)
 class WSD(Decaying):
     """Warm-up, stable, decay: 1 until the last `decay` of the time, then down to `final`. Hu et al. 2024, Hägele et al. 2024.
 
-    shape: "linear", or "sqrt" for 1 - √t, which falls faster at first.
+    shape: how it falls with t from 0 to 1: "linear" 1 - t, "sqrt" 1 - √t (fastest at first), "cosine" (1 + cos πt) / 2.
     """
 
-    decay: float = 0.2
-    shape: Literal["linear", "sqrt"] = "sqrt"
+    decay: float = traced(0.2)
+    shape: Literal["linear", "sqrt", "cosine"] = "sqrt"
 
     def validate(self):
         super().validate()
@@ -96,4 +100,4 @@ class WSD(Decaying):
 
     def after(self, step, progress, warm):
         fallen = jnp.clip((progress - (1 - self.decay)) / self.decay, 0.0, 1.0)
-        return 1 - (1 - self.final) * (jnp.sqrt(fallen) if self.shape == "sqrt" else fallen)
+        return 1 - (1 - self.final) * FALLS[self.shape](fallen)

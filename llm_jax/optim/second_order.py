@@ -1,7 +1,6 @@
 """Curvature: Hutchinson's estimate of the Hessian's diagonal, and SOAP's eigenbasis."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,14 +8,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.optim.matrices import as_matrices, from_matrices, sizes
+
+
+@jax.custom_batching.custom_vmap
+def in_step(count: jax.Array) -> jax.Array:
+    """`count`, taken to be the same for all members of a batch.
+
+    The trials of a population have all made the same number of steps. Saying so keeps what happens every few steps a branch
+    under `vmap`; from a batched count it would become a selection between both sides, computed at every step.
+    """
+    return count
+
+
+@in_step.def_vmap
+def _(size, batched, count):
+    return in_step(count[0]), False
+
+
+def branching(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`rule` with every counter in its state put through `in_step`."""
+    rule = optax.with_extra_args_support(rule)
+
+    def update(updates, state, params=None, **extra):
+        counted = jax.tree.map(lambda x: in_step(x) if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x, state)
+        return rule.update(updates, counted, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
 
 def hutchinson() -> optax.GradientTransformationExtraArgs:
-    """u ⊙ (H u) with random signs u, an unbiased estimate of the diagonal of the Hessian of `loss_fn`. Hutchinson 1989."""
+    """u ⊙ (H u) with random signs u, an unbiased estimate of the diagonal of the Hessian of `loss_fn`. Hutchinson 1989.
+
+    The product is the derivative of the gradient along u: one forward over one reverse pass, about two gradients' work.
+    """
 
     def update(updates, state, params=None, *, loss_fn, key, **_):
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
-        signs = jax.tree.unflatten(tree, [jax.random.rademacher(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)])
+        signs = tree.unflatten([jax.random.rademacher(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)])
         products = jax.jvp(jax.grad(loss_fn), (params,), (signs,))[1]
         return jax.tree.map(jnp.multiply, signs, products), state
 
@@ -25,94 +55,110 @@ def hutchinson() -> optax.GradientTransformationExtraArgs:
 
 class SoapState(NamedTuple):
     """Adam's moments (the second in the eigenbasis, both shaped like the parameters), and for each side of each matrix its
-    gradient covariance `[…, n, n]` and eigenbasis; sides that are not turned hold arrays of size 0."""
+    gradient covariance `[batch, n, n]` and eigenbasis; sides that are not turned hold arrays of size 0."""
 
-    count: jax.Array
+    step: jax.Array
     mean: Any
     square: Any
     covariances: Any
     bases: Any
 
 
-def scale_by_soap(axes: Callable[[Any], Any], *, b1, b2, frequency: int, largest: int, epsilon: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's update of the gradient QLᵀ G QR, turned back. Vyas et al. 2024.
+class Leaf(NamedTuple):
+    """What SOAP keeps for one parameter: the fields of `SoapState` without the counter."""
 
-    axes: updates → (input axes, output axes) of every matrix. The bases are the eigenvectors of the first gradient's
-    covariances, then follow their running means by one step of power iteration and QR every `frequency` steps.
+    mean: jax.Array
+    square: jax.Array
+    covariances: list[jax.Array]
+    bases: list[jax.Array]
+
+
+def scale_by_soap(axes: Callable[[Any], Any], *, b1: Any, b2: Any, frequency: int, largest: int,
+                  epsilon: float = 1e-8) -> optax.GradientTransformation:
+    """Adam's update of the gradient QLᵀ G QR, turned back: QL N QRᵀ. Vyas et al. 2024, algorithm 3, and their code.
+
+    axes: updates → (input axes, output axes) of every matrix. QL, QR: eigenvectors of the running means (decay b2) of G Gᵀ
+    and Gᵀ G; they start as those of the first gradient, which is used for nothing else, then follow by one power iteration
+    and QR every `frequency` steps. A gradient is always turned by the basis of the steps before it.
     """
 
     def init(params):
         def sides(p, pair):
-            matrices = _as_matrices(p, pair)
-            sizes = [n if n <= largest else 0 for n in matrices.shape[-2:]]
-            return [jnp.zeros((matrices.shape[0], n, n), jnp.float32) for n in sizes]
+            turned = [n if n <= largest else 0 for n in sizes(p, pair)]
+            return [jnp.zeros((as_matrices(p, pair).shape[0], n, n), jnp.float32) for n in turned]
 
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        empty = jax.tree.map(sides, params, axes(params))
-        return SoapState(jnp.zeros((), jnp.int32), zeros(), zeros(), empty, jax.tree.map(jnp.copy, empty))
+        mean, square = (optax.tree.zeros_like(params) for _ in range(2))
+        covariances, bases = (jax.tree.map(sides, params, axes(params)) for _ in range(2))
+        return SoapState(jnp.zeros((), jnp.int32), mean, square, covariances, bases)
 
     def update(updates, state, params=None):
-        count = state.count + 1
-        new = {path: _soap(g, pair, m, v, c, q, count, b1, b2, frequency, epsilon) for path, g, pair, m, v, c, q in _zipped(
-            updates, axes(updates), state.mean, state.square, state.covariances, state.bases)}
-        tree = jax.tree.structure(updates)
-        parts = [jax.tree.unflatten(tree, [values[i] for values in new.values()]) for i in range(5)]
-        return parts[0], SoapState(count, *parts[1:])
+        count = in_step(state.step)
+        leaves, tree = jax.tree.flatten(updates)
+        kept = zip(*(tree.flatten_up_to(part) for part in state[1:]), strict=True)
+        steps, new = [], []
+        for g, pair, leaf in zip(leaves, tree.flatten_up_to(axes(updates)), kept, strict=True):
+            step, leaf = _adam_in_basis(g, pair, Leaf(*leaf), count, b1, b2, epsilon)
+            steps.append(step)
+            new.append(_follow(g, pair, leaf, count, b2, frequency))
+        parts = [tree.unflatten([leaf[i] for leaf in new]) for i in range(len(Leaf._fields))]
+        return tree.unflatten(steps), SoapState(count + 1, *parts)
 
     return optax.GradientTransformation(init, update)
 
 
-def _zipped(updates: Any, *others: Any):
-    """For every leaf of `updates` its index, itself, and what stands there in the other trees."""
-    leaves, tree = jax.tree.flatten(updates)
-    columns = [tree.flatten_up_to(other) for other in others]
-    return [(i, leaf, *(column[i] for column in columns)) for i, leaf in enumerate(leaves)]
+def _adam_in_basis(g, pair, leaf: Leaf, count, b1, b2, epsilon) -> tuple[jax.Array, Leaf]:
+    """One leaf's update and its new moments; 0 at the first step, which has no basis yet."""
+    g = jnp.where(count > 0, g, 0.0)
+    turned = from_matrices(_rotate(as_matrices(g, pair), leaf.bases), g, pair)
+    mean = b1 * leaf.mean + (1 - b1) * g
+    square = b2 * leaf.square + (1 - b2) * jnp.square(turned)
+    steps = jnp.maximum(count, 1)
+    first = _rotate(as_matrices(mean, pair), leaf.bases) / (1 - b1**steps)
+    step = first / (jnp.sqrt(as_matrices(square, pair) / (1 - b2**steps)) + epsilon)
+    return from_matrices(_rotate(step, leaf.bases, back=True), g, pair), leaf._replace(mean=mean, square=square)
 
 
-def _soap(g, pair, mean, square, covariances, bases, count, b1, b2, frequency, epsilon):
-    """One leaf's (update, mean, square, covariances, bases)."""
-    shape, order, G = *_layout(g, pair), _as_matrices(g, pair)
+def _follow(g, pair, leaf: Leaf, count, b2, frequency: int) -> Leaf:
+    """The leaf with its covariances averaged and, when it is time, its bases turned."""
+    G = as_matrices(g, pair)
     fresh = [jnp.einsum("bij,bkj->bik", G, G), jnp.einsum("bij,bik->bjk", G, G)]
-    covariances = [jnp.where(count == 1, new, b2 * old + (1 - b2) * new) if old.shape[-1] else old
-                   for old, new in zip(covariances, fresh, strict=True)]
-    bases = [_turned(count, c, q, frequency) if q.shape[-1] else q for c, q in zip(covariances, bases, strict=True)]
-    mean = b1 * mean + (1 - b1) * g
-    square = b2 * square + (1 - b2) * _from_matrices(jnp.square(_rotate(G, bases)), shape, order)
-    first = _rotate(_as_matrices(mean, pair), bases) / (1 - b1**count)
-    step = first / (jnp.sqrt(_as_matrices(square, pair) / (1 - b2**count)) + epsilon)
-    return _from_matrices(_rotate(step, bases, back=True), shape, order), mean, square, covariances, bases
+    covariances = [b2 * old + (1 - b2) * new if old.size else old for old, new in zip(leaf.covariances, fresh, strict=True)]
+
+    def first(square, bases):
+        return square, [jnp.linalg.eigh(c)[1] if c.size else q for c, q in zip(covariances, bases, strict=True)]
+
+    def turn(square, bases):
+        V = as_matrices(square, pair)
+        new = []
+        for side, (c, q) in enumerate(zip(covariances, bases, strict=True), start=1):
+            if c.size:
+                q, V = _iterate(c, q, V, side)
+            new.append(q)
+        return from_matrices(V, square, pair), new
+
+    which = jnp.where(count == 0, 0, jnp.where(count % frequency == 0, 1, 2))
+    square, bases = jax.lax.switch(which, [first, turn, lambda square, bases: (square, bases)], leaf.square, leaf.bases)
+    return Leaf(leaf.mean, square, covariances, bases)
 
 
-def _turned(count, covariance, basis, frequency: int):
-    """The eigenvectors at the first step, a QR iteration at every `frequency`-th, the same basis otherwise."""
-    first = lambda c, q: jnp.linalg.eigh(c)[1]  # noqa: E731
-    follow = lambda c, q: jnp.linalg.qr(c @ q)[0]  # noqa: E731
-    which = jnp.where(count == 1, 0, jnp.where(count % frequency == 0, 1, 2))
-    return jax.lax.switch(which, [first, follow, lambda c, q: q], covariance, basis)
+def _iterate(covariance, basis, V, side: int):
+    """One power iteration and QR, directions in falling order of their eigenvalue estimates, and V's `side` in that order.
+
+    Both need the full precision of float32, which accelerators do not give products by default.
+    """
+    product = jnp.einsum("bij,bjk->bik", covariance, basis, precision=jax.lax.Precision.HIGHEST)
+    order = jnp.argsort(-jnp.einsum("bji,bji->bi", basis, product), axis=-1)
+    shape = [order.shape[0], 1, 1]
+    shape[side] = order.shape[1]
+    basis = jnp.linalg.qr(jnp.take_along_axis(product, order[:, None, :], axis=2))[0]
+    return basis, jnp.take_along_axis(V, order.reshape(shape), axis=side)
 
 
 def _rotate(G, bases, *, back: bool = False):
+    """QLᵀ G QR, or `back` QL G QRᵀ; a side without a basis stays as it is."""
     left, right = bases
-    if left.shape[-1]:
+    if left.size:
         G = jnp.einsum("bij,bjk->bik" if back else "bji,bjk->bik", left, G)
-    if right.shape[-1]:
+    if right.size:
         G = jnp.einsum("bij,bkj->bik" if back else "bij,bjk->bik", G, right)
     return G
-
-
-def _layout(x, pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape with (batch axes, input axes, output axes) in that order, and the permutation that makes it."""
-    inputs, outputs = pair
-    order = (*(i for i in range(x.ndim) if i not in (*inputs, *outputs)), *inputs, *outputs)
-    return tuple(x.shape[i] for i in order), order
-
-
-def _as_matrices(x, pair):
-    """`[batch, inputs, outputs]`."""
-    shape, order = _layout(x, pair)
-    inputs, outputs = (math.prod(x.shape[i] for i in part) for part in pair)
-    return x.transpose(order).reshape(-1, inputs, outputs)
-
-
-def _from_matrices(x, shape, order):
-    return x.reshape(shape).transpose(tuple(order.index(i) for i in range(len(order))))

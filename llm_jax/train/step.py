@@ -53,7 +53,7 @@ def make_train_step(
         if average is not None:
             mean = jax.tree.map(lambda m, p: average * m + (1 - average) * p, mean, params)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
-        metrics["train/grad_norm"] = Weighted.of(optax.global_norm(grads))
+        metrics["train/grad_norm"] = Weighted.of(optax.tree.norm(grads))
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=mean), metrics
 
     return step
