@@ -44,13 +44,26 @@ def hutchinson() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(updates, state, params=None, *, loss_fn, key, **_):
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        signs = tree.unflatten([jax.random.rademacher(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)])
+        signs = random_signs(key, params)
         products = jax.jvp(jax.grad(loss_fn), (params,), (signs,))[1]
         return jax.tree.map(jnp.multiply, signs, products), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def random_signs(key: jax.Array, like: Any) -> Any:
+    """±1 with equal chances, shaped like `like`; leaves of one shape are drawn together, which compiles one generator for all
+    layers instead of one a leaf."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    alike: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        alike.setdefault((leaf.shape, leaf.dtype), []).append(index)
+    signs = {}
+    for (shape, dtype), indices in alike.items():
+        draw = jax.vmap(lambda k, shape=shape, dtype=dtype: jax.random.rademacher(k, shape, dtype))
+        signs |= dict(zip(indices, draw(keys[jnp.array(indices)]), strict=True))
+    return tree.unflatten([signs[index] for index in range(len(leaves))])
 
 
 class SoapState(NamedTuple):

@@ -1,0 +1,51 @@
+"""How llm_jax is installed: `pip install -e .`, with the extras test, tpu, cuda and parity."""
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="llm_jax",
+    version="0.1.0",
+    description="Language-model ablations in JAX: one file declares the comparison, one command trains and reports it",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["llm_jax", "llm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "sentencepiece>=0.2",
+        "absl-py>=2",
+        "pydantic>=2",
+        "numpy>=2",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
+        "rich>=13",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "import-linter>=2.6",  # the first with acyclic_siblings
+            "mypy>=1.15",
+            "ruff>=0.15",
+        ],
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        # the other side of parity tests and benchmarks; pinned, because the numbers are compared with this version
+        "parity": ["torch==2.13.0", "transformers>=5", "numpy>=2"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
