@@ -12,6 +12,7 @@ from dataclasses import replace
 from absl import flags
 from rich.console import Console
 
+from llm_jax.cli.flags import parse
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, override_text
 
@@ -30,7 +31,7 @@ EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product p
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
-    _parse(argv)
+    parse(FLAGS, argv)
     platform.setup()
     from llm_jax.lab import plan, report
     from llm_jax.lab.runner import Runner
@@ -55,15 +56,6 @@ def main(argv: Sequence[str]) -> int:
     Console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
-
-
-def _parse(argv: Sequence[str]) -> None:
-    try:
-        rest = FLAGS(argv, known_only=False)
-    except flags.Error as error:
-        raise ConfigError(str(error).replace("\n", " ")) from None
-    if len(rest) > 1:
-        raise ConfigError(f"takes flags only, got {rest[1]!r}: write --name=value", "run")
 
 
 def _declared():

@@ -1,0 +1,25 @@
+"""Reading a command's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from llm_jax.core.config import ConfigError
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Fills `values` from `argv` (the command's name first); `--help` and `--helpshort` list the flags and leave.
+
+    Raises `ConfigError` for an unknown flag, a wrong value, or a word that is no flag.
+    """
+    if set(argv[1:]) & {"--help", "--helpshort", "-h"}:
+        print(f"python -m {argv[0]} --flags\n{values.get_help()}")
+        raise SystemExit(0)
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise ConfigError(str(error).replace("\n", " ")) from None
+    if len(rest) > 1:
+        raise ConfigError(f"takes flags only, got {rest[1]!r}: write --name=value", argv[0])

@@ -1,0 +1,148 @@
+"""The report's pictures, as SVG for the page and PNG for the folder; one colour an arm, safe for colour-blind readers."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from llm_jax.lab.summary import Summary, finite_mean
+
+# Okabe & Ito 2008, then Tol's muted set
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")
+STYLE = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "path",
+    "svg.hashsalt": "llm_jax", "figure.figsize": (7.2, 4.2), "legend.frameon": False, "figure.constrained_layout.use": True,
+}
+AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds (a trial's share of the machine)"}
+
+Draw = Callable[[Any, Summary], None]
+
+
+def pictures(summary: Summary) -> dict[str, Draw]:
+    """Name → function that draws on a matplotlib axes; only what the results have numbers for."""
+    found: dict[str, Draw] = {"arms": _arms}
+    for axis in AXES:
+        found[f"learning_curves_{axis}"] = lambda ax, s, axis=axis: _curves(ax, s, axis)
+    for path, grid in summary.data["nuisance"].items():
+        if len(grid) > 1:
+            found[f"sensitivity_{path.replace('.', '_')}"] = lambda ax, s, path=path: _sensitivity(ax, s, path)
+    if len(_lengths(summary)) > 1:
+        found["length"] = _by_length
+    return found
+
+
+def svg(draw: Draw, summary: Summary) -> str:
+    """The picture as an `<svg>` element."""
+    text = _render(draw, summary, "svg").decode()
+    return text[text.index("<svg"):]
+
+
+def png(draw: Draw, summary: Summary, file: pathlib.Path) -> None:
+    """The picture as a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(_render(draw, summary, "png"))
+
+
+def _render(draw: Draw, summary: Summary, kind: str) -> bytes:
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots()
+        draw(ax, summary)
+        out = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(out, format=kind, dpi=150, metadata=metadata)
+        plt.close(figure)
+    return out.getvalue()
+
+
+def colour(summary: Summary, arm: str) -> str:
+    """The arm's colour, the same in every picture."""
+    return PALETTE[[row["arm"] for row in summary.data["arms"]].index(arm) % len(PALETTE)]
+
+
+def _arms(ax, summary: Summary) -> None:
+    """Each arm's mean with its interval, and every seed as a dot."""
+    rows = [row for row in summary.data["arms"] if row["mean"] is not None]
+    for height, row in enumerate(reversed(rows)):
+        tint = colour(summary, row["arm"])
+        ax.plot(row["interval"], [height, height], color=tint, lw=3, alpha=0.5, solid_capstyle="round")
+        ax.plot(list(row["values"].values()), [height] * row["n"], "o", ms=4, color=tint, alpha=0.6)
+        ax.plot(row["mean"], height, "|", ms=16, mew=2.5, color=tint)
+    ax.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)])
+    ax.set_xlabel(summary.data["metric"])
+
+
+def _curves(ax, summary: Summary, axis: str) -> None:
+    """The metric (or the loss, where it is only known at the end) while training: mean and range over seeds."""
+    name = summary.data["metric"].partition("@")[0]
+    shown: list[float] = []
+    for row in summary.data["arms"]:
+        curves = [t["curve"] for t in summary.finals(row["arm"])]
+        key = name if curves and all(name in c for c in curves) else "train/loss"
+        curves = [c for c in curves if key in c]
+        if not curves:
+            continue
+        x, y = np.array(finite_mean([c[axis] for c in curves])), np.array(finite_mean([c[key] for c in curves]))
+        keep = np.isfinite(y)
+        tint = colour(summary, row["arm"])
+        ax.plot(x[keep], y[keep], marker="o", ms=3, color=tint, label=row["arm"])
+        low, high = (np.array([f([v for v in column if v is not None], default=math.nan) for column in zip(*(c[key] for c in curves), strict=False)])
+                     for f in (min, max))
+        ax.fill_between(x[keep], low[keep], high[keep], color=tint, alpha=0.15, lw=0)
+        shown += list(y[keep])
+    ax.set_xlabel(AXES[axis])
+    ax.set_ylabel(name)
+    _legend(ax, len(shown))
+
+
+def _sensitivity(ax, summary: Summary, path: str) -> None:
+    """The tuning metric against one nuisance parameter, the best over the others; crosses mark divergence."""
+    metric, best = summary.data["tuning_metric"], (min if summary.data["mode"] == "min" else max)
+    for row in summary.data["arms"]:
+        points: dict[float, list[float]] = {}
+        for trial in summary.trials:
+            value = trial["metrics"].get(metric)
+            if trial["arm"] == row["arm"] and trial["phase"] == "tune" and value is not None:
+                points.setdefault(trial["nuisance"][path], []).append(value)
+        x = sorted(points)
+        ax.plot(x, [best(points[v]) for v in x], marker="o", ms=4, color=colour(summary, row["arm"]), label=row["arm"])
+        chosen = row["nuisance"].get(path)
+        if chosen in points:
+            ax.plot(chosen, best(points[chosen]), "o", ms=10, mfc="none", mew=1.5, color=colour(summary, row["arm"]))
+    grid = summary.data["nuisance"][path]
+    if min(grid) > 0 and max(grid) / min(grid) > 5:
+        ax.set_xscale("log")
+    ax.set_xlabel(f"{path} (ring: chosen)")
+    ax.set_ylabel(metric)
+    _legend(ax, len(summary.data["arms"]))
+
+
+def _lengths(summary: Summary) -> list[int]:
+    stem = summary.data["metric"].partition("@")[0]
+    return sorted(int(name.removeprefix(f"{stem}@")[:-1]) for name in summary.data["metrics"] if name.startswith(f"{stem}@") and name.endswith("x"))
+
+
+def _by_length(ax, summary: Summary) -> None:
+    """The metric against the multiple of the trained length."""
+    stem, lengths = summary.data["metric"].partition("@")[0], _lengths(summary)
+    for row in summary.data["arms"]:
+        values = [summary.data["metrics"][f"{stem}@{m}x"][row["arm"]] for m in lengths]
+        ax.plot(lengths, [math.nan if v is None else v for v in values], marker="o", ms=4, color=colour(summary, row["arm"]), label=row["arm"])
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{m}×" for m in lengths])
+    ax.set_xlabel("evaluated length / trained length")
+    ax.set_ylabel(stem)
+    _legend(ax, len(lengths))
+
+
+def _legend(ax, shown: int | Sequence) -> None:
+    if shown:
+        ax.legend(fontsize=8, ncols=2)

@@ -1,0 +1,199 @@
+"""From the `results.json` files of trials to one summary: what every report is rendered from."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from llm_jax.core.config import ConfigError
+from llm_jax.lab import statistics
+
+Trial = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything a report says. data: JSON; trials: what it was made from, with the arm's name as reported."""
+
+    data: dict[str, Any]
+    trials: list[Trial]
+
+    def finals(self, arm: str) -> list[Trial]:
+        """The trials of an arm's winner that ended well, by seed."""
+        found = [t for t in self.trials if t["arm"] == arm and t["phase"] == "final" and t["status"] == "done"]
+        return sorted(found, key=lambda t: t["seed"])
+
+
+def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
+    """The results of every trial in the folders; arms that several folders share are called "folder/arm".
+
+    Raises `ConfigError` for a folder that is missing, holds none, or holds one that cannot be read.
+    """
+    trials: list[Trial] = []
+    for workdir in map(pathlib.Path, workdirs):
+        files = sorted((workdir / "trials").glob("*/results.json"))
+        if not files:
+            raise ConfigError("holds no results (trials/*/results.json): is it a work folder, and has a trial ended?", str(workdir))
+        for file in files:
+            try:
+                trials.append(json.loads(file.read_text()) | {"folder": workdir.resolve().name})
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"is damaged ({error}): remove it and run the command again", str(file)) from None
+    homes: dict[str, set[str]] = {}
+    for trial in trials:
+        homes.setdefault(trial["arm"], set()).add(trial["folder"])
+    for trial in trials:
+        trial["own_arm"] = trial["arm"]
+        if len(homes[trial["own_arm"]]) > 1:
+            trial["arm"] = f"{trial['folder']}/{trial['own_arm']}"
+    return trials
+
+
+def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
+    """Statistics of all arms, claims and failures. Raises what `read` raises."""
+    trials = read(workdirs)
+    ablation = trials[0]["ablation"]
+    metric, sign = ablation["metric"], 1 if ablation["mode"] == "min" else -1
+    arms = _ordered(trials)
+    values = {arm: _by_seed(trials, arm, metric) for arm in arms}
+    baseline = _baseline(arms, ablation["baseline"])
+    rows = _rows(trials, arms, values, baseline, ablation, sign)
+    floor = statistics.noise_floor([list(v.values()) for v in values.values()])
+    data = {
+        "question": ablation["question"], "name": ablation["name"], "metric": metric, "mode": ablation["mode"], "baseline": baseline,
+        "tuning_metric": ablation["tuning_metric"], "scale": ablation.get("scale"), "answer": _answer(rows, metric, sign), "arms": rows,
+        "noise_floor": None if floor is None else asdict(floor), "claims": _claims(trials, ablation, sign),
+        "nuisance": ablation["nuisance"], "scientific": ablation["scientific"], "metrics": _metrics(trials, arms),
+        "problems": _problems(trials, ablation, len(set(t["folder"] for t in trials)) > 1), "provenance": _provenance(trials),
+        "base": trials[0]["config"],
+    }
+    return Summary(data, trials)
+
+
+def _ordered(trials: Sequence[Trial]) -> list[str]:
+    declared = list(dict.fromkeys(arm for t in trials for arm in t["ablation"]["arms"]))
+    own = {t["arm"]: t["own_arm"] for t in trials}
+    return sorted(own, key=lambda arm: (declared.index(own[arm]) if own[arm] in declared else len(declared), arm))
+
+
+def _baseline(arms: Sequence[str], wanted: str) -> str:
+    return next((arm for arm in arms if arm == wanted or arm.endswith(f"/{wanted}")), arms[0])
+
+
+def _by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, float]:
+    found = [t for t in trials if t["arm"] == arm and t["phase"] == "final" and t["status"] == "done"]
+    return {t["seed"]: t["metrics"][metric] for t in found if t["metrics"].get(metric) is not None}
+
+
+def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]]:
+    differences = {arm: statistics.paired_difference(values[arm], values[baseline]) for arm in arms if arm != baseline}
+    adjusted = dict(zip(differences, statistics.holm([d.p if d else None for d in differences.values()]), strict=True))
+    rows = []
+    for arm in arms:
+        scores = list(values[arm].values())
+        winner = next((t for t in trials if t["arm"] == arm and t["phase"] == "final"), None)
+        nuisance = winner["nuisance"] if winner else {}
+        difference = differences.get(arm)
+        rows.append({
+            "arm": arm, "n": len(scores), "mean": float(np.mean(scores)) if scores else None,
+            "interval": statistics.bootstrap_interval(scores) if scores else None, "values": {str(s): v for s, v in values[arm].items()},
+            "nuisance": nuisance, "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
+            "difference": asdict(difference) if difference else None, "p": adjusted.get(arm),
+            "verdict": "baseline" if arm == baseline else statistics.verdict(difference, adjusted.get(arm), sign=sign),
+            "parameters": winner["parameters"] if winner else None, "seconds": winner["seconds"] if winner else None,
+            "tokens": winner["tokens"] if winner else None, "flops": winner["flops"] if winner else None,
+        })
+    return rows
+
+
+def _at_edge(value: float | None, grid: Sequence[float]) -> bool:
+    return value is not None and len(grid) > 2 and value in (min(grid), max(grid))
+
+
+def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
+    """One sentence, no stronger than the tests."""
+    known = [r for r in rows if r["mean"] is not None]
+    if not known:
+        return "No arm has been trained to the end on fresh seeds yet."
+    best = min(known, key=lambda r: sign * r["mean"])
+    start = f"{best['arm']} has the {'lowest' if sign > 0 else 'highest'} {metric}, {best['mean']:.4g}"
+    better = [r["arm"] for r in known if r["verdict"] == "better"]
+    worse = [r["arm"] for r in known if r["verdict"] == "worse"]
+    base = next((r["arm"] for r in rows if r["verdict"] == "baseline"), "")
+    parts = ([f"better than {base}: {', '.join(better)}"] if better else []) + ([f"worse: {', '.join(worse)}"] if worse else [])
+    if not parts:
+        return f"{start}; no arm differs detectably from {base}."
+    return f"{start}; {'; '.join(parts)} (paired over seeds, Holm-corrected)."
+
+
+def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
+    claims = ablation["claims"]
+    differences = []
+    for claim in claims:
+        metric = claim["metric"] or ablation["metric"]
+        a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
+        differences.append(statistics.paired_difference(a, b, shift=-sign * claim["by"]))
+    adjusted = statistics.holm([d.p if d else None for d in differences])
+    return [claim | {"metric": claim["metric"] or ablation["metric"], "difference": asdict(d) if d else None, "p": p,
+                     "verdict": statistics.claim_verdict(d, p, by=claim["by"], sign=sign)}
+            for claim, d, p in zip(claims, differences, adjusted, strict=True)]
+
+
+def _metrics(trials, arms) -> dict[str, dict[str, float | None]]:
+    """Metric → arm → mean over the winner's seeds."""
+    names = sorted({name for t in trials if t["phase"] == "final" for name in t["metrics"]}, key=_metric_order)
+    found: dict[str, dict[str, float | None]] = {}
+    for name in names:
+        means = {arm: list(_by_seed(trials, arm, name).values()) for arm in arms}
+        found[name] = {arm: float(np.mean(v)) if v else None for arm, v in means.items()}
+    return found
+
+
+def _metric_order(name: str) -> tuple[str, float]:
+    stem, _, length = name.partition("@")
+    return stem, float(length.rstrip("x")) if length.rstrip("x").isdigit() else 0.0
+
+
+def _problems(trials, ablation, several: bool) -> list[str]:
+    """What is missing, failed or not comparable, in sentences."""
+    found = []
+    for status in ("diverged", "failed"):
+        for arm in dict.fromkeys(t["arm"] for t in trials if t["status"] == status):
+            own = [t for t in trials if t["arm"] == arm and t["status"] == status]
+            detail = f" ({own[0]['error']})" if own[0]["error"] else f" at {'; '.join(_point(t) for t in own[:4])}"
+            found.append(f"{arm}: {len(own)} run{'s' * (len(own) > 1)} {status}{detail}")
+    for arm in ablation["arms"]:
+        done = sum(t["own_arm"] == arm and t["phase"] == "final" and t["status"] != "failed" for t in trials)
+        if done < ablation["seeds"] and not several:
+            found.append(f"{arm}: {done} of {ablation['seeds']} final runs have ended")
+    for name, key in (("corpus", "corpus"), ("tokenizer", "tokenizer")):
+        if several and len({t["provenance"][key] for t in trials}) > 1:
+            found.append(f"the folders were trained on another {name}, so their numbers compare only as far as that allows")
+    if len({t["ablation"]["metric"] for t in trials}) > 1:
+        found.append("the folders declare different metrics; the first one's is shown")
+    return found
+
+
+def _point(trial: Trial) -> str:
+    return ", ".join(f"{path.split('.')[-1]} {value:g}" for path, value in trial["nuisance"].items()) or f"seed {trial['seed']}"
+
+
+def _provenance(trials) -> list[dict[str, Any]]:
+    """One record for each way the trials were made, newest first."""
+    unique: dict[str, dict[str, Any]] = {}
+    for trial in sorted(trials, key=lambda t: t["provenance"]["date"], reverse=True):
+        kept = {k: v for k, v in trial["provenance"].items() if k not in ("date", "group", "population", "index")}
+        unique.setdefault(json.dumps(kept, sort_keys=True), trial["provenance"])
+    return list(unique.values())
+
+
+def finite_mean(columns: Sequence[Sequence[float | None]]) -> list[float]:
+    """The mean of each position over the columns that have a number there; NaN where none has."""
+    rows = zip(*columns, strict=False)
+    return [float(np.mean([v for v in row if v is not None])) if any(v is not None for v in row) else math.nan for row in rows]

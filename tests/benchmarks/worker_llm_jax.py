@@ -1,0 +1,124 @@
+"""A worker that trains GPT-2 with llm_jax: `python worker_llm_jax.py SIZE [path=value …]`. A unit is a few steps.
+
+It is the real thing: the program that `lab.population` compiles, fed by `data.pipeline` from a token store, driven by
+`train.loop.fit`, recorded by the tracker and the progress display. The iterator that the loop draws from waits for the
+harness; the loop has settled a unit's last step before it asks for more, because a unit ends at a record.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from harness import requests
+from shapes import BETAS, CLIP, LEARNING_RATE, LOG_EVERY, SHAPES, WEIGHT_DECAY, Shape
+
+from llm_jax.core import platform
+
+FOREVER = 1_000_000  # steps; a multiple of every LOG_EVERY
+TOKENS = 2_000_000
+
+
+def gpt2(shape: Shape, log_every: int):
+    """The experiment that is the other side's function: GPT-2 with biases, learned positions, tied output layer, erf GELU."""
+    from llm_jax.data.pipeline import Data
+    from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
+    from llm_jax.models.decoder import Decoder
+    from llm_jax.nn.ffn import Dense
+    from llm_jax.nn.multihead import Attention
+    from llm_jax.nn.position import Learned
+    from llm_jax.optim.optimizers import AdamW
+    from llm_jax.optim.schedules import Constant
+    from llm_jax.train.pretrain import Train
+
+    return Experiment(
+        data=Data(sequence_length=shape.length, batch_size=shape.rows, document_masks=False),
+        model=Decoder(
+            width=shape.width,
+            depth=shape.depth,
+            attention=Attention(heads=shape.heads, bias=True),
+            ffn=Dense(activation="gelu", bias=True),
+            position=Learned(max_length=shape.length),
+        ),
+        optimizer=AdamW(learning_rate=LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY),
+        schedule=Constant(warmup=0.0),
+        train=Train(steps=FOREVER, clip=CLIP, log_every=log_every),
+        evaluation=Evaluation(every=FOREVER),
+        checkpoints=Checkpoints(every=FOREVER),
+    )
+
+
+def gated(batches: Iterator, per_unit: int, **info) -> Iterator:
+    """`batches`, handed out as the harness asks for units of `per_unit` items, after two units to warm up."""
+    yield from islice(batches, 2 * per_unit)
+    for units in requests(**info):
+        yield from islice(batches, units * per_unit)
+
+
+def main(size: str, *changes: str) -> None:
+    """Trains, when asked to, until the input ends."""
+    platform.setup(devices=int(os.environ["DEVICES"]) if "DEVICES" in os.environ else None)
+    import jax
+
+    from llm_jax.core.config import override_text
+    from llm_jax.data.packing import Tokens
+    from llm_jax.data.pipeline import feed
+    from llm_jax.io.progress import Progress
+    from llm_jax.io.tracker import Tracker
+    from llm_jax.lab.plan import cost
+    from llm_jax.lab.population import compile_population
+    from llm_jax.train.loop import Rhythm, Session, fit
+
+    shape = SHAPES[size]
+    experiment = override_text(gpt2(shape, LOG_EVERY[size]), changes)
+    train, price = experiment.train, cost(experiment, shape.vocabulary)
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS).astype(np.uint16)
+    tokens = Tokens(ids, np.zeros(1, np.int64), None)
+    program = compile_population(experiment, 1, vocabulary=shape.vocabulary, byte_lengths=np.ones(shape.vocabulary, np.int32)).bind([experiment])
+    rhythm = Rhythm.fitting(
+        steps=FOREVER,
+        log_every=train.log_every,
+        evaluate_every=FOREVER,
+        checkpoint_every=FOREVER,
+        dispatch=train.steps_per_dispatch or platform.traits().steps_per_dispatch,
+    )
+    per_unit = train.log_every // rhythm.dispatch
+    info = {"unit": train.log_every * shape.rows * shape.length, "parameters": price.parameters, "devices": len(jax.devices()), "dispatch": rhythm.dispatch}
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        tracker = Tracker(folder)
+
+        def record(step: int, rows: list[dict[str, float]]) -> None:
+            tracker.log(rows[0])
+
+        with Progress(
+            FOREVER,
+            size,
+            flops_per_step=price.flops / FOREVER,
+            tokens_per_step=price.tokens / FOREVER,
+            peak_flops=1e12,
+            file=nowhere,
+        ) as progress:
+            session = Session(
+                record=record,
+                rewind=lambda step: None,
+                report=progress.update,
+                evaluations={},
+                tokens_per_step=price.tokens / FOREVER,
+                flops_per_step=price.flops / FOREVER,
+            )
+
+            def batches(start: int) -> Iterator:
+                return gated(feed(experiment.data, tokens, seeds=[0], steps_per_item=rhythm.dispatch, start_step=start), per_unit, **info)
+
+            try:
+                fit(program, batches, rhythm, session)
+            except StopIteration:  # the harness wants no more
+                tracker.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
