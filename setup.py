@@ -1,4 +1,5 @@
 """How llm_jax is installed: `pip install -e .`, with the extras test, tpu, cuda and parity."""
+
 import pathlib
 
 from setuptools import find_packages, setup

@@ -6,6 +6,7 @@ Six schemes and none, each tuned over the same learning rates, trained on sequen
 2, 4 and 8 times that length. Literature: Vaswani et al. 2017 (sinusoidal), Press et al. 2022 (ALiBi), Su et al. 2021 (RoPE),
 Raffel et al. 2020 (T5 bias), Kazemnejad et al. 2023 (no positions).
 """
+
 from llm_jax.lab import Ablation, Claim, log_grid, presets
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
 
@@ -14,10 +15,16 @@ TRAINED, LONGEST = 64, 8
 ablation = Ablation(
     question="Which positional scheme still works past the length it was trained on?",
     base=presets.nano(sequence_length=TRAINED, lengths=(1, 2, 4, LONGEST)),
-    scientific={"model.position": {
-        "none": NoPosition(), "sinusoidal": Sinusoidal(), "learned": Learned(max_length=TRAINED * LONGEST),
-        "rope": Rope(), "alibi": Alibi(), "t5": T5Bias(),
-    }},
+    scientific={
+        "model.position": {
+            "none": NoPosition(),
+            "sinusoidal": Sinusoidal(),
+            "learned": Learned(max_length=TRAINED * LONGEST),
+            "rope": Rope(),
+            "alibi": Alibi(),
+            "t5": T5Bias(),
+        }
+    },
     nuisance={"optimizer.learning_rate": log_grid(1e-3, 1.6e-2, 4)},
     seeds=4,
     baseline="sinusoidal",
@@ -31,12 +38,34 @@ ablation = Ablation(
         Claim("RoPE beats no positions at the trained length", better="rope", than="none", metric="valid/bits_per_byte"),
     ],
     scales={
-        "smoke": {"train.steps": 20, "train.log_every": 10, "evaluation.every": 20, "evaluation.tokens": 4096, "checkpoints.every": 20,
-                  "model.depth": 1, "model.width": 32, "seeds": 2, "nuisance": {"optimizer.learning_rate": (2e-3, 8e-3)}},
+        "smoke": {
+            "train.steps": 20,
+            "train.log_every": 10,
+            "evaluation.every": 20,
+            "evaluation.tokens": 4096,
+            "checkpoints.every": 20,
+            "model.depth": 1,
+            "model.width": 32,
+            "seeds": 2,
+            "nuisance": {"optimizer.learning_rate": (2e-3, 8e-3)},
+        },
         "small": {},
-        "full": {"data.sequence_length": 1024, "data.batch_size": 256, "model.width": 1024, "model.depth": 24, "model.attention.heads": 16,
-                 "arms": {"learned": {"model.position": Learned(max_length=1024 * LONGEST)}}, "train.steps": 20_000, "evaluation.every": 1000, "evaluation.tokens": 4_194_304,
-                 "checkpoints.every": 1000, "model.precision.compute": "bfloat16", "mesh.fsdp": -1, "mesh.data": 1,
-                 "nuisance": {"optimizer.learning_rate": (3e-4, 1e-3, 3e-3)}, "seeds": 3},
+        "full": {
+            "data.sequence_length": 1024,
+            "data.batch_size": 256,
+            "model.width": 1024,
+            "model.depth": 24,
+            "model.attention.heads": 16,
+            "arms": {"learned": {"model.position": Learned(max_length=1024 * LONGEST)}},
+            "train.steps": 20_000,
+            "evaluation.every": 1000,
+            "evaluation.tokens": 4_194_304,
+            "checkpoints.every": 1000,
+            "model.precision.compute": "bfloat16",
+            "mesh.fsdp": -1,
+            "mesh.data": 1,
+            "nuisance": {"optimizer.learning_rate": (3e-4, 1e-3, 3e-3)},
+            "seeds": 3,
+        },
     },
 )

@@ -6,16 +6,27 @@ Every optimizer is tuned over one grid of learning rates, wide enough to hold ea
 plain gradients more. Literature: Kaddour et al. 2023 (no train no gain), Wen et al. 2025 (fantastic optimizers), whose finding
 is that most gains over a well-tuned AdamW shrink once everything is tuned alike.
 """
+
 from llm_jax.lab import Ablation, Claim, log_grid, presets
 from llm_jax.optim.optimizers import SGD, SOAP, Adafactor, Adam, AdamW, Lion, Momentum, Muon, ScheduleFreeAdamW, Sophia
 
 ablation = Ablation(
     question="Which optimizer wins when each one is tuned over the same learning rates?",
     base=presets.nano(),
-    scientific={"optimizer": {
-        "adamw": AdamW(), "sgd": SGD(), "momentum": Momentum(), "adam": Adam(), "adafactor": Adafactor(), "lion": Lion(),
-        "muon": Muon(), "soap": SOAP(), "sophia": Sophia(), "schedule-free": ScheduleFreeAdamW(),
-    }},
+    scientific={
+        "optimizer": {
+            "adamw": AdamW(),
+            "sgd": SGD(),
+            "momentum": Momentum(),
+            "adam": Adam(),
+            "adafactor": Adafactor(),
+            "lion": Lion(),
+            "muon": Muon(),
+            "soap": SOAP(),
+            "sophia": Sophia(),
+            "schedule-free": ScheduleFreeAdamW(),
+        }
+    },
     nuisance={"optimizer.learning_rate": log_grid(3e-4, 3e-1, 7)},
     seeds=4,
     baseline="adamw",
@@ -30,11 +41,32 @@ ablation = Ablation(
         Claim("Schedule-free AdamW beats AdamW with cosine decay", better="schedule-free", than="adamw"),
     ],
     scales={
-        "smoke": {"train.steps": 20, "train.log_every": 10, "evaluation.every": 20, "evaluation.tokens": 4096, "checkpoints.every": 20,
-                  "model.depth": 1, "model.width": 32, "seeds": 2, "nuisance": {"optimizer.learning_rate": (1e-3, 1e-2)}},
+        "smoke": {
+            "train.steps": 20,
+            "train.log_every": 10,
+            "evaluation.every": 20,
+            "evaluation.tokens": 4096,
+            "checkpoints.every": 20,
+            "model.depth": 1,
+            "model.width": 32,
+            "seeds": 2,
+            "nuisance": {"optimizer.learning_rate": (1e-3, 1e-2)},
+        },
         "small": {},
-        "full": {"data.sequence_length": 1024, "data.batch_size": 256, "model.width": 768, "model.depth": 12, "model.attention.heads": 12,
-                 "train.steps": 20_000, "evaluation.every": 1000, "evaluation.tokens": 4_194_304, "checkpoints.every": 1000,
-                 "model.precision.compute": "bfloat16", "mesh.fsdp": -1, "mesh.data": 1, "seeds": 3},
+        "full": {
+            "data.sequence_length": 1024,
+            "data.batch_size": 256,
+            "model.width": 768,
+            "model.depth": 12,
+            "model.attention.heads": 12,
+            "train.steps": 20_000,
+            "evaluation.every": 1000,
+            "evaluation.tokens": 4_194_304,
+            "checkpoints.every": 1000,
+            "model.precision.compute": "bfloat16",
+            "mesh.fsdp": -1,
+            "mesh.data": 1,
+            "seeds": 3,
+        },
     },
 )

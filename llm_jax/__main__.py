@@ -1,4 +1,5 @@
 """`python -m llm_jax COMMAND --flags`: the table of contents. Each command is one small file in `cli/`."""
+
 import importlib
 import sys
 

@@ -1,7 +1,7 @@
 """Rebuild the report of one or several work folders from their `results.json` files.
 
-    python -m llm_jax report --workdir=runs/c06
-    python -m llm_jax report --workdir=runs/a --workdir=runs/b --output=runs/both
+python -m llm_jax report --workdir=runs/c06
+python -m llm_jax report --workdir=runs/a --workdir=runs/b --output=runs/both
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Train what an experiment file declares, tune every arm alike, and report the comparison.
 
-    python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --workdir=runs/c06
+python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --workdir=runs/c06
 """
+
 from __future__ import annotations
 
 import shlex
@@ -23,7 +24,9 @@ flags.DEFINE_string("scale", "small", "One of the sizes that the file declares."
 flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment, e.g. train.steps=500.", flag_values=FLAGS)
 flags.DEFINE_list("arms", None, "Only these arms.", flag_values=FLAGS)
 flags.DEFINE_integer("seeds", None, "Fresh seeds that each arm's winner is trained on.", flag_values=FLAGS)
-flags.DEFINE_integer("population", None, "Trials in one program, at most; 1 trains them one by one.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "population", None, "Trials in one program, at most; 1 trains them one by one.", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
@@ -63,7 +66,9 @@ def _declared():
     from llm_jax.lab.experiment import load
 
     if FLAGS.experiment is None:
-        raise ConfigError("--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py")
+        raise ConfigError(
+            "--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py"
+        )
     ablation = load(FLAGS.experiment)
     ablation = ablation.at_scale(FLAGS.scale if ablation.scales else None)
     if FLAGS.set:

@@ -3,6 +3,7 @@
 A configuration is a tree of frozen dataclasses that derive from `Config`. A component choice is an object in a field
 (`position=Rope(theta=10_000)`), so every place below accepts either a whole component or a path into it.
 """
+
 from __future__ import annotations
 
 import ast
@@ -37,7 +38,7 @@ class Config:
     """Base of every configuration dataclass: fields are type-checked on construction, then `validate` runs."""
 
     def __post_init__(self):
-        hints = field_types(type(self))
+        hints = field_types(type(self))  # type: ignore[arg-type]
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             check_type(getattr(self, field.name), hints[field.name], field.name)
         self.validate()
@@ -73,7 +74,7 @@ def traced(default: Any) -> Any:
 
 # ── types ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """The resolved annotation of every dataclass field of `cls`."""
     return typing.get_type_hints(cls)
 
@@ -109,6 +110,7 @@ def _is_config_type(annotation: Any) -> bool:
 def components(base: type) -> dict[str, type]:
     """Name → class of every concrete dataclass at or below `base`: the choices a field of that type accepts."""
     found = {} if base.__dict__.get("abstract") else {base.__name__: base}
+    sub: type
     for sub in base.__subclasses__():
         found |= components(sub)
     return found
@@ -195,7 +197,7 @@ def _annotation_at(config: Config, path: str) -> Any:
             raise (error.inside(prefix) if prefix else error) from None
         if depth < len(parents):
             node = getattr(node, name)
-    return field_types(type(node))[leaf]
+    return field_types(type(node))[leaf]  # type: ignore[arg-type]
 
 
 def parse(text: str, annotation: Any, where: str) -> Any:
@@ -276,8 +278,7 @@ def walk(config: Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 def traced_values(config: Config) -> dict[str, Any]:
     """Path → value of every field declared with `traced` whose value is a number."""
-    return {path: value for path, field, value in walk(config)
-            if field.metadata.get("traced") and isinstance(value, (int, float))}
+    return {path: value for path, field, value in walk(config) if field.metadata.get("traced") and isinstance(value, (int, float))}
 
 
 def at(config: Config, path: str) -> Any:

@@ -1,4 +1,5 @@
 """The named device mesh: which axis gets how many devices."""
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,9 @@ class Mesh(Config):
         for axis, size in self.sizes.items():
             require(size == -1 or size > 0, axis, f"must be > 0, or -1 for the rest, got {size}")
         rest = [axis for axis, size in self.sizes.items() if size == -1]
-        require(len(rest) <= 1, rest[-1] if rest else "", f"is -1, but so is {rest[0] if rest else ''}: only one axis can take the rest")
+        require(
+            len(rest) <= 1, rest[-1] if rest else "", f"is -1, but so is {rest[0] if rest else ''}: only one axis can take the rest"
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -46,14 +49,16 @@ class Mesh(Config):
         """Axis → devices with -1 worked out. Raises `ConfigError` where they do not multiply to `devices`."""
         sizes = dict(self.sizes)
         known = math.prod(size for size in sizes.values() if size != -1)
-        wanted = " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "every axis 1"
+        wanted = " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "every axis 1"
         for axis, size in sizes.items():
             if size == -1:
                 if devices % known:
                     raise ConfigError(f"{wanted} does not divide {devices} devices: {known} is no divisor of {devices}", "mesh")
                 sizes[axis] = devices // known
         if math.prod(sizes.values()) != devices:
-            raise ConfigError(f"{wanted} needs {math.prod(sizes.values())} devices, but there are {devices}: set one axis to -1", "mesh")
+            raise ConfigError(
+                f"{wanted} needs {math.prod(sizes.values())} devices, but there are {devices}: set one axis to -1", "mesh"
+            )
         return sizes
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -2,6 +2,7 @@
 
 The CPU values were measured (ratios of step time, 2 cores, GPT-2-shaped models; `tests/benchmarks/train.py`).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -26,17 +27,38 @@ class Traits:
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
 
 
-CPU = Traits(scan_layers=False, steps_per_dispatch=10, transposed_weight_gradient=True, row_sums_by_product=True,
-             attention_row_block=128, population_in_turn=True)
-ACCELERATOR = Traits(scan_layers=True, steps_per_dispatch=1, transposed_weight_gradient=False, row_sums_by_product=False,
-                     attention_row_block=None, population_in_turn=False)
+CPU = Traits(
+    scan_layers=False,
+    steps_per_dispatch=10,
+    transposed_weight_gradient=True,
+    row_sums_by_product=True,
+    attention_row_block=128,
+    population_in_turn=True,
+)
+ACCELERATOR = Traits(
+    scan_layers=True,
+    steps_per_dispatch=1,
+    transposed_weight_gradient=False,
+    row_sums_by_product=False,
+    attention_row_block=None,
+    population_in_turn=False,
+)
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 # dense bf16 matrix products, FLOP/s a chip, from the vendors' data sheets; prefix of `Device.device_kind`
 PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "TPU7x": 2307e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 
 
@@ -65,7 +87,8 @@ def cores() -> int:
 def setup(*, devices: int | None = None, cache: bool = True) -> None:
     """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
 
-    A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores: 1.5× faster
+    A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores: 1.5×
+    faster
     than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
     """
     flags = os.environ.get("XLA_FLAGS", "")

@@ -3,6 +3,7 @@
 Weights and activations have names of their own, because they are split differently: with `fsdp` a weight is split by its
 embedding dimension and gathered when used, while an activation is split by its batch.
 """
+
 from collections.abc import Callable
 from typing import Any
 
@@ -84,11 +85,15 @@ def _names(path) -> tuple[str, ...]:
 
 def named(mesh: Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
     """`NamedSharding`s from specs, with `leading` mesh axes put in front of every dimension (a population axis)."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs,
-                        is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
 
 
 def unbox(tree: Any) -> Any:
     """`tree` with Linen's partitioning boxes taken off (and no constraint applied: that fails on abstract values)."""
-    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x, tree,
-                        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree.map(
+        lambda x: x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )

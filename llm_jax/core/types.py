@@ -1,4 +1,5 @@
 """The two values that travel through the whole system: a batch of tokens, and a weighted sum."""
+
 from dataclasses import dataclass
 
 import jax

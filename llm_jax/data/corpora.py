@@ -1,4 +1,5 @@
 """Where text comes from: the embedded default, text files, JSON lines; split once into train, valid and test."""
+
 from __future__ import annotations
 
 import ast
@@ -69,8 +70,28 @@ def _by_name(name: str, valid: float, test: float) -> Split:
 
 # ── the embedded default ─────────────────────────────────────────────────────────────────────────────────────────────
 # not prose or code that a person wrote: tests, tables, build products, grammars; or not the standard library at all
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "encodings", "__phello__", "_pyrepl_tests"}
-GENERATED = {"keyword.py", "token.py", "opcode.py", "_opcode_metadata.py", "html/entities.py", "stringprep.py", "lib2to3/pgen2/token.py", "pydoc_data/topics.py"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "encodings",
+    "__phello__",
+    "_pyrepl_tests",
+}
+GENERATED = {
+    "keyword.py",
+    "token.py",
+    "opcode.py",
+    "_opcode_metadata.py",
+    "html/entities.py",
+    "stringprep.py",
+    "lib2to3/pgen2/token.py",
+    "pydoc_data/topics.py",
+}
 TOPICS = "pydoc_data/topics.py"
 
 
@@ -93,7 +114,7 @@ class StandardLibrary(Corpus):
         for name, text in _standard_library():
             if room <= 0:
                 return
-            text = text if len(text) <= room else text[:int(room)]
+            text = text if len(text) <= room else text[: int(room)]
             room -= len(text.encode())
             yield name, text
 
@@ -114,7 +135,11 @@ def _standard_library() -> tuple[tuple[str, str], ...]:
         found.append((name, file.read_bytes().decode("utf-8", "replace")))
     found += [(f"{TOPICS}:{topic}", text) for topic, text in _topics(root / TOPICS)]
     if not found:
-        raise ConfigError(f"finds no sources of the standard library in {root}: name another corpus, e.g. --set=data.corpus=\"TextFiles(path='text.txt')\"", "data.corpus")
+        raise ConfigError(
+            f"finds no sources of the standard library in {root}: "
+            "name another corpus, as in --set=data.corpus=\"TextFiles(path='text.txt')\"",
+            "data.corpus",
+        )
     unique: dict[str, tuple[str, str]] = {}
     for name, text in sorted(found):
         unique.setdefault(hashlib.sha256(" ".join(text.split()).encode()).hexdigest(), (name, text))
@@ -147,7 +172,11 @@ class TextFiles(Corpus):
     def validate(self):
         require(bool(self.path), "path", "is missing: name a file, a folder or a pattern")
         require_fraction(self, "valid_fraction", "test_fraction")
-        require(self.valid_fraction + self.test_fraction < 1, "valid_fraction", "and test_fraction leave nothing to train on: lower them")
+        require(
+            self.valid_fraction + self.test_fraction < 1,
+            "valid_fraction",
+            "and test_fraction leave nothing to train on: lower them",
+        )
 
     def named(self):
         for name, file in _files(self.path, "*.txt"):
@@ -174,7 +203,11 @@ class Jsonl(Corpus):
     def validate(self):
         require(bool(self.path), "path", "is missing: name a file, a folder or a pattern")
         require_fraction(self, "valid_fraction", "test_fraction")
-        require(self.valid_fraction + self.test_fraction < 1, "valid_fraction", "and test_fraction leave nothing to train on: lower them")
+        require(
+            self.valid_fraction + self.test_fraction < 1,
+            "valid_fraction",
+            "and test_fraction leave nothing to train on: lower them",
+        )
 
     def named(self):
         for name, file in _files(self.path, "*.jsonl"):
@@ -207,7 +240,9 @@ def _files(path: str, pattern: str) -> list[tuple[str, pathlib.Path]]:
     else:
         found = [(pathlib.Path(file).name, pathlib.Path(file)) for file in glob.glob(str(root), recursive=True)]
     if not found:
-        raise ConfigError(f"finds no file at {path!r}: it may be a file, a folder with {pattern} in it, or a pattern", "data.corpus.path")
+        raise ConfigError(
+            f"finds no file at {path!r}: it may be a file, a folder with {pattern} in it, or a pattern", "data.corpus.path"
+        )
     return sorted(found)
 
 
@@ -215,4 +250,6 @@ def _utf8(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8 at byte {error.start} ({content[error.start]:#04x}): convert it, e.g. with iconv -t UTF-8", where) from None
+        raise ConfigError(
+            f"is not UTF-8 at byte {error.start} ({content[error.start]:#04x}): convert it, e.g. with iconv -t UTF-8", where
+        ) from None

@@ -1,4 +1,5 @@
 """Token stores: all documents of a split one after another in a memory-mapped file, made once and cached."""
+
 from __future__ import annotations
 
 import json

@@ -3,6 +3,7 @@
 The unit that grain iterates over is a whole dispatch of batches, gathered by vectorised numpy: at 64-token windows grain's own
 shuffle and batch cost 50 µs a window, a fifth of a core at the speed that small models eat them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -116,8 +117,11 @@ def feed(data: Data, tokens: Tokens, *, seeds: Sequence[int], steps_per_item: in
     import grain
 
     if windows(tokens, data.sequence_length) < 1:
-        raise ConfigError(f"must be < {len(tokens)}, all the tokens of the {tokens.split} split, got {data.sequence_length}: use a larger corpus or shorter sequences",
-                          "data.sequence_length")
+        raise ConfigError(
+            f"must be < {len(tokens)}, all the tokens of the {tokens.split} split, got {data.sequence_length}: "
+            "use a larger corpus or shorter sequences",
+            "data.sequence_length",
+        )
     if start_step % steps_per_item:
         raise ValueError(f"start_step={start_step} must be a multiple of steps_per_item={steps_per_item}")
     source = Dispatches(data, tokens, tuple(seeds), steps_per_item)
@@ -133,8 +137,11 @@ def evaluation_batches(data: Data, tokens: Tokens, *, length: int, batch: int, l
     """
     count = windows(tokens, length)
     if count < 1:
-        raise ConfigError(f"has only {len(tokens)} tokens in its {tokens.split} split, and evaluation needs sequences of {length}: "
-                          "use a larger corpus, shorter sequences or smaller evaluation.lengths", "data.corpus")
+        raise ConfigError(
+            f"has only {len(tokens)} tokens in its {tokens.split} split, and evaluation needs sequences of {length}: "
+            "use a larger corpus, shorter sequences or smaller evaluation.lengths",
+            "data.corpus",
+        )
     count = count if limit_tokens is None else max(min(count, limit_tokens // length), 1)
     rows = np.arange(-(-count // batch) * batch)
     found = gather(tokens, np.minimum(rows, count - 1).reshape(-1, batch), length, document_masks=data.document_masks)

@@ -1,4 +1,5 @@
 """Tokenizers: a configuration that is fitted to a corpus, and what comes of it. All of them are lossless."""
+
 from __future__ import annotations
 
 import functools
@@ -89,7 +90,9 @@ class _Characters(Fitted):
         ids = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
         unknown = np.flatnonzero(self._points[ids] != points)
         if len(unknown):
-            raise ConfigError(f"does not know the character {text[unknown[0]]!r}: its corpus has only {self.vocabulary} others", "tokenizer")
+            raise ConfigError(
+                f"does not know the character {text[unknown[0]]!r}: its corpus has only {self.vocabulary} others", "tokenizer"
+            )
         return ids.astype(np.int32)
 
 
@@ -128,11 +131,25 @@ class SentencePiece(Tokenizer):
         lines = (line for text in corpus.documents("train") for line in text.splitlines() if line)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, vocab_size=self.vocabulary, model_type=self.kind, byte_fallback=True,
-                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-                max_sentence_length=1 << 20, num_threads=1, input_sentence_size=2_000_000, shuffle_input_sentence=False, minloglevel=2)
+                sentence_iterator=lines,
+                model_writer=model,
+                vocab_size=self.vocabulary,
+                model_type=self.kind,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 20,
+                num_threads=1,
+                input_sentence_size=2_000_000,
+                shuffle_input_sentence=False,
+                minloglevel=2,
+            )
         except RuntimeError as error:
-            raise ConfigError(f"cannot be {self.vocabulary} for this corpus: {str(error).splitlines()[0]}", "tokenizer.vocabulary") from None
+            raise ConfigError(
+                f"cannot be {self.vocabulary} for this corpus: {str(error).splitlines()[0]}", "tokenizer.vocabulary"
+            ) from None
         return model.getvalue()
 
 
@@ -141,7 +158,11 @@ class _SentencePiece(Fitted):
         import sentencepiece
 
         self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
-        super().__init__([self._bytes_of(i) for i in range(p.get_piece_size())], p.eos_id() if p.eos_id() >= 0 else None, fingerprint([model.hex()]))
+        super().__init__(
+            [self._bytes_of(i) for i in range(p.get_piece_size())],
+            p.eos_id() if p.eos_id() >= 0 else None,
+            fingerprint([model.hex()]),
+        )
         self._mark = [p.piece_to_id(f"<0x{b:02X}>") for b in MARK.encode()]
 
     def _bytes_of(self, i: int) -> bytes:

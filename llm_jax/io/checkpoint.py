@@ -3,6 +3,7 @@
 A save that fails (a full disk) is reported, and training goes on. A checkpoint that cannot be read back is set aside, and the
 next newest one is taken.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,8 +29,17 @@ class Checkpointer:
     whose metrics were best by that name stays too. warn: called with a sentence when something went wrong.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None, best_metric: str | None = None,
-                 best_mode: str = "min", asynchronous: bool = True, warn: Callable[[str], None] = warnings.warn):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep_last: int = 1,
+        keep_every: int | None = None,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        asynchronous: bool = True,
+        warn: Callable[[str], None] = warnings.warn,
+    ):
         self.folder, self.warn = pathlib.Path(folder).absolute(), warn
         self._best_metric, self._best_mode = best_metric, best_mode
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last + 1)]  # one more than asked for: the newest may prove damaged
@@ -38,8 +48,12 @@ class Checkpointer:
         if best_metric is not None:
             policies.append(checkpoint_managers.BestN(get_metric_fn=self._score, reverse=best_mode == "min", n=1))
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=self._score if best_metric else None, best_mode=best_mode,
-            enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True)
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=self._score if best_metric else None,
+            best_mode=best_mode,
+            enable_async_checkpointing=asynchronous,
+            cleanup_tmp_directories=True,
+        )
         self._manager: ocp.CheckpointManager | None = None
         self._unchecked: set[int] = set()
         for name in ("absl", "orbax"):  # Orbax tells the story of every save
@@ -65,8 +79,12 @@ class Checkpointer:
             manager = self._open()
             self._seal()
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
-            saved = manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
-                                 metrics=finite, force=True)
+            saved = manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                metrics=finite,
+                force=True,
+            )
             self._unchecked.add(step)
             return bool(saved)
         except Exception as error:  # a full or read-only disk, or the failure of the save before, which Orbax raises here
@@ -81,8 +99,12 @@ class Checkpointer:
             damage = _damage(self.folder / str(step))
             if damage is None:
                 try:
-                    found = self._open().restore(step, args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(_without_keys(abstract)), extra=ocp.args.JsonRestore()))
+                    found = self._open().restore(
+                        step,
+                        args=ocp.args.Composite(
+                            state=ocp.args.StandardRestore(_without_keys(abstract)), extra=ocp.args.JsonRestore()
+                        ),
+                    )
                     return step, _with_keys(found["state"], abstract), found["extra"]
                 except Exception as error:
                     damage = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -111,7 +133,9 @@ class Checkpointer:
 
     def _lost(self, step: int, error: Exception) -> None:
         reason = str(error).strip().splitlines()
-        self.warn(f"the checkpoint of step {step} could not be saved, training goes on: {reason[0] if reason else type(error).__name__}")
+        self.warn(
+            f"the checkpoint of step {step} could not be saved, training goes on: {reason[0] if reason else type(error).__name__}"
+        )
         manager, self._manager = self._manager, None  # a manager whose save failed stays failed: the next save opens a new one
         try:
             if manager is not None:
@@ -164,6 +188,7 @@ def _is_key(x: Any) -> bool:
 
 def _without_keys(state: Any) -> Any:
     """Typed keys as the integers they hold, for arrays and for shapes alike."""
+
     def plain(x):
         if not _is_key(x):
             return x

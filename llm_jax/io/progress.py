@@ -1,4 +1,5 @@
 """What a person sees while training runs: a live display on a terminal, plain lines elsewhere."""
+
 from __future__ import annotations
 
 import sys
@@ -18,8 +19,18 @@ class Progress:
     `interval` seconds. Everything goes to standard error.
     """
 
-    def __init__(self, total_steps: int, title: str, *, flops_per_step: float, tokens_per_step: float, peak_flops: float,
-                 overall: tuple[int, int] = (0, 1), interval: float = 10.0, file: IO[str] | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        title: str,
+        *,
+        flops_per_step: float,
+        tokens_per_step: float,
+        peak_flops: float,
+        overall: tuple[int, int] = (0, 1),
+        interval: float = 10.0,
+        file: IO[str] | None = None,
+    ):
         self.total, self.title, self.overall, self.interval = total_steps, title, overall, interval
         self.flops, self.tokens, self.peak = flops_per_step, tokens_per_step, peak_flops
         self.console = Console(file=file or sys.stderr)
@@ -29,8 +40,15 @@ class Progress:
     def __enter__(self) -> Progress:
         self.started, self.first_step = time.perf_counter(), None
         if self.console.is_terminal:
-            self.bars = Bars(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                             TextColumn("{task.fields[numbers]}"), console=self.console)
+            self.bars = Bars(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
             self.bars.add_task(f"runs · {self.title}", total=self.overall[1], completed=self.overall[0], numbers="")
             self.task = self.bars.add_task("compiling", total=self.total, numbers="")
             self.live = Live(self.bars, console=self.console, refresh_per_second=4, transient=True)
@@ -51,20 +69,32 @@ class Progress:
             self.bars.update(self.task, completed=step, description="training", numbers=numbers)
         elif now - self.last_line >= self.interval or step >= self.total:
             self.last_line = now
-            self.console.print(f"[{self.overall[0]}/{self.overall[1]} runs] {self.title} · step {step}/{self.total} · {numbers}",
-                               highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                f"[{self.overall[0]}/{self.overall[1]} runs] {self.title} · step {step}/{self.total} · {numbers}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
     def note(self, text: str) -> None:
         """A sentence worth keeping on the screen."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _numbers(self, step: int, now: float, metrics: dict[str, float]) -> str:
-        parts = [f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items() if name in ("train/loss", "valid/bits_per_byte")]
+        parts = [
+            f"{name.removeprefix('train/')} {value:.4g}"
+            for name, value in metrics.items()
+            if name in ("train/loss", "valid/bits_per_byte")
+        ]
         done, seconds = step - (self.first_step or 0), now - self.started
         if done > 0 and seconds > 0:
             rate = done / seconds
-            parts += [f"{_short(rate * self.tokens)} tokens/s", f"{_short(rate * self.flops)}FLOP/s", f"MFU {rate * self.flops / self.peak:.0%}",
-                      f"ETA {(self.total - step) / rate:.0f} s"]
+            parts += [
+                f"{_short(rate * self.tokens)} tokens/s",
+                f"{_short(rate * self.flops)}FLOP/s",
+                f"MFU {rate * self.flops / self.peak:.0%}",
+                f"ETA {(self.total - step) / rate:.0f} s",
+            ]
         return " · ".join(parts)
 
 

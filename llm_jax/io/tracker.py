@@ -1,4 +1,5 @@
 """Records of a run: one JSON line each in `metrics.jsonl`, which is the truth, mirrored to TensorBoard where that works."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The laboratory: declare an ablation, run it, and read what it says."""
+
 from llm_jax.lab.experiment import Ablation, Arms, Claim, Experiment, chain, log_grid, product, zipped
 
 __all__ = ["Ablation", "Arms", "Claim", "Experiment", "chain", "log_grid", "product", "zipped"]

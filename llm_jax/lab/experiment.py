@@ -1,4 +1,5 @@
 """Declaring: `Experiment` is one run, fully typed; `Ablation` is a question, its arms, and what is tuned for each."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -36,7 +37,11 @@ class Evaluation(Config):
 
     def validate(self):
         require_positive(self, "every", "tokens")
-        require(all(length >= 1 for length in self.lengths), "lengths", f"must be multiples >= 1 of the trained length, got {self.lengths}")
+        require(
+            all(length >= 1 for length in self.lengths),
+            "lengths",
+            f"must be multiples >= 1 of the trained length, got {self.lengths}",
+        )
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,11 @@ def arms_of(choices: Choices | Arms) -> Arms:
     """`{path: {name: value}}` as arms; several paths are crossed."""
     if isinstance(choices, Arms):
         return choices
-    return product(*({path: named} for path, named in choices.items())) if len(choices) > 1 else Arms(
-        {name: {path: value} for path, named in choices.items() for name, value in named.items()})
+    return (
+        product(*({path: named} for path, named in choices.items()))
+        if len(choices) > 1
+        else Arms({name: {path: value} for path, named in choices.items() for name, value in named.items()})
+    )
 
 
 def product(*parts: Choices | Arms) -> Arms:
@@ -244,11 +252,18 @@ class Ablation:
     def described(self) -> dict[str, Any]:
         """The JSON that a work folder is recognised by, and that reports are made from."""
         return {
-            "name": self.name, "question": self.question, "metric": self.metric, "mode": self.mode,
-            "tuning_metric": self.tuning_metric or self.metric, "baseline": self.baseline or next(iter(self.arms)),
-            "arms": list(self.arms), "scientific": {arm: {p: _text(v) for p, v in c.items()} for arm, c in self.arms.items()},
+            "name": self.name,
+            "question": self.question,
+            "metric": self.metric,
+            "mode": self.mode,
+            "tuning_metric": self.tuning_metric or self.metric,
+            "baseline": self.baseline or next(iter(self.arms)),
+            "arms": list(self.arms),
+            "scientific": {arm: {p: _text(v) for p, v in c.items()} for arm, c in self.arms.items()},
             "nuisance": {path: list(values) for path, values in self.nuisance.items()},
-            "claims": [to_json(vars(c)) for c in self.claims], "seeds": self.seeds, "tuning_seeds": self.tuning_seeds,
+            "claims": [to_json(vars(c)) for c in self.claims],
+            "seeds": self.seeds,
+            "tuning_seeds": self.tuning_seeds,
         }
 
 
@@ -257,7 +272,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, Config):
         return str(value)
     default = type(value)()
-    given = [f"{name}={_text(getattr(value, name))}" for name in field_types(type(value)) if getattr(value, name) != getattr(default, name)]
+    given = [
+        f"{name}={_text(getattr(value, name))}"
+        for name in field_types(type(value))
+        if getattr(value, name) != getattr(default, name)
+    ]
     return f"{type(value).__name__}({', '.join(given)})"
 
 
@@ -268,7 +287,9 @@ def load(path: str | pathlib.Path) -> Ablation:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ConfigError(f"is no file: give --experiment=PATH of an experiment file, such as experiments/c06_positional_encoding.py", str(path))
+        raise ConfigError(
+            "is no file: give --experiment=PATH of an experiment file, such as experiments/c06_positional_encoding.py", str(path)
+        )
     spec = importlib.util.spec_from_file_location("experiment_" + re.sub(r"\W", "_", path.stem), path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

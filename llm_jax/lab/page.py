@@ -16,9 +16,12 @@ METHOD = (
     "Holm-corrected over arms (and, apart, over claims) at 5%. With one seed nothing is tested."
 )
 TITLES = {
-    "arms": "Arms: mean, bootstrap interval, and every seed", "length": "Beyond the trained length",
-    "learning_curves_step": "Learning curves: steps", "learning_curves_tokens": "Learning curves: tokens",
-    "learning_curves_flops": "Learning curves: FLOPs", "learning_curves_seconds": "Learning curves: seconds",
+    "arms": "Arms: mean, bootstrap interval, and every seed",
+    "length": "Beyond the trained length",
+    "learning_curves_step": "Learning curves: steps",
+    "learning_curves_tokens": "Learning curves: tokens",
+    "learning_curves_flops": "Learning curves: FLOPs",
+    "learning_curves_seconds": "Learning curves: seconds",
 }
 STYLE = """
 :root{--ink:#1b1f24;--soft:#57606a;--line:#d8dee4;--paper:#fff;--good:#1a7f37;--bad:#cf222e}
@@ -40,10 +43,18 @@ svg{width:100%;height:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """An arm's row of the main table, as text."""
     difference, interval = row["difference"], row["interval"]
-    tuned = ", ".join(f"{path.split('.')[-1]} {value:g}{' (edge!)' if path in row['edges'] else ''}" for path, value in row["nuisance"].items())
+    tuned = ", ".join(
+        f"{path.split('.')[-1]} {value:g}{' (edge!)' if path in row['edges'] else ''}" for path, value in row["nuisance"].items()
+    )
     return (
-        row["arm"], _number(row["mean"]), f"[{_number(interval[0])}, {_number(interval[1])}]" if interval else "–", str(row["n"]), tuned or "–",
-        _difference(difference), _number(row["p"], 2), row["verdict"],
+        row["arm"],
+        _number(row["mean"]),
+        f"[{_number(interval[0])}, {_number(interval[1])}]" if interval else "–",
+        str(row["n"]),
+        tuned or "–",
+        _difference(difference),
+        _number(row["p"], 2),
+        row["verdict"],
     )
 
 
@@ -62,8 +73,14 @@ def _floor(data: Mapping[str, Any]) -> str:
     floor = data["noise_floor"]
     if floor is None:
         return "With fewer than two seeds there is no noise floor, and nothing can be tested."
-    found = "" if floor["detectable"] is None else (
-        f" With {floor['seeds']} seeds a difference of about {floor['detectable']:.4f} is found four times in five; smaller ones need more seeds.")
+    found = (
+        ""
+        if floor["detectable"] is None
+        else (
+            f" With {floor['seeds']} seeds a difference of about {floor['detectable']:.4f} "
+            "is found four times in five; smaller ones need more seeds."
+        )
+    )
     return f"From seed to seed the metric varies by {floor['deviation']:.4f} (standard deviation, pooled over arms).{found}"
 
 
@@ -72,7 +89,11 @@ def _claim(claim: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _edges(data: Mapping[str, Any]) -> list[str]:
-    return [f"{row['arm']}: the best {path} lies at the edge of the grid, so a wider grid may change its number" for row in data["arms"] for path in row["edges"]]
+    return [
+        f"{row['arm']}: the best {path} lies at the edge of the grid, so a wider grid may change its number"
+        for row in data["arms"]
+        for path in row["edges"]
+    ]
 
 
 def title(name: str) -> str:
@@ -84,8 +105,14 @@ def title(name: str) -> str:
 def markdown(summary: Summary, drawn: Sequence[str]) -> str:
     """The report as Markdown; the pictures are those in `plots/`."""
     data = summary.data
-    parts = [f"# {data['question']}", data["answer"], f"Metric: `{data['metric']}`, {'lower' if data['mode'] == 'min' else 'higher'} is better. "
-             f"Differences are from `{data['baseline']}`.", _grid(COLUMNS, [cells(row) for row in data["arms"]]), _floor(data)]
+    parts = [
+        f"# {data['question']}",
+        data["answer"],
+        f"Metric: `{data['metric']}`, {'lower' if data['mode'] == 'min' else 'higher'} is better. "
+        f"Differences are from `{data['baseline']}`.",
+        _grid(COLUMNS, [cells(row) for row in data["arms"]]),
+        _floor(data),
+    ]
     notes = data["problems"] + _edges(data)
     if notes:
         parts += ["## Take note", "\n".join(f"- {note}" for note in notes)]
@@ -93,7 +120,10 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
         parts += ["## Claims", _grid(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]])]
     parts += ["## Pictures", "\n\n".join(f"![{title(name)}](plots/{name}.png)" for name in drawn)]
     parts += ["## All metrics", _grid(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))]
-    parts += ["## Arms", _grid(("arm", "differs from the base in"), [(arm, _changes(changes)) for arm, changes in data["scientific"].items()])]
+    parts += [
+        "## Arms",
+        _grid(("arm", "differs from the base in"), [(arm, _changes(changes)) for arm, changes in data["scientific"].items()]),
+    ]
     parts += ["## How it was made", METHOD, "```\n" + json.dumps(data["provenance"], indent=1) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -121,23 +151,38 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
     better = "lower" if data["mode"] == "min" else "higher"
     parts = [
         f"<h1>{text(data['question'])}</h1><p class=answer>{text(data['answer'])}</p>",
-        f"<p class=soft>Metric: <code>{text(data['metric'])}</code>, {better} is better. Differences are from <code>{text(data['baseline'])}</code>. "
+        f"<p class=soft>Metric: <code>{text(data['metric'])}</code>, {better} is better. "
+        f"Differences are from <code>{text(data['baseline'])}</code>. "
         f"Experiment {text(data['name'])}, scale {text(str(data['scale']))}.</p>",
-        _table(COLUMNS, [cells(row) for row in data["arms"]]), f"<p>{text(_floor(data))}</p>",
+        _table(COLUMNS, [cells(row) for row in data["arms"]]),
+        f"<p>{text(_floor(data))}</p>",
         f"<h2>Take note</h2><ul>{notes}</ul>" if notes else "",
         f"<h2>Claims</h2>{claims}" if data["claims"] else "",
         f"<h2>Pictures</h2><div class=grid>{figures}</div>",
         f"<h2>All metrics, mean over seeds</h2>{_table(('metric', *[r['arm'] for r in data['arms']]), _metric_rows(data))}",
-        "<h2>What the arms change</h2>", _table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
+        "<h2>What the arms change</h2>",
+        _table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
         f"<details><summary>One arm's whole configuration</summary><pre>{text(json.dumps(data['base'], indent=1))}</pre></details>",
         f"<h2>How it was made</h2><p class=soft>{METHOD}</p><pre>{text(json.dumps(data['provenance'], indent=1))}</pre>",
     ]
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{text(data['question'])}</title>"
-            f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{text(data['question'])}</title>"
+        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+    )
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escaping.escape(h)}</th>" for h in headings)
-    body = "".join("<tr>" + "".join(f'<td class="{escaping.escape(cell)}">{escaping.escape(cell)}</td>' if i == len(row) - 1 else f"<td>{escaping.escape(cell)}</td>"
-                                   for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{escaping.escape(cell)}">{escaping.escape(cell)}</td>'
+            if i == len(row) - 1
+            else f"<td>{escaping.escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

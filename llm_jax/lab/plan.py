@@ -1,4 +1,5 @@
 """What a run will do before it does it: trials, groups, and their cost."""
+
 from __future__ import annotations
 
 import math
@@ -41,15 +42,23 @@ def tuning_runs(ablation: Ablation) -> list[Run]:
     if len(ablation.grid) <= 1:
         return []
     seeds = [TUNING_SEED + ablation.base.seed + i for i in range(ablation.tuning_seeds)]
-    return [Run(arm, "tune", point, seed, ablation.experiment(arm, point, seed))
-            for arm in ablation.arms for point in ablation.grid for seed in seeds]
+    return [
+        Run(arm, "tune", point, seed, ablation.experiment(arm, point, seed))
+        for arm in ablation.arms
+        for point in ablation.grid
+        for seed in seeds
+    ]
 
 
 def final_runs(ablation: Ablation, winners: Mapping[str, Mapping[str, float]]) -> list[Run]:
     """Every arm that has a winner, at that point of the grid, on fresh seeds."""
     seeds = [ablation.base.seed + i for i in range(ablation.seeds)]
-    return [Run(arm, "final", winners[arm], seed, ablation.experiment(arm, winners[arm], seed))
-            for arm in ablation.arms if arm in winners for seed in seeds]
+    return [
+        Run(arm, "final", winners[arm], seed, ablation.experiment(arm, winners[arm], seed))
+        for arm in ablation.arms
+        if arm in winners
+        for seed in seeds
+    ]
 
 
 def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, float]]:
@@ -64,7 +73,9 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
     for arm in ablation.arms:
         scored = []
         for point in ablation.grid:
-            values = [r["metrics"].get(metric) for r in results if r["arm"] == arm and r["phase"] == "tune" and r["nuisance"] == point]
+            values = [
+                r["metrics"].get(metric) for r in results if r["arm"] == arm and r["phase"] == "tune" and r["nuisance"] == point
+            ]
             if values and all(v is not None for v in values):
                 scored.append((sign * math.fsum(values) / len(values), len(scored), point))
         if scored:
@@ -88,25 +99,52 @@ def cost(experiment: Experiment, vocabulary: int) -> Cost:
     tokens = experiment.train.steps * data.batch_size * data.sequence_length
     rows = data.batch_size // experiment.train.accumulate
     return Cost(
-        count.parameters(model, vocabulary), tokens,
+        count.parameters(model, vocabulary),
+        tokens,
         tokens * count.flops_per_token(model, vocabulary, data.sequence_length),
-        count.training_memory(model, vocabulary, rows, data.sequence_length, experiment.optimizer.slots))
+        count.training_memory(model, vocabulary, rows, data.sequence_length, experiment.optimizer.slots),
+    )
 
 
 def table(ablation: Ablation, costs: Mapping[str, Cost], largest: int | None, flops_per_second: float) -> Table:
     """The plan as a table, an arm a row; `flops_per_second` is what the machine is expected to reach."""
     finals = final_runs(ablation, dict.fromkeys(ablation.arms, ablation.grid[0]))
     runs = [*tuning_runs(ablation), *finals]
-    shown = Table(title=ablation.question, caption=_caption(ablation, runs, costs, largest, flops_per_second), title_justify="left", caption_justify="left")
+    shown = Table(
+        title=ablation.question,
+        caption=_caption(ablation, runs, costs, largest, flops_per_second),
+        title_justify="left",
+        caption_justify="left",
+    )
     shown.add_column("arm")
-    for column in ("grid", "tuning runs", "final runs", "groups", "parameters", "tokens a run", "FLOPs a run", "memory a run", "est. time"):
+    for column in (
+        "grid",
+        "tuning runs",
+        "final runs",
+        "groups",
+        "parameters",
+        "tokens a run",
+        "FLOPs a run",
+        "memory a run",
+        "est. time",
+    ):
         shown.add_column(column, justify="right")
     for arm in ablation.arms:
         own = [r for r in runs if r.arm == arm]
         each = costs[arm]
         final = sum(r.phase == "final" for r in own)
-        shown.add_row(arm, str(len(ablation.grid)), str(len(own) - final), str(final), str(_group_count(own, largest)), f"{each.parameters:,}",
-                      f"{each.tokens:,}", f"{each.flops:.3g}", f"{each.memory / 2**20:,.0f} MiB", duration(len(own) * each.flops / flops_per_second))
+        shown.add_row(
+            arm,
+            str(len(ablation.grid)),
+            str(len(own) - final),
+            str(final),
+            str(_group_count(own, largest)),
+            f"{each.parameters:,}",
+            f"{each.tokens:,}",
+            f"{each.flops:.3g}",
+            f"{each.memory / 2**20:,.0f} MiB",
+            duration(len(own) * each.flops / flops_per_second),
+        )
     return shown
 
 
@@ -114,12 +152,16 @@ def _group_count(runs: Sequence[Run], largest: int | None) -> int:
     return sum(len(groups([r.experiment for r in runs if r.phase == phase], largest=largest)) for phase in ("tune", "final"))
 
 
-def _caption(ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: int | None, flops_per_second: float) -> str:
+def _caption(
+    ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: int | None, flops_per_second: float
+) -> str:
     flops = sum(costs[r.arm].flops for r in runs)
-    return (f"{len(ablation.arms)} arms × {len(ablation.grid)} grid points × {ablation.tuning_seeds} tuning seeds"
-            f" + {len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {_group_count(runs, largest)} groups, "
-            f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {flops:.3g} FLOPs, about {duration(flops / flops_per_second)} "
-            f"at {flops_per_second / 1e9:,.1f} GFLOP/s, compilation and evaluation apart; nothing has been trained.")
+    return (
+        f"{len(ablation.arms)} arms × {len(ablation.grid)} grid points × {ablation.tuning_seeds} tuning seeds"
+        f" + {len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {_group_count(runs, largest)} groups, "
+        f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {flops:.3g} FLOPs, about {duration(flops / flops_per_second)} "
+        f"at {flops_per_second / 1e9:,.1f} GFLOP/s, compilation and evaluation apart; nothing has been trained."
+    )
 
 
 def duration(seconds: float) -> str:

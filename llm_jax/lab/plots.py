@@ -17,10 +17,31 @@ import numpy as np
 from llm_jax.lab.summary import Summary, finite_mean
 
 # Okabe & Ito 2008, then Tol's muted set
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#882255",
+    "#999933",
+    "#44AA99",
+    "#AA4499",
+    "#661100",
+)
 STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "path",
-    "svg.hashsalt": "llm_jax", "figure.figsize": (7.2, 4.2), "legend.frameon": False, "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "llm_jax",
+    "figure.figsize": (7.2, 4.2),
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
 }
 AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds (a trial's share of the machine)"}
 
@@ -43,7 +64,7 @@ def pictures(summary: Summary) -> dict[str, Draw]:
 def svg(draw: Draw, summary: Summary) -> str:
     """The picture as an `<svg>` element."""
     text = _render(draw, summary, "svg").decode()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]
 
 
 def png(draw: Draw, summary: Summary, file: pathlib.Path) -> None:
@@ -94,8 +115,15 @@ def _curves(ax, summary: Summary, axis: str) -> None:
         keep = np.isfinite(y)
         tint = colour(summary, row["arm"])
         ax.plot(x[keep], y[keep], marker="o", ms=3, color=tint, label=row["arm"])
-        low, high = (np.array([f([v for v in column if v is not None], default=math.nan) for column in zip(*(c[key] for c in curves), strict=False)])
-                     for f in (min, max))
+        low, high = (
+            np.array(
+                [
+                    f([v for v in column if v is not None], default=math.nan)
+                    for column in zip(*(c[key] for c in curves), strict=False)
+                ]
+            )
+            for f in (min, max)
+        )
         ax.fill_between(x[keep], low[keep], high[keep], color=tint, alpha=0.15, lw=0)
         shown += list(y[keep])
     ax.set_xlabel(AXES[axis])
@@ -127,7 +155,11 @@ def _sensitivity(ax, summary: Summary, path: str) -> None:
 
 def _lengths(summary: Summary) -> list[int]:
     stem = summary.data["metric"].partition("@")[0]
-    return sorted(int(name.removeprefix(f"{stem}@")[:-1]) for name in summary.data["metrics"] if name.startswith(f"{stem}@") and name.endswith("x"))
+    return sorted(
+        int(name.removeprefix(f"{stem}@")[:-1])
+        for name in summary.data["metrics"]
+        if name.startswith(f"{stem}@") and name.endswith("x")
+    )
 
 
 def _by_length(ax, summary: Summary) -> None:
@@ -135,7 +167,14 @@ def _by_length(ax, summary: Summary) -> None:
     stem, lengths = summary.data["metric"].partition("@")[0], _lengths(summary)
     for row in summary.data["arms"]:
         values = [summary.data["metrics"][f"{stem}@{m}x"][row["arm"]] for m in lengths]
-        ax.plot(lengths, [math.nan if v is None else v for v in values], marker="o", ms=4, color=colour(summary, row["arm"]), label=row["arm"])
+        ax.plot(
+            lengths,
+            [math.nan if v is None else v for v in values],
+            marker="o",
+            ms=4,
+            color=colour(summary, row["arm"]),
+            label=row["arm"],
+        )
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [f"{m}×" for m in lengths])
     ax.set_xlabel("evaluated length / trained length")

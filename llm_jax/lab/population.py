@@ -4,6 +4,7 @@ Trials that differ only in traced values (seed, learning rate, weight decay, dro
 a leading population axis, split over the mesh's `population` devices. Within a device the trials are batched by `vmap`, or
 taken in turn where the platform prefers it (a CPU core is full with one). A change of structure starts another group.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -36,8 +37,11 @@ def groups(experiments: Sequence[Experiment], *, largest: int | None = None) -> 
     together: dict[str, list[int]] = {}
     for index, experiment in enumerate(experiments):
         together.setdefault(structure(experiment), []).append(index)
-    return [members[i:i + (largest or len(members))] for members in together.values()
-            for i in range(0, len(members), largest or len(members))]
+    return [
+        members[i : i + (largest or len(members))]
+        for members in together.values()
+        for i in range(0, len(members), largest or len(members))
+    ]
 
 
 def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: int = 0) -> Callable:
@@ -49,7 +53,7 @@ def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: i
     local = members // mesh.shape["population"]
 
     def several(*args):
-        own, common = args[:len(args) - shared], args[len(args) - shared:]
+        own, common = args[: len(args) - shared], args[len(args) - shared :]
         one = lambda own: function(*own, *common)  # noqa: E731
         if local == 1:
             return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
@@ -59,9 +63,10 @@ def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: i
         return several
 
     def split(*args):
-        specs = tuple(PartitionSpec("population") for _ in args[:len(args) - shared]) + (PartitionSpec(),) * shared
-        return jax.shard_map(several, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("population"),
-                             axis_names={"population"}, check_vma=False)(*args)
+        specs = tuple(PartitionSpec("population") for _ in args[: len(args) - shared]) + (PartitionSpec(),) * shared
+        return jax.shard_map(
+            several, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("population"), axis_names={"population"}, check_vma=False
+        )(*args)
 
     return split
 
@@ -115,16 +120,20 @@ def stacked_values(experiments: Sequence[Experiment], members: int) -> dict[str,
     return {path: np.array([values[path] for values in padded], kinds[path]) for path in paths}
 
 
-def compile_population(experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray,
-                       devices: Sequence[jax.Device] | None = None) -> Compiled:
+def compile_population(
+    experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray, devices: Sequence[jax.Device] | None = None
+) -> Compiled:
     """The program that trains `members` experiments of the structure of `experiment`, on all devices by default."""
     devices = list(devices or jax.devices())
     mesh = experiment.mesh.for_population(members, len(devices)).build(devices)
     size = -(-members // mesh.shape["population"]) * mesh.shape["population"]
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if (experiment.data.batch_size // experiment.train.accumulate) % parts:
-        raise ConfigError(f"must be a multiple of train.accumulate × data × fsdp = {experiment.train.accumulate * parts} "
-                          f"on this mesh, got {experiment.data.batch_size}", "data.batch_size")
+        raise ConfigError(
+            f"must be a multiple of train.accumulate × data × fsdp = {experiment.train.accumulate * parts} "
+            f"on this mesh, got {experiment.data.batch_size}",
+            "data.batch_size",
+        )
     one = trial(experiment, vocabulary=vocabulary, byte_lengths=byte_lengths)
     values = stacked_values([experiment], size)
     where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)

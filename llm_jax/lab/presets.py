@@ -1,4 +1,5 @@
 """Starting points for experiments: whole, valid `Experiment`s that a file overrides where its question differs."""
+
 from __future__ import annotations
 
 from llm_jax.data.pipeline import Data

@@ -13,7 +13,10 @@ from llm_jax.lab.workfolder import write as write_json
 
 
 def write(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> Summary:
-    """Writes report.html, report.md, results.json and plots/*.png into `output`. Raises `ConfigError` where there is nothing to report."""
+    """Writes report.html, report.md, results.json and plots/*.png into `output`.
+
+    Raises `ConfigError` where there is nothing to report.
+    """
     summary, output = summarize(workdirs), pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", summary.data)

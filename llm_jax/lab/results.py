@@ -1,4 +1,5 @@
 """What is written down about a finished trial: `results.json`, from which alone every report is made."""
+
 from __future__ import annotations
 
 import datetime
@@ -33,36 +34,63 @@ class Provenance:
         """As JSON, with the machine and the versions of the libraries that numbers depend on."""
         device = jax.devices()[0]
         return {
-            "command": self.command, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions(),
-            "platform": device.platform, "device": device.device_kind, "devices": len(jax.devices()),
-            "population": self.population, "group": self.group, "corpus": self.corpus, "tokenizer": self.tokenizer,
+            "command": self.command,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "platform": device.platform,
+            "device": device.device_kind,
+            "devices": len(jax.devices()),
+            "population": self.population,
+            "group": self.group,
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer,
         }
 
 
-def finished(run: Run, origin: Provenance, cost: Cost, *, metrics: Mapping[str, float], curve: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def finished(
+    run: Run, origin: Provenance, cost: Cost, *, metrics: Mapping[str, float], curve: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """The results of a trial that ran to its end: "done", or "diverged" where a final metric is not finite."""
     names = dict.fromkeys(name for row in curve for name in row)
     well = bool(metrics) and all(math.isfinite(v) for v in metrics.values())
     return _described(run, origin) | {
-        "status": "done" if well else "diverged", "error": None, "metrics": dict(metrics),
+        "status": "done" if well else "diverged",
+        "error": None,
+        "metrics": dict(metrics),
         "curve": {name: [row.get(name) for row in curve] for name in names},
-        "parameters": cost.parameters, "tokens": cost.tokens, "flops": cost.flops, "seconds": curve[-1].get("seconds") if curve else None,
+        "parameters": cost.parameters,
+        "tokens": cost.tokens,
+        "flops": cost.flops,
+        "seconds": curve[-1].get("seconds") if curve else None,
     }
 
 
 def failed(run: Run, origin: Provenance, error: Exception) -> dict[str, Any]:
     """The results of a trial whose program raised `error`; the next run of the same command tries it again."""
     return _described(run, origin) | {
-        "status": "failed", "error": f"{type(error).__name__}: {error}", "metrics": {}, "curve": {},
-        "parameters": 0, "tokens": 0, "flops": 0.0, "seconds": None,
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}",
+        "metrics": {},
+        "curve": {},
+        "parameters": 0,
+        "tokens": 0,
+        "flops": 0.0,
+        "seconds": None,
     }
 
 
 def _described(run: Run, origin: Provenance) -> dict[str, Any]:
     return {
-        "schema": SCHEMA, "trial": run.name, "arm": run.arm, "phase": run.phase, "nuisance": dict(run.nuisance), "seed": run.seed,
-        "fingerprint": fingerprint(run.experiment), "config": to_json(run.experiment),
-        "ablation": dict(origin.ablation), "provenance": origin.described(),
+        "schema": SCHEMA,
+        "trial": run.name,
+        "arm": run.arm,
+        "phase": run.phase,
+        "nuisance": dict(run.nuisance),
+        "seed": run.seed,
+        "fingerprint": fingerprint(run.experiment),
+        "config": to_json(run.experiment),
+        "ablation": dict(origin.ablation),
+        "provenance": origin.described(),
     }
 
 

@@ -1,4 +1,5 @@
 """Running an ablation: plan → groups → trials, each written down as soon as it ends; what is done is never done again."""
+
 from __future__ import annotations
 
 import shutil
@@ -90,8 +91,9 @@ class Runner:
         """The compiled program of the runs' structure and number; the one that tuning compiled serves the winners too."""
         key = structure(runs[0].experiment), len(runs)
         if key not in self._compiled:
-            self._compiled[key] = compile_population(runs[0].experiment, len(runs), vocabulary=source.vocabulary,
-                                                     byte_lengths=source.tokenizer.byte_lengths)
+            self._compiled[key] = compile_population(
+                runs[0].experiment, len(runs), vocabulary=source.vocabulary, byte_lengths=source.tokenizer.byte_lengths
+            )
         return self._compiled[key]
 
 
@@ -111,15 +113,25 @@ class Group:
         first = self.runs[0].experiment
         program = self.runner.program(self.runs, self.source).bind([run.experiment for run in self.runs])
         rhythm = Rhythm.fitting(
-            steps=first.train.steps, log_every=first.train.log_every, evaluate_every=first.evaluation.every,
-            checkpoint_every=first.checkpoints.every, dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch)
+            steps=first.train.steps,
+            log_every=first.train.log_every,
+            evaluate_every=first.evaluation.every,
+            checkpoint_every=first.checkpoints.every,
+            dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch,
+        )
         trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
         for run in self.runs:
             write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
         scale = len(self.runs) / rhythm.steps
         seeds = [run.seed for run in self.runs]
-        with Progress(rhythm.steps, self.title, flops_per_step=scale * self.cost.flops, tokens_per_step=scale * self.cost.tokens,
-                      peak_flops=platform.peak_flops(), overall=overall) as progress:
+        with Progress(
+            rhythm.steps,
+            self.title,
+            flops_per_step=scale * self.cost.flops,
+            tokens_per_step=scale * self.cost.tokens,
+            peak_flops=platform.peak_flops(),
+            overall=overall,
+        ) as progress:
             checkpointer = self._checkpointer(progress)
             session = self._session(trackers, checkpointer, progress, rhythm)
             try:
@@ -140,7 +152,9 @@ class Group:
     def failed(self, error: Exception) -> None:
         """Writes down that the program raised `error`."""
         message = str(error).strip().splitlines()
-        self.runner.note(f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)")
+        self.runner.note(
+            f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)"
+        )
         self.runner.failures += len(self.runs)
         for run in self.runs:
             folder = self.runner.folder.trial(run.name)
@@ -149,14 +163,28 @@ class Group:
 
     def _origin(self) -> results.Provenance:
         ablation = self.runner.ablation.described() | {"scale": self.runner.scale}
-        return results.Provenance(ablation, self.runner.command, self.source.corpus.fingerprint(), self.source.tokenizer.fingerprint,
-                                  len(self.runs), self.name)
+        return results.Provenance(
+            ablation,
+            self.runner.command,
+            self.source.corpus.fingerprint(),
+            self.source.tokenizer.fingerprint,
+            len(self.runs),
+            self.name,
+        )
 
     def _checkpointer(self, progress: Progress) -> Checkpointer:
         keep, ablation = self.runs[0].experiment.checkpoints, self.runner.ablation
-        judged = (ablation.tuning_metric or ablation.metric).partition("@")[0]  # lengths beyond the trained one are scored only at the end
-        return Checkpointer(self.runner.folder.group(self.name) / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every,
-                            best_metric=judged if keep.keep_best else None, best_mode=ablation.mode, warn=progress.note)
+        judged = (ablation.tuning_metric or ablation.metric).partition("@")[
+            0
+        ]  # lengths beyond the trained one are scored only at the end
+        return Checkpointer(
+            self.runner.folder.group(self.name) / "checkpoints",
+            keep_last=keep.keep_last,
+            keep_every=keep.keep_every,
+            best_metric=judged if keep.keep_best else None,
+            best_mode=ablation.mode,
+            warn=progress.note,
+        )
 
     def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
@@ -169,5 +197,12 @@ class Group:
             for tracker in trackers:
                 tracker.truncate_after(step)
 
-        return Session(record=record, rewind=rewind, report=progress.update, evaluations=self.source.evaluations(final=False),
-                       tokens_per_step=self.cost.tokens / rhythm.steps, flops_per_step=self.cost.flops / rhythm.steps, checkpointer=checkpointer)
+        return Session(
+            record=record,
+            rewind=rewind,
+            report=progress.update,
+            evaluations=self.source.evaluations(final=False),
+            tokens_per_step=self.cost.tokens / rhythm.steps,
+            flops_per_step=self.cost.flops / rhythm.steps,
+            checkpointer=checkpointer,
+        )

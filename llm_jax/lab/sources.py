@@ -1,4 +1,5 @@
 """The text of a trial, ready to train on: corpus, fitted tokenizer, token stores and evaluation batches, shared by equals."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,9 @@ class Source:
     def _batches(self, split: str, times: int) -> Batch:
         length = self.data.sequence_length * times
         rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
-        return pipeline.evaluation_batches(self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens)
+        return pipeline.evaluation_batches(
+            self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens
+        )
 
 
 class Sources:

@@ -66,11 +66,22 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
     rows = _rows(trials, arms, values, baseline, ablation, sign)
     floor = statistics.noise_floor([list(v.values()) for v in values.values()])
     data = {
-        "question": ablation["question"], "name": ablation["name"], "metric": metric, "mode": ablation["mode"], "baseline": baseline,
-        "tuning_metric": ablation["tuning_metric"], "scale": ablation.get("scale"), "answer": _answer(rows, metric, sign), "arms": rows,
-        "noise_floor": None if floor is None else asdict(floor), "claims": _claims(trials, ablation, sign),
-        "nuisance": ablation["nuisance"], "scientific": ablation["scientific"], "metrics": _metrics(trials, arms),
-        "problems": _problems(trials, ablation, len(set(t["folder"] for t in trials)) > 1), "provenance": _provenance(trials),
+        "question": ablation["question"],
+        "name": ablation["name"],
+        "metric": metric,
+        "mode": ablation["mode"],
+        "baseline": baseline,
+        "tuning_metric": ablation["tuning_metric"],
+        "scale": ablation.get("scale"),
+        "answer": _answer(rows, metric, sign),
+        "arms": rows,
+        "noise_floor": None if floor is None else asdict(floor),
+        "claims": _claims(trials, ablation, sign),
+        "nuisance": ablation["nuisance"],
+        "scientific": ablation["scientific"],
+        "metrics": _metrics(trials, arms),
+        "problems": _problems(trials, ablation, len({t["folder"] for t in trials}) > 1),
+        "provenance": _provenance(trials),
         "base": trials[0]["config"],
     }
     return Summary(data, trials)
@@ -100,15 +111,24 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
         winner = next((t for t in trials if t["arm"] == arm and t["phase"] == "final"), None)
         nuisance = winner["nuisance"] if winner else {}
         difference = differences.get(arm)
-        rows.append({
-            "arm": arm, "n": len(scores), "mean": float(np.mean(scores)) if scores else None,
-            "interval": statistics.bootstrap_interval(scores) if scores else None, "values": {str(s): v for s, v in values[arm].items()},
-            "nuisance": nuisance, "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
-            "difference": asdict(difference) if difference else None, "p": adjusted.get(arm),
-            "verdict": "baseline" if arm == baseline else statistics.verdict(difference, adjusted.get(arm), sign=sign),
-            "parameters": winner["parameters"] if winner else None, "seconds": winner["seconds"] if winner else None,
-            "tokens": winner["tokens"] if winner else None, "flops": winner["flops"] if winner else None,
-        })
+        rows.append(
+            {
+                "arm": arm,
+                "n": len(scores),
+                "mean": float(np.mean(scores)) if scores else None,
+                "interval": statistics.bootstrap_interval(scores) if scores else None,
+                "values": {str(s): v for s, v in values[arm].items()},
+                "nuisance": nuisance,
+                "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
+                "difference": asdict(difference) if difference else None,
+                "p": adjusted.get(arm),
+                "verdict": "baseline" if arm == baseline else statistics.verdict(difference, adjusted.get(arm), sign=sign),
+                "parameters": winner["parameters"] if winner else None,
+                "seconds": winner["seconds"] if winner else None,
+                "tokens": winner["tokens"] if winner else None,
+                "flops": winner["flops"] if winner else None,
+            }
+        )
     return rows
 
 
@@ -140,9 +160,16 @@ def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
         a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
         differences.append(statistics.paired_difference(a, b, shift=-sign * claim["by"]))
     adjusted = statistics.holm([d.p if d else None for d in differences])
-    return [claim | {"metric": claim["metric"] or ablation["metric"], "difference": asdict(d) if d else None, "p": p,
-                     "verdict": statistics.claim_verdict(d, p, by=claim["by"], sign=sign)}
-            for claim, d, p in zip(claims, differences, adjusted, strict=True)]
+    return [
+        claim
+        | {
+            "metric": claim["metric"] or ablation["metric"],
+            "difference": asdict(d) if d else None,
+            "p": p,
+            "verdict": statistics.claim_verdict(d, p, by=claim["by"], sign=sign),
+        }
+        for claim, d, p in zip(claims, differences, adjusted, strict=True)
+    ]
 
 
 def _metrics(trials, arms) -> dict[str, dict[str, float | None]]:

@@ -1,4 +1,5 @@
 """The work folder of an ablation: whose it is, and one folder a trial whose `results.json` says all there is to say."""
+
 from __future__ import annotations
 
 import json
@@ -26,9 +27,12 @@ class WorkFolder:
         arm of the same name is another. corpora: arm → fingerprint of its corpus. Raises `ConfigError`.
         """
         identity = {
-            "base": to_json(ablation.base), "nuisance": {p: list(v) for p, v in ablation.nuisance.items()},
-            "metric": [ablation.metric, ablation.mode, ablation.tuning_metric], "tuning_seeds": ablation.tuning_seeds,
-            "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()}, "corpora": corpora,
+            "base": to_json(ablation.base),
+            "nuisance": {p: list(v) for p, v in ablation.nuisance.items()},
+            "metric": [ablation.metric, ablation.mode, ablation.tuning_metric],
+            "tuning_seeds": ablation.tuning_seeds,
+            "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()},
+            "corpora": corpora,
         }
         file = self.path / "ablation.json"
         if file.exists():
@@ -36,7 +40,9 @@ class WorkFolder:
             found = _differences(known["identity"], identity)
             if found:
                 more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-                raise ConfigError(f"belongs to another experiment: {'; '.join(found[:SHOWN])}{more}. Choose another --workdir", str(self.path))
+                raise ConfigError(
+                    f"belongs to another experiment: {'; '.join(found[:SHOWN])}{more}. Choose another --workdir", str(self.path)
+                )
             for part in ("arms", "corpora"):
                 identity[part] = known["identity"][part] | identity[part]
         elif self.path.exists() and any(self.path.iterdir()):

@@ -1,4 +1,5 @@
 """One Transformer layer: attention and a feed-forward network, each normalized and joined to the residual stream."""
+
 from __future__ import annotations
 
 import math
@@ -22,17 +23,19 @@ class Block(nn.Module):
     config: Any
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, positions_BL, segments_BL, shared: Mapping[str, jax.Array], rates: Mapping[str, Any]):
+    def __call__(self, x_BLD: jax.Array, segments_BL, shared: Mapping[str, jax.Array], rates: Mapping[str, Any]):
         c = self.config
         gain = 1 / math.sqrt(2 * c.depth)  # Radford et al. 2019: the stream sums 2·depth branches
         mixer = MultiHead(c.attention, c.position, gain, c.precision.dtype, name="attention")
-        x_BLD = self._branch("attention", x_BLD, lambda h: mixer(h, positions_BL, segments_BL, shared, rates), rates)
+        x_BLD = self._branch("attention", x_BLD, lambda h: mixer(h, segments_BL, shared, rates), rates)
         if not isinstance(c.ffn, NoFeedForward):
             mlp = MLP(c.ffn, gain, c.precision.dtype, name="ffn")
             x_BLD = self._branch("ffn", x_BLD, lambda h: mlp(h, rates), rates)
         return x_BLD, None
 
-    def _branch(self, name: str, x_BLD: jax.Array, function: Callable[[jax.Array], jax.Array], rates: Mapping[str, Any]) -> jax.Array:
+    def _branch(
+        self, name: str, x_BLD: jax.Array, function: Callable[[jax.Array], jax.Array], rates: Mapping[str, Any]
+    ) -> jax.Array:
         c = self.config
 
         def norm(role: str, x: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
 """Analytic parameters, FLOPs and memory of a decoder; tests hold them against the real tree and XLA's own counts."""
+
 from __future__ import annotations
 
 from llm_jax.models.decoder import Decoder
@@ -26,7 +27,9 @@ def _layer_products(model: Decoder) -> int:
     """Entries of a layer's matrices, each of which multiplies every token once."""
     attention, width = model.attention, model.width
     heads = 2 * attention.heads + 2 * attention.groups
-    return width * heads * attention.size(width) + (model.ffn.branches + 1) * width * model.ffn.hidden(width) * (model.ffn.branches > 0)
+    return width * heads * attention.size(width) + (model.ffn.branches + 1) * width * model.ffn.hidden(width) * (
+        model.ffn.branches > 0
+    )
 
 
 def _layer_biases(model: Decoder) -> int:

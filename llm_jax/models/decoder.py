@@ -1,4 +1,5 @@
 """The decoder-only Transformer: embeddings, a stack of blocks, and a language-model head."""
+
 from __future__ import annotations
 
 import re
@@ -56,10 +57,18 @@ class Decoder(Config):
     def validate(self):
         require_positive(self, "width", "depth")
         whole = self.attention.head_dim is not None or self.width % self.attention.heads == 0
-        require(whole, "attention.heads", f"must divide width={self.width} unless attention.head_dim is given, got {self.attention.heads}")
+        require(
+            whole,
+            "attention.heads",
+            f"must divide width={self.width} unless attention.head_dim is given, got {self.attention.heads}",
+        )
         if isinstance(self.position, Rope):
             size = self.attention.size(self.width)
-            require(int(size * self.position.fraction) >= 2, "position", f"turns pairs of channels, but a head has only {size}: use fewer heads or a larger fraction")
+            require(
+                int(size * self.position.fraction) >= 2,
+                "position",
+                f"turns pairs of channels, but a head has only {size}: use fewer heads or a larger fraction",
+            )
 
     @property
     def scanned(self) -> bool:
@@ -78,8 +87,14 @@ class Transformer(nn.Module):
     vocabulary: int
 
     @nn.compact
-    def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array | None = None, segments_BL: jax.Array | None = None, *,
-                 deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """positions: default 0 … L-1; segments: a number a document, and attention stays within it; deterministic: no dropout."""
         c = self.config
         rates = {} if deterministic else c.dropout.rates()
@@ -87,14 +102,20 @@ class Transformer(nn.Module):
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
         unit = 1.0 if c.embedding_scale else EMBEDDING_DEVIATION
         embedding = Embedding(self.vocabulary, c.width, unit, c.embedding_scale, c.precision.dtype, name="embedding")
-        x_BLD, shared = Positions(c.position, name="position")(embedding(tokens_BL), positions_BL, unit=unit, heads=c.attention.heads)
+        x_BLD, shared = Positions(c.position, name="position")(
+            embedding(tokens_BL), positions_BL, unit=unit, heads=c.attention.heads
+        )
         if "embedding" in rates:
             x_BLD = dropout(x_BLD, rates["embedding"], self.make_rng("dropout"))
         x_BLD = constrain(x_BLD, "batch", "length", "embed_act")
-        x_BLD = self._layers(x_BLD, positions_BL, segments_BL, shared, rates)
+        x_BLD = self._layers(x_BLD, segments_BL, shared, rates)
         if c.placement != "post":
             x_BLD = Normalize(c.norm, name="final_norm")(x_BLD)
-        head = embedding.logits if c.tied else Linear((c.width,), (self.vocabulary,), ("embed", "vocab"), dtype=c.precision.dtype, name="head")
+        head = (
+            embedding.logits
+            if c.tied
+            else Linear((c.width,), (self.vocabulary,), ("embed", "vocab"), dtype=c.precision.dtype, name="head")
+        )
         return constrain(head(x_BLD), "batch", "length", "vocab_act").astype(jnp.float32)
 
     def _layers(self, x_BLD: jax.Array, *given: Any) -> jax.Array:
@@ -108,8 +129,14 @@ class Transformer(nn.Module):
             for index in range(c.depth):
                 x_BLD, _ = block(config, name=f"layers_{index}")(x_BLD, *given)
             return x_BLD
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, in_axes=nn.broadcast, length=c.depth,
-                        metadata_params={nn.PARTITION_NAME: "layers"})
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
         return stack(config, name="layers")(x_BLD, *given)[0]
 
 
@@ -128,11 +155,12 @@ def unstack_layers(params: Params) -> dict[str, Any]:
     """The inverse of `stack_layers`."""
     rest = {k: v for k, v in params.items() if k != "layers"}
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    return rest | {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(depth)}  # noqa: B023
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(depth)}
 
 
 def parameter_roles(params: Any) -> Any:
     """For every leaf what it is to an optimizer: "matrix", "embedding", "head" or "vector"."""
+
     def role(path, leaf) -> str:
         names = [k.key for k in path]
         if names[-1] == "embedding":
@@ -149,6 +177,7 @@ def matrix_axes(params: Any) -> Any:
 
     Axes in neither, such as the layer axis of scanned parameters, count separate matrices.
     """
+
     def axes(path, leaf):
         names = [k.key for k in path]
         if names[-1] != "kernel":

@@ -1,4 +1,5 @@
 """Activation functions by name; each maps `[...] -> [...]` elementwise."""
+
 from collections.abc import Callable
 from typing import Literal
 

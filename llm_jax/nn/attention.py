@@ -1,4 +1,5 @@
 """softmax(QKᵀ/√K + bias) V as a pure function, with masks for causality and packed documents."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +13,7 @@ from llm_jax.nn.dropout import dropout
 from llm_jax.nn.kernels.product import row_sum
 
 MASKED = -1e30
-Bias = Callable[[jax.Array, jax.Array], jax.Array | None]  # (query positions [B, L], key positions [B, M]) -> [B or 1, H, L, M]
+Bias = Callable[[jax.Array, jax.Array], jax.Array | None]  # (query positions [B, L], key positions [B, M]) -> [1 or B, H, L, M]
 
 
 def attend(
@@ -20,7 +21,6 @@ def attend(
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
     *,
-    positions_BL: jax.Array,
     segments_BL: jax.Array | None = None,
     bias: Bias = lambda queries, keys: None,
     rate: float = 0.0,
@@ -28,8 +28,8 @@ def attend(
 ) -> jax.Array:
     """Causal attention of H query heads over G key-value heads, each shared by H/G of them; `[B, L, H, K]`.
 
-    A query sees the keys that stand no later in its row, and of its own segment. positions (`[1 or B, L]`) are only what the
-    bias is computed from. Scores and softmax are float32. rate, key: dropout of the attention weights.
+    A query sees the keys that stand no later in its row, and of its own segment. The bias is asked for with places in the
+    row: within a document distances are the same, and one bias serves all rows. Scores and softmax are float32. rate, key: dropout of the attention weights.
     """
     length, block = q_BLHK.shape[1], traits().attention_row_block or q_BLHK.shape[1]
     q_BGRLK, k_BGMK, v_BGMK = _by_head(q_BLHK, k_BMGK.shape[2]), k_BMGK.transpose(0, 2, 1, 3), v_BMGK.transpose(0, 2, 1, 3)
@@ -37,10 +37,17 @@ def attend(
     rows = []
     for index, start in enumerate(range(0, length, block)):  # rows [start, stop) meet only keys [0, stop)
         stop = min(start + block, length)
-        rows.append(_attend_rows(
-            q_BGRLK[:, :, :, start:stop], k_BGMK[:, :, :stop], v_BGMK[:, :, :stop],
-            mask=_visible(start, stop, segments_BL), bias=bias(positions_BL[:, start:stop], positions_BL[:, :stop]),
-            rate=rate, key=None if keys is None else keys[index]))
+        rows.append(
+            _attend_rows(
+                q_BGRLK[:, :, :, start:stop],
+                k_BGMK[:, :, :stop],
+                v_BGMK[:, :, :stop],
+                mask=_visible(start, stop, segments_BL),
+                bias=bias(jnp.arange(start, stop)[None], jnp.arange(stop)[None]),
+                rate=rate,
+                key=None if keys is None else keys[index],
+            )
+        )
     out_BGRLK = rows[0] if len(rows) == 1 else jnp.concatenate(rows, 3)
     return out_BGRLK.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
 

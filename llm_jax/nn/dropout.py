@@ -1,4 +1,5 @@
 """Dropout (Srivastava et al. 2014): where, at which rate; a rate of zero costs nothing, a traced one may vary in a population."""
+
 from dataclasses import dataclass, fields
 
 import jax

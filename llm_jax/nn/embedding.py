@@ -1,4 +1,5 @@
 """Token embeddings, and the same table as the output layer where the two are tied (Press & Wolf 2017)."""
+
 from __future__ import annotations
 
 from typing import Any

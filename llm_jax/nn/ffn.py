@@ -1,4 +1,5 @@
 """Feed-forward networks: plain, gated (Shazeer 2020), or none."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

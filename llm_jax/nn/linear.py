@@ -1,4 +1,5 @@
 """The one place where a weight matrix is made: its initialisation, logical axes and compute dtype."""
+
 from __future__ import annotations
 
 import math
@@ -57,5 +58,5 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
         if not self.bias:
             return kernel.astype(self.dtype), None
-        bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[len(self.inputs):]), self.outputs, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[len(self.inputs) :]), self.outputs, jnp.float32)
         return kernel.astype(self.dtype), bias.astype(self.dtype)

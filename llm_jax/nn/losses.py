@@ -1,4 +1,5 @@
 """Losses over logits, in float32."""
+
 import jax
 import jax.numpy as jnp
 

@@ -1,4 +1,5 @@
 """Multi-head attention (Vaswani et al. 2017), multi-query (Shazeer 2019) and grouped-query (Ainslie et al. 2023)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain
@@ -47,21 +49,35 @@ class MultiHead(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array | None, shared: Mapping[str, jax.Array],
-                 rates: Mapping[str, Any]) -> jax.Array:
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        segments_BL: jax.Array | None,
+        shared: Mapping[str, jax.Array],
+        rates: Mapping[str, Any],
+    ) -> jax.Array:
         c, width = self.config, x_BLD.shape[-1]
+        # rotations matter by their differences alone, so the places in a row serve every document in it
+        places_1L = jnp.arange(x_BLD.shape[1])[None]
         size = c.size(width)
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             y = Linear((width,), (heads, size), ("embed", axis, "head_dim"), bias=c.bias, dtype=self.dtype, name=name)(x_BLD)
             return constrain(y, "batch", "length", f"{axis}_act", None)
 
-        q_BLHK = self.position.rotate(project("query", c.heads, "heads"), positions_BL)
-        k_BLGK = self.position.rotate(project("key", c.groups, "kv_heads"), positions_BL)
+        q_BLHK = self.position.rotate(project("query", c.heads, "heads"), places_1L)
+        k_BLGK = self.position.rotate(project("key", c.groups, "kv_heads"), places_1L)
         v_BLGK = project("value", c.groups, "kv_heads")
         out_BLHK = attend(
-            q_BLHK, k_BLGK, v_BLGK, positions_BL=positions_BL, segments_BL=segments_BL,
+            q_BLHK,
+            k_BLGK,
+            v_BLGK,
+            segments_BL=segments_BL,
             bias=lambda queries, keys: self.position.bias(dict(shared), queries, keys, c.heads),
-            rate=rates.get("attention", 0.0), key=self.make_rng("dropout") if "attention" in rates else None)
+            rate=rates.get("attention", 0.0),
+            key=self.make_rng("dropout") if "attention" in rates else None,
+        )
         out_BLHK = constrain(out_BLHK, "batch", "length", "heads_act", None)
-        return Linear((c.heads, size), (width,), ("heads", "head_dim", "embed"), gain=self.gain, bias=c.bias, dtype=self.dtype, name="output")(out_BLHK)
+        return Linear(
+            (c.heads, size), (width,), ("heads", "head_dim", "embed"), gain=self.gain, bias=c.bias, dtype=self.dtype, name="output"
+        )(out_BLHK)

@@ -1,4 +1,5 @@
 """Normalization of the last axis, in float32 whatever the compute dtype; "none" is a real choice."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ class Normalize(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.config.vectors():
             return x
-        vectors = {name: self.param(name, partitioned(nn.initializers.constant(value), ("norm",)), (x.shape[-1],), jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-                   for name, value in self.config.vectors().items()}
+        vectors = {
+            name: self.param(name, partitioned(nn.initializers.constant(value), ("norm",)), (x.shape[-1],), jnp.float32).reshape(
+                (1,) * (x.ndim - 1) + (-1,)
+            )
+            for name, value in self.config.vectors().items()
+        }
         return self.config.apply(x.astype(jnp.float32), vectors).astype(x.dtype)

@@ -2,6 +2,7 @@
 
 To add one: a frozen dataclass here that overrides what it needs, and a row in `tests/nn/test_position.py`.
 """
+
 from __future__ import annotations
 
 import math
@@ -48,7 +49,7 @@ class NoPosition(Position):
 
 @dataclass(frozen=True)
 class Sinusoidal(Position):
-    """Fixed sines and cosines added to the embeddings: PE(p, 2i) = sin(p / θ^(2i/D)), PE(p, 2i+1) = cos. Vaswani et al. 2017, §3.5."""
+    """Fixed waves added to the embeddings: PE(p, 2i) = sin(p / θ^(2i/D)), PE(p, 2i+1) = cos. Vaswani et al. 2017, §3.5."""
 
     theta: float = 10_000.0
 
@@ -126,7 +127,11 @@ class T5Bias(Position):
 
     def validate(self):
         require(self.buckets >= 2, "buckets", f"must be >= 2, got {self.buckets}")
-        require(self.max_distance > self.buckets // 2, "max_distance", f"must be > buckets / 2 = {self.buckets // 2}, got {self.max_distance}")
+        require(
+            self.max_distance > self.buckets // 2,
+            "max_distance",
+            f"must be > buckets / 2 = {self.buckets // 2}, got {self.max_distance}",
+        )
 
     def shared(self, heads, *, param):
         return {"embedding": param("embedding", nn.initializers.normal(0.02), (self.buckets, heads), ("buckets", "heads"))}
@@ -158,6 +163,8 @@ class Positions(nn.Module):
         return self.param(name, partitioned(init, axes), shape, jnp.float32)
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, positions_BL: jax.Array, *, unit: float, heads: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, x_BLD: jax.Array, positions_BL: jax.Array, *, unit: float, heads: int
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The embedded tokens with positions, and the parameters that the layers share."""
         return self.config.embed(x_BLD, positions_BL, unit=unit, param=self._param), self.config.shared(heads, param=self._param)

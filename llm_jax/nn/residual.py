@@ -1,4 +1,5 @@
 """How a branch joins the residual stream; "none" is a real choice (He et al. 2016 is what it tests)."""
+
 from __future__ import annotations
 
 import math
@@ -58,6 +59,8 @@ class Join(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, branch: jax.Array) -> jax.Array:
         def gain(value: float) -> jax.Array:
-            return self.param("scale", partitioned(nn.initializers.constant(value), (None,)), (1,), jnp.float32).reshape((1,) * x.ndim)
+            return self.param("scale", partitioned(nn.initializers.constant(value), (None,)), (1,), jnp.float32).reshape(
+                (1,) * x.ndim
+            )
 
         return self.config.join(x, branch, depth=self.depth, gain=gain)

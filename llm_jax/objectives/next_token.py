@@ -1,4 +1,5 @@
 """Next-token prediction with teacher forcing."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +29,9 @@ class NextToken(Config):
     def validate(self):
         require(self.z_loss >= 0, "z_loss", f"must be >= 0, got {self.z_loss}")
 
-    def loss(self, apply: Apply, params: Any, batch: Batch, *, rng: jax.Array, byte_lengths: jax.Array, train: bool) -> tuple[Weighted, Metrics]:
+    def loss(
+        self, apply: Apply, params: Any, batch: Batch, *, rng: jax.Array, byte_lengths: jax.Array, train: bool
+    ) -> tuple[Weighted, Metrics]:
         """The summed loss over its weight, and metrics. byte_lengths `[V]`: bytes of text that each id stands for.
 
         Evaluation reports "loss" (nats a token), "bits_per_byte" = Σ nll / (ln 2 · Σ bytes), which compares across tokenizers

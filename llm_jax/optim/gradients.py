@@ -1,4 +1,5 @@
 """What happens to gradients and updates around an optimizer: norms, clipping, decay, the scheduled learning rate, averages."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

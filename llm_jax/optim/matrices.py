@@ -1,4 +1,5 @@
 """Parameters as stacks of matrices `[batch, inputs, outputs]`, which is how matrix-aware optimizers see them."""
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 Every learning rate is the peak; the schedule's factor multiplies it, and weight decay is decoupled and multiplied by the
 scheduled learning rate (Loshchilov & Hutter 2019, as PyTorch does it). Fields declared `traced` may differ within one program.
 """
+
 from __future__ import annotations
 
 import math
@@ -121,9 +122,15 @@ class Adafactor(Optimizer):
         require_positive(self, "decay_exponent", "clip", "smallest")
 
     def rule(self, roles, axes):
-        return matrix_by_matrix(optax.chain(
-            optax.scale_by_factored_rms(decay_rate=self.decay_exponent, min_dim_size_to_factor=self.smallest),
-            optax.clip_by_block_rms(self.clip), optax.scale_by_param_block_rms() if self.relative else optax.identity()), roles, axes)
+        return matrix_by_matrix(
+            optax.chain(
+                optax.scale_by_factored_rms(decay_rate=self.decay_exponent, min_dim_size_to_factor=self.smallest),
+                optax.clip_by_block_rms(self.clip),
+                optax.scale_by_param_block_rms() if self.relative else optax.identity(),
+            ),
+            roles,
+            axes,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,18 @@ class Sophia(Optimizer):
         require_positive(self, "gamma", "epsilon", "interval")
 
     def rule(self, roles, axes):
-        return branching(optax.contrib.sophia(
-            learning_rate=-1.0,  # optax applies the sign of descent here, `scheduled` does in this file
-            b1=self.b1, b2=self.b2, eps=self.epsilon, gamma=self.gamma, update_interval=self.interval, weight_decay=0.0,
-            hessian_diagonal_fn=hutchinson()))
+        return branching(
+            optax.contrib.sophia(
+                learning_rate=-1.0,  # optax applies the sign of descent here, `scheduled` does in this file
+                b1=self.b1,
+                b2=self.b2,
+                eps=self.epsilon,
+                gamma=self.gamma,
+                update_interval=self.interval,
+                weight_decay=0.0,
+                hessian_diagonal_fn=hutchinson(),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -217,15 +232,20 @@ class Muon(MatrixOptimizer):
 
     def matrix_rule(self, axes):
         def dimensions(updates):
-            return jax.tree.map(lambda u, pair: u if masked(u) else optax.contrib.MuonDimensionNumbers(*pair),
-                                updates, axes(updates), is_leaf=masked)
+            return jax.tree.map(
+                lambda u, pair: u if masked(u) else optax.contrib.MuonDimensionNumbers(*pair),
+                updates,
+                axes(updates),
+                is_leaf=masked,
+            )
 
         def resize(updates, state, params=None):
             return jax.tree.map(lambda u, pair: u * (self.size * math.sqrt(max(sizes(u, pair)))), updates, axes(updates)), state
 
         return optax.chain(
             optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=dimensions),
-            optax.GradientTransformation(lambda params: optax.EmptyState(), resize))
+            optax.GradientTransformation(lambda params: optax.EmptyState(), resize),
+        )
 
 
 @dataclass(frozen=True)
@@ -274,7 +294,9 @@ class ScheduleFreeAdamW(Optimizer):
 
     def build(self, factor, *, roles, axes):
         base = super().build(factor, roles=roles, axes=axes)
-        return optax.contrib.schedule_free(base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1)  # optax counts from 1
+        return optax.contrib.schedule_free(
+            base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1
+        )  # optax counts from 1
 
     def evaluation_params(self, state, params):
         return optax.contrib.schedule_free_eval_params(state, params)

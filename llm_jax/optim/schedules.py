@@ -1,4 +1,5 @@
 """Learning-rate schedules: a factor in [0, 1] on the peak learning rate, as a function of the step."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """Curvature: Hutchinson's estimate of the Hessian's diagonal, and SOAP's eigenbasis."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def random_signs(key: jax.Array, like: Any) -> Any:
     alike: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
         alike.setdefault((leaf.shape, leaf.dtype), []).append(index)
-    signs = {}
+    signs: dict = {}
     for (shape, dtype), indices in alike.items():
         draw = jax.vmap(lambda k, shape=shape, dtype=dtype: jax.random.rademacher(k, shape, dtype))
         signs |= dict(zip(indices, draw(keys[jnp.array(indices)]), strict=True))
@@ -86,8 +87,9 @@ class Leaf(NamedTuple):
     bases: list[jax.Array]
 
 
-def scale_by_soap(axes: Callable[[Any], Any], *, b1: Any, b2: Any, frequency: int, largest: int,
-                  epsilon: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_soap(
+    axes: Callable[[Any], Any], *, b1: Any, b2: Any, frequency: int, largest: int, epsilon: float = 1e-8
+) -> optax.GradientTransformation:
     """Adam's update of the gradient QLᵀ G QR, turned back: QL N QRᵀ. Vyas et al. 2024, algorithm 3, and their code.
 
     axes: updates → (input axes, output axes) of every matrix. QL, QR: eigenvectors of the running means (decay b2) of G Gᵀ

@@ -1,4 +1,5 @@
 """The only loop over training steps: dispatch, record, evaluate, checkpoint, and stop cleanly when asked to."""
+
 from __future__ import annotations
 
 import contextlib
@@ -188,7 +189,10 @@ def _start(program: Program, session: Session) -> tuple[Any, int, float, Sums]:
 def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> None:
     if session.checkpointer is None:
         return
-    extra = {"seconds": clock.read(), "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()}}
+    extra = {
+        "seconds": clock.read(),
+        "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()},
+    }
     session.checkpointer.save(step, state, extra, row)
 
 

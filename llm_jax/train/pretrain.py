@@ -1,4 +1,5 @@
 """A pretraining trial as three pure functions of its traced values: init, steps, evaluate."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -112,15 +113,22 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
 
         def call(params, batch: Batch, rng):
             apply = lambda params, batch, rng: network.apply(  # noqa: E731
-                {"params": params}, batch.tokens, batch.positions, batch.segments,
-                deterministic=not train, rngs={"dropout": rng} if train else None)
+                {"params": params},
+                batch.tokens,
+                batch.positions,
+                batch.segments,
+                deterministic=not train,
+                rngs={"dropout": rng} if train else None,
+            )
             return given.objective.loss(apply, params, batch, rng=rng, byte_lengths=table, train=train)
 
         return call
 
     def steps(values: Values, state: TrainState, batches: Batch):
         given = substitute(recipe, values)
-        step = make_train_step(loss(given, train=True), chained(given), accumulate=recipe.train.accumulate, average=recipe.train.average)
+        step = make_train_step(
+            loss(given, train=True), chained(given), accumulate=recipe.train.accumulate, average=recipe.train.average
+        )
         return many_steps(step, state, batches)
 
     def evaluate(values: Values, state: TrainState, batches: Batch) -> Metrics:

@@ -1,4 +1,5 @@
 """The one training step: a loss and an optimizer in, a pure function of (state, batch) out."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -46,8 +47,13 @@ def make_train_step(
         grads, total, metrics, last = _summed_gradients(loss, state.params, batch, rng, accumulate)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-30), grads)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=total.mean, key=jax.random.fold_in(rng, 1),
-            loss_fn=lambda params: loss(params, *last)[0].mean)
+            grads,
+            state.opt_state,
+            state.params,
+            value=total.mean,
+            key=jax.random.fold_in(rng, 1),
+            loss_fn=lambda params: loss(params, *last)[0].mean,
+        )
         params = optax.apply_updates(state.params, updates)
         mean = state.average
         if average is not None:
@@ -76,8 +82,9 @@ def _summed_gradients(loss: Loss, params: Any, batch: Batch, rng: jax.Array, acc
     def body(carry, inputs):
         return jax.tree.map(jnp.add, carry, differentiate(params, *inputs)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
-        differentiate, params, *jax.tree.map(lambda x: x[0], (micro, rngs))))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], (micro, rngs)))
+    )
     (grads, (weighted, metrics)), _ = jax.lax.scan(body, zeros, (micro, rngs))
     return grads, weighted, metrics, jax.tree.map(lambda x: x[-1], (micro, rngs))
 

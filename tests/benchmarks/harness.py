@@ -103,7 +103,12 @@ class Worker:
         self.side, self.log, watch = side, log, Watch()
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
-                side.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | side.environment
+                side.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | side.environment,
             )
         self.info = self._answer("ready")
         self.startup = watch.read()[0]
@@ -156,7 +161,10 @@ class Rates:
 
 
 def interleave(sides: Sequence[Side], *, rounds: int, seconds: float, logs: pathlib.Path, patience: float = 20.0) -> Rates:
-    """Every side in every round for about so many seconds, forwards and backwards by turns. Raises `RuntimeError` if one ends early."""
+    """Every side in every round for about so many seconds, forwards and backwards by turns.
+
+    Raises `RuntimeError` if one ends early.
+    """
     workers: list[Worker] = []
     try:
         for side in sides:
@@ -196,8 +204,10 @@ def _undisturbed(worker: Worker, units: int, patience: float) -> tuple[float, fl
     return min(tries, key=lambda t: t[1])
 
 
-def timed(command: Sequence[str], *, environment: Mapping[str, str], log: pathlib.Path, patience: float = 20.0) -> tuple[float, float, str]:
-    """Runs a program from its start to its end: (seconds, cores that others used, its output). Raises `RuntimeError` if it fails."""
+def timed(
+    command: Sequence[str], *, environment: Mapping[str, str], log: pathlib.Path, patience: float = 20.0
+) -> tuple[float, float, str]:
+    """Runs a program to its end: (seconds, cores that others used, its output). Raises `RuntimeError` if it fails."""
     wait_for_quiet(patience)
     watch = Watch()
     with open(log, "w") as errors:

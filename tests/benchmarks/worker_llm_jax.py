@@ -78,7 +78,9 @@ def main(size: str, *changes: str) -> None:
     train, price = experiment.train, cost(experiment, shape.vocabulary)
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS).astype(np.uint16)
     tokens = Tokens(ids, np.zeros(1, np.int64), None)
-    program = compile_population(experiment, 1, vocabulary=shape.vocabulary, byte_lengths=np.ones(shape.vocabulary, np.int32)).bind([experiment])
+    program = compile_population(experiment, 1, vocabulary=shape.vocabulary, byte_lengths=np.ones(shape.vocabulary, np.int32)).bind(
+        [experiment]
+    )
     rhythm = Rhythm.fitting(
         steps=FOREVER,
         log_every=train.log_every,
@@ -87,7 +89,12 @@ def main(size: str, *changes: str) -> None:
         dispatch=train.steps_per_dispatch or platform.traits().steps_per_dispatch,
     )
     per_unit = train.log_every // rhythm.dispatch
-    info = {"unit": train.log_every * shape.rows * shape.length, "parameters": price.parameters, "devices": len(jax.devices()), "dispatch": rhythm.dispatch}
+    info = {
+        "unit": train.log_every * shape.rows * shape.length,
+        "parameters": price.parameters,
+        "devices": len(jax.devices()),
+        "dispatch": rhythm.dispatch,
+    }
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         tracker = Tracker(folder)
 
@@ -112,7 +119,9 @@ def main(size: str, *changes: str) -> None:
             )
 
             def batches(start: int) -> Iterator:
-                return gated(feed(experiment.data, tokens, seeds=[0], steps_per_item=rhythm.dispatch, start_step=start), per_unit, **info)
+                return gated(
+                    feed(experiment.data, tokens, seeds=[0], steps_per_item=rhythm.dispatch, start_step=start), per_unit, **info
+                )
 
             try:
                 fit(program, batches, rhythm, session)

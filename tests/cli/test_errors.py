@@ -1,4 +1,5 @@
 """A mistake in what was typed: one sentence, exit code 2, nothing written."""
+
 import subprocess
 import sys
 

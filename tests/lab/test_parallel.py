@@ -1,4 +1,5 @@
 """Eight devices, data=2 × fsdp=2 × tensor=2: the numbers of one device, and arrays that are really split."""
+
 import jax
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ STEPS = 20
 def losses(mesh: Mesh, devices, **changes):
     """The losses of 20 steps, one by one, and the final state."""
     experiment = tiny(mesh=mesh, **{"model.width": 32, "train.steps": STEPS, **changes})
-    compiled = population.compile_population(experiment, 1, vocabulary=VOCABULARY + 3, byte_lengths=np.ones(VOCABULARY + 3, np.int32), devices=devices)
+    compiled = population.compile_population(
+        experiment, 1, vocabulary=VOCABULARY + 3, byte_lengths=np.ones(VOCABULARY + 3, np.int32), devices=devices
+    )
     program = compiled.bind([experiment])
     state, seen = program.init(), []
     rng = np.random.default_rng(0)
@@ -36,11 +39,13 @@ def test_a_mesh_of_eight_equals_one_device(layers):
     query = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if "query" in jax.tree_util.keystr(path))
     assert query.addressable_shards[0].data.size == query.size // 4, query.sharding
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state) if "query" in jax.tree_util.keystr(path)]
-    assert moments and all(m.addressable_shards[0].data.size == m.size // 4 for m in moments), "optimizer state should be split like its parameter"
+    assert moments and all(m.addressable_shards[0].data.size == m.size // 4 for m in moments), (
+        "optimizer state should be split like its parameter"
+    )
 
 
 def test_activations_are_constrained_in_the_lowered_program():
-    _, state, compiled = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **{"train.steps": STEPS})
+    _, _, compiled = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **{"train.steps": STEPS})
     ids = np.zeros((1, 1, ROWS, LENGTH), np.int32)
     with jax.set_mesh(compiled.mesh):
         text = compiled.steps.lower(population.stacked_values([tiny()], 1), compiled.abstract, Batch(ids, ids)).as_text()

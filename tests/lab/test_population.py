@@ -1,4 +1,5 @@
 """A population equals the same trials trained one by one, for every optimizer, schedule value and device layout."""
+
 from dataclasses import replace
 
 import jax
@@ -17,14 +18,27 @@ from llm_jax.optim import optimizers
 from llm_jax.train.pretrain import Train
 
 VOCABULARY, STEPS, ROWS, LENGTH = 17, 20, 4, 8
-OPTIMIZERS = [optimizers.SGD, optimizers.Momentum, optimizers.Adam, optimizers.AdamW, optimizers.Adafactor, optimizers.Lion, optimizers.Muon,
-              optimizers.SOAP, optimizers.Sophia, optimizers.ScheduleFreeAdamW]
+OPTIMIZERS = [
+    optimizers.SGD,
+    optimizers.Momentum,
+    optimizers.Adam,
+    optimizers.AdamW,
+    optimizers.Adafactor,
+    optimizers.Lion,
+    optimizers.Muon,
+    optimizers.SOAP,
+    optimizers.Sophia,
+    optimizers.ScheduleFreeAdamW,
+]
 
 
 def tiny(**changes) -> Experiment:
     base = Experiment(
-        data=Data(sequence_length=LENGTH, batch_size=ROWS), model=Decoder(width=16, depth=1, attention=Attention(heads=2)),
-        train=Train(steps=STEPS), evaluation=Evaluation(every=STEPS))
+        data=Data(sequence_length=LENGTH, batch_size=ROWS),
+        model=Decoder(width=16, depth=1, attention=Attention(heads=2)),
+        train=Train(steps=STEPS),
+        evaluation=Evaluation(every=STEPS),
+    )
     return override(base, changes)
 
 
@@ -34,7 +48,9 @@ def batches(seed: int) -> Batch:
 
 
 def compiled(experiment, members, devices):
-    return population.compile_population(experiment, members, vocabulary=VOCABULARY, byte_lengths=np.ones(VOCABULARY, np.int32), devices=devices)
+    return population.compile_population(
+        experiment, members, vocabulary=VOCABULARY, byte_lengths=np.ones(VOCABULARY, np.int32), devices=devices
+    )
 
 
 def together(experiments, devices=2):
@@ -57,18 +73,27 @@ def train(compiled, experiments):
 
 def assert_same(population, singles, tolerance=1e-5):
     for index, one in enumerate(singles):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[index], b[0], rtol=tolerance, atol=tolerance), population, one)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[index], b[0], rtol=tolerance, atol=tolerance), population, one)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
 def test_population_equals_one_by_one(optimizer):
     rate = optimizer().learning_rate
-    experiments = [tiny(**{"optimizer": optimizer(), "optimizer.learning_rate": rate * f, "seed": s}) for s, f in enumerate((1.0, 0.3, 0.1))]
+    experiments = [
+        tiny(**{"optimizer": optimizer(), "optimizer.learning_rate": rate * f, "seed": s}) for s, f in enumerate((1.0, 0.3, 0.1))
+    ]
     assert_same(together(experiments), alone(experiments))
 
 
-@pytest.mark.parametrize("path, values", [("model.dropout.residual", (0.1, 0.4)), ("optimizer.weight_decay", (0.05, 0.5)), ("train.clip", (0.1, 1.0)),
-                                          ("objective.z_loss", (1e-4, 1e-2))])
+@pytest.mark.parametrize(
+    "path, values",
+    [
+        ("model.dropout.residual", (0.1, 0.4)),
+        ("optimizer.weight_decay", (0.05, 0.5)),
+        ("train.clip", (0.1, 1.0)),
+        ("objective.z_loss", (1e-4, 1e-2)),
+    ],
+)
 @pytest.mark.parametrize("layers", ["scanned"])
 def test_every_traced_field_may_differ_within_a_program(path, values, layers):
     experiments = [tiny(**{path: v, "model.layers": layers, "optimizer.learning_rate": 1e-4}) for v in values]

@@ -1,4 +1,5 @@
 """From a declaration to results on disk; killed at any moment, the same command again ends in the same numbers."""
+
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
 from llm_jax.lab import Ablation, Claim, Experiment
@@ -28,7 +29,7 @@ ablation = Ablation(
     nuisance={{"optimizer.learning_rate": (1e-3, 1e-2)}}, seeds=2,
     claims=[Claim("ALiBi is better", better="alibi", than="rope")],
 )
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,16 @@ def command(declared, workdir, *flags):
 
 
 def environment(declared) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(declared.parent / "cache")}
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu",
+        "LLM_JAX_CACHE": str(declared.parent / "cache"),
+    }
 
 
 def run(declared, workdir, *flags):
-    return subprocess.run(command(declared, workdir, *flags), env=environment(declared), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(declared, workdir, *flags), env=environment(declared), capture_output=True, text=True, timeout=300
+    )
 
 
 def outcomes(workdir):
@@ -59,7 +65,15 @@ def outcomes(workdir):
     for file in sorted(pathlib.Path(workdir, "trials").glob("*/results.json")):
         result = json.loads(file.read_text())
         curve = {k: v for k, v in result["curve"].items() if k != "seconds"}
-        found[result["trial"]] = (result["status"], result["arm"], result["phase"], result["seed"], result["nuisance"], result["metrics"], curve)
+        found[result["trial"]] = (
+            result["status"],
+            result["arm"],
+            result["phase"],
+            result["seed"],
+            result["nuisance"],
+            result["metrics"],
+            curve,
+        )
     return found
 
 
@@ -104,7 +118,9 @@ def test_finished_trials_are_not_run_again(declared, finished):
 def test_killed_again_and_again_the_numbers_are_the_same(declared, finished, kill, tmp_path):
     expected, workdir, kills = outcomes(finished[0]), tmp_path / "killed", 0
     for attempt in range(40):
-        process = subprocess.Popen(command(declared, workdir), env=environment(declared), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(declared, workdir), env=environment(declared), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         _wait_for_progress(process, workdir, seconds=0.05 * attempt)
         if process.poll() is not None:
             break
@@ -139,7 +155,9 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
 
     monkeypatch.setattr(runner, "compile_population", breaks_for_rope)
     notes: list[str] = []
-    ablation = load(declared).changed({"mesh.data": 1, "mesh.population": 8, "train.steps": 6, "train.log_every": 6, "evaluation.every": 6})
+    ablation = load(declared).changed(
+        {"mesh.data": 1, "mesh.population": 8, "train.steps": 6, "train.log_every": 6, "evaluation.every": 6}
+    )
     broken = runner.Runner(ablation, WorkFolder(tmp_path / "w"), note=notes.append)
     broken.run()
     states = {(r[1], r[0]) for r in outcomes(tmp_path / "w").values()}

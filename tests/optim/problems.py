@@ -1,4 +1,5 @@
 """Small parameter trees, shaped like the models', and losses over them."""
+
 from __future__ import annotations
 
 import jax
@@ -17,17 +18,24 @@ def tree(seed: int = 0, *, hidden: int = WIDTH) -> dict:
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     layer = lambda: {  # noqa: E731
-        "attention": {"query": {"kernel": draw(WIDTH, HEADS, WIDTH // HEADS)}, "output": {"kernel": draw(HEADS, WIDTH // HEADS, WIDTH)}},
+        "attention": {
+            "query": {"kernel": draw(WIDTH, HEADS, WIDTH // HEADS)},
+            "output": {"kernel": draw(HEADS, WIDTH // HEADS, WIDTH)},
+        },
         "ffn": {"up": {"kernel": draw(WIDTH, hidden), "bias": draw(hidden)}, "down": {"kernel": draw(hidden, WIDTH)}},
-        "norm_ffn": {"scale": draw(WIDTH)}}
+        "norm_ffn": {"scale": draw(WIDTH)},
+    }
     return {"embedding": {"tokens": {"embedding": draw(TOKENS, WIDTH)}}, "head": {"kernel": draw(WIDTH, TOKENS)}} | {
-        f"layers_{i}": layer() for i in range(LAYERS)}
+        f"layers_{i}": layer() for i in range(LAYERS)
+    }
 
 
 def quadratic(params) -> jax.Array:
     """Σ h (p - p*)² / 2, whose Hessian is the diagonal h in [0.5, 2]; unrolled or scanned parameters."""
     params = unstack_layers(params) if "layers" in params else params
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(tree(1, hidden=params["layers_0"]["ffn"]["up"]["kernel"].shape[1])), strict=True)
+    pairs = zip(
+        jax.tree.leaves(params), jax.tree.leaves(tree(1, hidden=params["layers_0"]["ffn"]["up"]["kernel"].shape[1])), strict=True
+    )
     return sum(0.5 * jnp.sum(jnp.linspace(0.5, 2.0, p.size).reshape(p.shape) * (p - goal) ** 2) for p, goal in pairs)
 
 

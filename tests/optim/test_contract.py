@@ -1,4 +1,5 @@
 """What holds for every optimizer."""
+
 from dataclasses import replace
 
 import jax
@@ -12,19 +13,37 @@ from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, components, from_json, to_json
 from llm_jax.models.decoder import matrix_axes, parameter_roles, stack_layers, unstack_layers
 from llm_jax.optim.optimizers import (
-    SGD, SOAP, Adafactor, Adam, AdamW, Lion, Momentum, Muon, Optimizer, ScheduleFreeAdamW, Sophia,
+    SGD,
+    SOAP,
+    Adafactor,
+    Adam,
+    AdamW,
+    Lion,
+    Momentum,
+    Muon,
+    Optimizer,
+    ScheduleFreeAdamW,
+    Sophia,
 )
 from tests.optim import problems
 
 # with learning rates for these problems; what happens every few steps happens often enough to be seen
 OPTIMIZERS = [
-    SGD(learning_rate=0.3), Momentum(learning_rate=0.05), Momentum(learning_rate=0.05, nesterov=True), Adam(learning_rate=0.05),
-    AdamW(learning_rate=0.05, weight_decay=0.01), Adafactor(learning_rate=0.05, weight_decay=0.01, smallest=8),
-    Lion(learning_rate=0.02, weight_decay=0.01), Muon(learning_rate=0.1, weight_decay=0.01),
-    SOAP(learning_rate=0.05, weight_decay=0.01, frequency=3), Sophia(learning_rate=0.05, weight_decay=0.01, interval=3),
+    SGD(learning_rate=0.3),
+    Momentum(learning_rate=0.05),
+    Momentum(learning_rate=0.05, nesterov=True),
+    Adam(learning_rate=0.05),
+    AdamW(learning_rate=0.05, weight_decay=0.01),
+    Adafactor(learning_rate=0.05, weight_decay=0.01, smallest=8),
+    Lion(learning_rate=0.02, weight_decay=0.01),
+    Muon(learning_rate=0.1, weight_decay=0.01),
+    SOAP(learning_rate=0.05, weight_decay=0.01, frequency=3),
+    Sophia(learning_rate=0.05, weight_decay=0.01, interval=3),
     ScheduleFreeAdamW(learning_rate=0.1, weight_decay=0.01),
 ]
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__ + ("-nesterov" if o == OPTIMIZERS[2] else ""))
+every_optimizer = pytest.mark.parametrize(
+    "optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__ + ("-nesterov" if o == OPTIMIZERS[2] else "")
+)
 
 
 def close(a, b, tolerance=1e-6):
@@ -51,7 +70,7 @@ def test_a_population_equals_its_members(optimizer):
     together = jax.jit(jax.vmap(train))(values)
     for member in range(2):
         alone = train({path: value[member] for path, value in values.items()})
-        close(jax.tree.map(lambda x: x[member], together[0]), alone[0])  # noqa: B023
+        close(jax.tree.map(lambda x: x[member], together[0]), alone[0])
     assert not np.allclose(*jax.tree.leaves(together[0])[0], rtol=1e-3), "the two members should train differently"
 
 
@@ -59,7 +78,9 @@ def test_a_population_equals_its_members(optimizer):
 def test_traced_values_equal_static_ones(optimizer):
     values = {path: value[1] for path, value in problems.varied(optimizer).items()}
     traced = jax.jit(lambda v: problems.descend(optimizer, problems.quadratic, problems.tree(), 6, v))(values)
-    static = problems.descend(replace(optimizer, **{path: float(value) for path, value in values.items()}), problems.quadratic, problems.tree(), 6)
+    static = problems.descend(
+        replace(optimizer, **{path: float(value) for path, value in values.items()}), problems.quadratic, problems.tree(), 6
+    )
     close(traced[0], static[0])
 
 
@@ -67,16 +88,29 @@ def test_traced_values_equal_static_ones(optimizer):
 def test_the_state_is_arrays_whose_structure_does_not_depend_on_values(optimizer):
     params = problems.tree()
     states = [problems.built(replace(optimizer, learning_rate=rate), params).init(params) for rate in (0.1, 0.2)]
-    states.append(jax.jit(lambda v: problems.descend(optimizer, problems.quadratic, params, 1, v)[1])(
-        {path: value[0] for path, value in problems.varied(optimizer).items()}))
+    states.append(
+        jax.jit(lambda v: problems.descend(optimizer, problems.quadratic, params, 1, v)[1])(
+            {path: value[0] for path, value in problems.varied(optimizer).items()}
+        )
+    )
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(states[0]))
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states]
     assert shapes[0] == shapes[1] == shapes[2]
 
 
 # moments shaped like the parameter: (of matrices, of everything else)
-MOMENTS = {SGD: (0, 0), Momentum: (1, 1), Adam: (2, 2), AdamW: (2, 2), Adafactor: (0, 0), Lion: (1, 1), Muon: (1, 2), SOAP: (2, 2),
-           Sophia: (2, 2), ScheduleFreeAdamW: (2, 2)}
+MOMENTS = {
+    SGD: (0, 0),
+    Momentum: (1, 1),
+    Adam: (2, 2),
+    AdamW: (2, 2),
+    Adafactor: (0, 0),
+    Lion: (1, 1),
+    Muon: (1, 2),
+    SOAP: (2, 2),
+    Sophia: (2, 2),
+    ScheduleFreeAdamW: (2, 2),
+}
 
 
 @every_optimizer
@@ -86,7 +120,11 @@ def test_moments_are_split_like_their_parameters(optimizer):
     state = problems.built(optimizer, params).init(params)
     specs = jax.tree.leaves(sharding.state_specs(params, paths, state), is_leaf=lambda s: isinstance(s, PartitionSpec))
     leaves = jax.tree.leaves(state)
-    for path, role in zip(jax.tree.leaves(paths, is_leaf=lambda s: isinstance(s, PartitionSpec)), jax.tree.leaves(parameter_roles(params)), strict=True):
+    for path, role in zip(
+        jax.tree.leaves(paths, is_leaf=lambda s: isinstance(s, PartitionSpec)),
+        jax.tree.leaves(parameter_roles(params)),
+        strict=True,
+    ):
         assert specs.count(path) == MOMENTS[type(optimizer)][role != "matrix"], path
     replicated = sum(leaf.size for leaf, spec in zip(leaves, specs, strict=True) if spec == PartitionSpec())
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -119,8 +157,12 @@ def test_decay_spares_vectors_only(optimizer):
     params = problems.tree()
     flat = lambda p: 0.0 * sum(jnp.sum(x) for x in jax.tree.leaves(p))  # noqa: E731
     moved, _ = problems.descend(replace(optimizer, learning_rate=0.5, weight_decay=0.1), flat, params, 1)
-    jax.tree.map(lambda new, old, role: np.testing.assert_allclose(new, old * (1.0 if role == "vector" else 0.95), rtol=1e-5),
-                 moved, params, parameter_roles(params))
+    jax.tree.map(
+        lambda new, old, role: np.testing.assert_allclose(new, old * (1.0 if role == "vector" else 0.95), rtol=1e-5),
+        moved,
+        params,
+        parameter_roles(params),
+    )
 
 
 @every_optimizer
@@ -139,21 +181,24 @@ def test_configurations_survive_json(optimizer):
     assert from_json(to_json(optimizer), Optimizer) == optimizer
 
 
-@pytest.mark.parametrize("build, sentence", [
-    (lambda: AdamW(learning_rate=-1.0), "learning_rate must be > 0, got -1.0"),
-    (lambda: SGD(learning_rate=0.0), "learning_rate must be > 0, got 0.0"),
-    (lambda: Lion(weight_decay=-0.1), "weight_decay must be >= 0, got -0.1"),
-    (lambda: Adam(b1=1.0), "b1 must be in [0, 1), got 1.0"),
-    (lambda: Lion(b2=1.5), "b2 must be in [0, 1), got 1.5"),
-    (lambda: Muon(momentum=1.0), "momentum must be in [0, 1), got 1.0"),
-    (lambda: Muon(iterations=0), "iterations must be > 0, got 0"),
-    (lambda: SOAP(frequency=0), "frequency must be > 0, got 0"),
-    (lambda: Sophia(interval=0), "interval must be > 0, got 0"),
-    (lambda: Adafactor(clip=0.0), "clip must be > 0, got 0.0"),
-    (lambda: Adam(epsilon=0.0), "epsilon must be > 0, got 0.0"),
-    (lambda: ScheduleFreeAdamW(b1=0.0), "b1 must be in (0, 1), got 0.0"),
-    (lambda: AdamW(learning_rate="fast"), "learning_rate must be float, got 'fast'"),
-])
+@pytest.mark.parametrize(
+    "build, sentence",
+    [
+        (lambda: AdamW(learning_rate=-1.0), "learning_rate must be > 0, got -1.0"),
+        (lambda: SGD(learning_rate=0.0), "learning_rate must be > 0, got 0.0"),
+        (lambda: Lion(weight_decay=-0.1), "weight_decay must be >= 0, got -0.1"),
+        (lambda: Adam(b1=1.0), "b1 must be in [0, 1), got 1.0"),
+        (lambda: Lion(b2=1.5), "b2 must be in [0, 1), got 1.5"),
+        (lambda: Muon(momentum=1.0), "momentum must be in [0, 1), got 1.0"),
+        (lambda: Muon(iterations=0), "iterations must be > 0, got 0"),
+        (lambda: SOAP(frequency=0), "frequency must be > 0, got 0"),
+        (lambda: Sophia(interval=0), "interval must be > 0, got 0"),
+        (lambda: Adafactor(clip=0.0), "clip must be > 0, got 0.0"),
+        (lambda: Adam(epsilon=0.0), "epsilon must be > 0, got 0.0"),
+        (lambda: ScheduleFreeAdamW(b1=0.0), "b1 must be in (0, 1), got 0.0"),
+        (lambda: AdamW(learning_rate="fast"), "learning_rate must be float, got 'fast'"),
+    ],
+)
 def test_mistakes_are_one_sentence(build, sentence):
     with pytest.raises(ConfigError) as error:
         build()

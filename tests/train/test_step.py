@@ -1,4 +1,5 @@
 """The step against numpy: accumulation adds up token by token, the average is the exponential one, extras arrive."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_many_steps_are_single_steps_in_a_row(sgd):
     together, summed = jax.jit(lambda s, b: many_steps(step, s, b))(state(sgd), stacked)
     alone, totals = state(sgd), 0.0
     for i in range(3):
-        alone, metrics = step(alone, jax.tree.map(lambda x: x[i], stacked))  # noqa: B023
+        alone, metrics = step(alone, jax.tree.map(lambda x: x[i], stacked))
         totals += float(metrics["train/loss"].total)
     np.testing.assert_allclose(together.params["w"], alone.params["w"], rtol=1e-6)
     np.testing.assert_allclose(summed["train/loss"].total, totals, rtol=1e-6)

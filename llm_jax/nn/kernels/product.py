@@ -1,4 +1,5 @@
 """Dense products and row sums: the two primitives everything else in `nn` is written with."""
+
 import math
 
 import jax
@@ -14,7 +15,7 @@ def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1) -> jax.Array:
     XLA:CPU materialise transposed activations and recompute what produced them inside the copy (1.25–1.5× slower a step).
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
-    rows = x.shape[:x.ndim - contract]
+    rows = x.shape[: x.ndim - contract]
     multiply = _product if traits().transposed_weight_gradient else jnp.matmul
     flat = multiply(x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)
