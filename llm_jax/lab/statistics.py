@@ -104,7 +104,7 @@ def noise_floor(arms: Sequence[Sequence[float]], *, power: float = 0.8) -> Noise
 
 
 def claim_verdict(difference: Difference | None, adjusted: float | None, *, by: float, sign: int) -> str:
-    """Whether `better` - `than` lies beyond `by` on the right side, significantly: "supported", "refuted" or "inconclusive", in words."""
+    """One of supported, refuted, inconclusive: whether `better` - `than` lies significantly beyond `by`, and on which side."""
     if difference is None or adjusted is None or adjusted >= LEVEL:
         return "inconclusive"
     return "supported" if sign * difference.mean < -by else "refuted"

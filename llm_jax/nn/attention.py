@@ -28,8 +28,9 @@ def attend(
 ) -> jax.Array:
     """Causal attention of H query heads over G key-value heads, each shared by H/G of them; `[B, L, H, K]`.
 
-    A query sees the keys that stand no later in its row, and of its own segment. The bias is asked for with places in the
-    row: within a document distances are the same, and one bias serves all rows. Scores and softmax are float32. rate, key: dropout of the attention weights.
+    A query sees the keys that stand no later in its row, and of its own segment. The bias is asked for with places in the row:
+    within a document distances are the same, and one bias serves all rows. Scores and softmax are float32. rate, key: dropout
+    of the attention weights.
     """
     length, block = q_BLHK.shape[1], traits().attention_row_block or q_BLHK.shape[1]
     q_BGRLK, k_BGMK, v_BGMK = _by_head(q_BLHK, k_BMGK.shape[2]), k_BMGK.transpose(0, 2, 1, 3), v_BMGK.transpose(0, 2, 1, 3)
