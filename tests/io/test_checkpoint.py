@@ -1,0 +1,136 @@
+"""Checkpoints come back bit for bit, damage falls back to an older one, and a full disk ends nothing."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.io import checkpoint
+from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.tracker import Tracker
+
+
+def state(scale: float = 1.0, parts: int = 1):
+    mesh = jax.make_mesh((parts,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts])
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    tree = {
+        "w": scale * jnp.arange(4096.0).reshape(8, 512),
+        "key": jax.random.split(jax.random.key(3), 8),
+        "none": None,
+        "t": (jnp.arange(8),),
+    }
+    return jax.device_put(tree, where)
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def saved(folder, steps=(10, 20), **options):
+    with_warnings: list[str] = []
+    checkpointer = Checkpointer(folder, keep_last=3, warn=with_warnings.append, **options)
+    for step in steps:
+        assert checkpointer.save(step, state(step), {"seconds": step / 3}, {"loss": float(step)})
+    checkpointer.close()
+    assert not with_warnings
+
+
+def assert_equal(a, b):
+    plain = lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)  # noqa: E731
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(plain(x), plain(y)), a, b)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_was_saved_comes_back_on_any_layout(tmp_path, parts):
+    saved(tmp_path / "c")
+    like = state(20, parts)
+    step, restored, extra = Checkpointer(tmp_path / "c").restore(abstract(like))
+    assert step == 20 and extra == {"seconds": 20 / 3}
+    assert_equal(restored, like)
+    assert restored["w"].sharding.is_equivalent_to(like["w"].sharding, 2)
+
+
+def _flip(file: pathlib.Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {"flipped": _flip, "truncated": lambda f: f.write_bytes(f.read_bytes()[:-7]), "deleted": lambda f: f.unlink()}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(tmp_path, damage):
+    saved(tmp_path / "c")
+    files = [f for f in (tmp_path / "c" / "20" / "state").rglob("*") if f.is_file()]
+    damage(max(files, key=lambda f: f.stat().st_size))
+    warnings: list[str] = []
+    step, restored, _ = Checkpointer(tmp_path / "c", warn=warnings.append).restore(abstract(state()))
+    assert step == 10 and len(warnings) == 1 and "step 20 is damaged" in warnings[0]
+    assert_equal(restored, state(10))
+    assert (tmp_path / "c.damaged" / "20").is_dir() and not (tmp_path / "c" / "20").exists()
+
+
+def test_nothing_good_is_none(tmp_path):
+    assert Checkpointer(tmp_path / "none").restore(abstract(state())) is None
+    saved(tmp_path / "c", steps=(10,))
+    _flip(next(f for f in (tmp_path / "c" / "10").rglob("checksums.json")))
+    assert Checkpointer(tmp_path / "c", warn=lambda _: None).restore(abstract(state())) is None
+
+
+def test_the_best_and_the_last_stay(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "c", keep_last=1, keep_every=40, best_metric="loss")
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.2), (60, 2.1)):
+        checkpointer.save(step, state(step), {}, {"loss": loss})
+    checkpointer.close()
+    assert {20, 40, 60} <= {int(f.name) for f in (tmp_path / "c").iterdir() if f.name.isdigit()}
+    assert not (tmp_path / "c" / "10").exists()
+
+
+def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, monkeypatch):
+    warnings: list[str] = []
+    checkpointer = Checkpointer(tmp_path / "c", warn=warnings.append)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+        assert not checkpointer.save(10, state(10), {}, {})
+    assert len(warnings) == 1 and "step 10 could not be saved, training goes on" in warnings[0] and "No space left" in warnings[0]
+    assert checkpointer.save(20, state(20), {}, {})
+    checkpointer.close()
+    assert Checkpointer(tmp_path / "c").restore(abstract(state()))[0] == 20
+
+
+def test_the_tracker_forgets_what_a_resumed_run_will_write_again(tmp_path):
+    tracker = Tracker(tmp_path)
+    for step in (1, 2, 3):
+        tracker.log({"step": step, "train/loss": float("nan") if step == 2 else 1 / step})
+    tracker.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "tra')
+    tracker = Tracker(tmp_path, tensorboard=False)
+    tracker.truncate_after(2)
+    tracker.log({"step": 3, "train/loss": 0.5})
+    tracker.close()
+    assert Tracker.read(tmp_path) == [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": None},
+        {"step": 3, "train/loss": 0.5},
+    ]
+    assert list(tmp_path.glob("events.*")), "TensorBoard should mirror it"
+
+
+def test_a_mirror_that_breaks_is_switched_off(tmp_path, monkeypatch):
+    import tensorboardX
+
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda *_: (_ for _ in ()).throw(RuntimeError("no disk")))
+    tracker = Tracker(tmp_path)
+    with pytest.warns(UserWarning, match="TensorBoard is switched off"):
+        tracker.log({"step": 1, "train/loss": 1.0})
+    tracker.log({"step": 2, "train/loss": 0.5})
+    tracker.close()
+    assert len(Tracker.read(tmp_path)) == 2
