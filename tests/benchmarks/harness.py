@@ -35,6 +35,12 @@ def requests(**info: Any) -> Iterator[int]:
         print("done", json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 
+def age() -> float:
+    """Seconds since this process was started, by the kernel's clock: its imports are in it."""
+    started = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / TICKS
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
 # ── what else the machine does ───────────────────────────────────────────────────────────────────────────────────────
 def machine_seconds() -> float:
     """CPU seconds that all processes, and other machines on the same hardware (steal), have used since the machine started."""

@@ -35,3 +35,10 @@ SHAPES = {
 # steps between two looks at the loss, on both sides
 LOG_EVERY = {"XS": 100, "S": 50, "M": 10, "L": 2}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
+EVALUATED = 65_536  # tokens of the validation split that a trial is scored on
+
+
+def rates_and_seeds(trials: str) -> tuple[list[float], list[int]]:
+    """The trials "6x4": six learning rates from 3e-4 to 3e-3, four seeds each."""
+    rates, seeds = map(int, trials.split("x"))
+    return [3e-4 * 10 ** (i / max(rates - 1, 1)) for i in range(rates)], list(range(seeds))

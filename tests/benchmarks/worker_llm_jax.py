@@ -15,41 +15,12 @@ from itertools import islice
 
 import numpy as np
 from harness import requests
-from shapes import BETAS, CLIP, LEARNING_RATE, LOG_EVERY, SHAPES, WEIGHT_DECAY, Shape
+from shapes import LOG_EVERY, SHAPES
 
 from llm_jax.core import platform
 
 FOREVER = 1_000_000  # steps; a multiple of every LOG_EVERY
 TOKENS = 2_000_000
-
-
-def gpt2(shape: Shape, log_every: int):
-    """The experiment that is the other side's function: GPT-2 with biases, learned positions, tied output layer, erf GELU."""
-    from llm_jax.data.pipeline import Data
-    from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
-    from llm_jax.models.decoder import Decoder
-    from llm_jax.nn.ffn import Dense
-    from llm_jax.nn.multihead import Attention
-    from llm_jax.nn.position import Learned
-    from llm_jax.optim.optimizers import AdamW
-    from llm_jax.optim.schedules import Constant
-    from llm_jax.train.pretrain import Train
-
-    return Experiment(
-        data=Data(sequence_length=shape.length, batch_size=shape.rows, document_masks=False),
-        model=Decoder(
-            width=shape.width,
-            depth=shape.depth,
-            attention=Attention(heads=shape.heads, bias=True),
-            ffn=Dense(activation="gelu", bias=True),
-            position=Learned(max_length=shape.length),
-        ),
-        optimizer=AdamW(learning_rate=LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY),
-        schedule=Constant(warmup=0.0),
-        train=Train(steps=FOREVER, clip=CLIP, log_every=log_every),
-        evaluation=Evaluation(every=FOREVER),
-        checkpoints=Checkpoints(every=FOREVER),
-    )
 
 
 def gated(batches: Iterator, per_unit: int, **info) -> Iterator:
@@ -63,6 +34,7 @@ def main(size: str, *changes: str) -> None:
     """Trains, when asked to, until the input ends."""
     platform.setup(devices=int(os.environ["DEVICES"]) if "DEVICES" in os.environ else None)
     import jax
+    from gpt2_llm_jax import gpt2
 
     from llm_jax.core.config import override_text
     from llm_jax.data.packing import Tokens
@@ -74,7 +46,7 @@ def main(size: str, *changes: str) -> None:
     from llm_jax.train.loop import Rhythm, Session, fit
 
     shape = SHAPES[size]
-    experiment = override_text(gpt2(shape, LOG_EVERY[size]), changes)
+    experiment = override_text(gpt2(shape, steps=FOREVER, log_every=LOG_EVERY[size]), changes)
     train, price = experiment.train, cost(experiment, shape.vocabulary)
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS).astype(np.uint16)
     tokens = Tokens(ids, np.zeros(1, np.int64), None)

@@ -46,7 +46,7 @@ def network(params) -> jax.Array:
         layer = params[f"layers_{index}"]
         h_THK = jnp.tanh(jnp.einsum("td,dhk->thk", x_TD, layer["attention"]["query"]["kernel"]))
         x_TD = x_TD + jnp.einsum("thk,hkd->td", h_THK, layer["attention"]["output"]["kernel"])
-        h_TF = jnp.tanh(layer["norm_ffn"]["scale"] * x_TD @ layer["ffn"]["up"]["kernel"] + layer["ffn"]["up"]["bias"])
+        h_TF = jnp.tanh(layer["norm_ffn"]["scale"][None] * x_TD @ layer["ffn"]["up"]["kernel"] + layer["ffn"]["up"]["bias"][None])
         x_TD = x_TD + h_TF @ layer["ffn"]["down"]["kernel"]
     logits = x_TD @ params["head"]["kernel"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, (jnp.arange(TOKENS) + 1) % TOKENS).mean()

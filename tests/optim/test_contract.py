@@ -46,7 +46,7 @@ every_optimizer = pytest.mark.parametrize(
 )
 
 
-def close(a, b, tolerance=1e-6):
+def close(a, b, tolerance=2e-5):  # float32 over some steps; batched and single products are summed in other orders
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
