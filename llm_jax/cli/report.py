@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
-from llm_jax.cli.flags import parse
+from llm_jax.cli.terminal import console, parse
 from llm_jax.core.config import ConfigError
 
 FLAGS = flags.FlagValues()
@@ -29,6 +28,6 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.output is None and len(FLAGS.workdir) > 1:
         raise ConfigError("--output is missing: several work folders are compared in a folder of their own")
     output = FLAGS.output or FLAGS.workdir[0]
-    Console().print(report.table(report.write(FLAGS.workdir, output)))
+    console().print(report.table(report.write(FLAGS.workdir, output)))
     print(f"report: {output}/report.html")
     return 0

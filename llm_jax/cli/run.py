@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from absl import flags
-from rich.console import Console
 
-from llm_jax.cli.flags import parse
+from llm_jax.cli.terminal import console, parse
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, override_text
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=FLAGS.scale, largest=FLAGS.population)
     if FLAGS.plan:
         runner.check()
-        Console().print(plan.table(ablation, runner.costs(), FLAGS.population, EXPECTED_SHARE_OF_PEAK * platform.peak_flops()))
+        console().print(plan.table(ablation, runner.costs(), FLAGS.population, EXPECTED_SHARE_OF_PEAK * platform.peak_flops()))
         return 0
     try:
         results = runner.run()
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print(interrupted, file=sys.stderr)
         return 130
     summary = report.write([FLAGS.workdir], FLAGS.workdir)
-    Console().print(report.table(summary))
+    console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
 

@@ -1,10 +1,12 @@
-"""Reading a command's flags."""
+"""Between a command and the person who typed it: flags in, tables out."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from absl import flags
+from rich.console import Console
 
 from llm_jax.core.config import ConfigError
 
@@ -23,3 +25,8 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise ConfigError(str(error).replace("\n", " ")) from None
     if len(rest) > 1:
         raise ConfigError(f"takes flags only, got {rest[1]!r}: write --name=value", argv[0])
+
+
+def console() -> Console:
+    """Standard output; where it is no terminal, tables are as wide as they need to be read."""
+    return Console(width=None if sys.stdout.isatty() else 160)
