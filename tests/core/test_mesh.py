@@ -1,0 +1,44 @@
+"""Meshes divide the devices, or say why they cannot; unknown logical axes are never silently unsplit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm_jax.core import sharding
+from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
+
+
+def test_the_rest_is_worked_out():
+    assert Mesh(fsdp=2, tensor=2).shape(8) == {"population": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(Mesh(data=2, fsdp=-1).build().shape) == {"population": 1, "data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize("members, population", [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (24, 8)])
+def test_trials_get_the_devices_that_are_free(members, population):
+    assert Mesh().for_population(members, 8).shape(8)["population"] == population
+
+
+@pytest.mark.parametrize(
+    "mesh, sentence",
+    [
+        (Mesh(tensor=3), "mesh tensor=3 does not divide 8 devices"),
+        (Mesh(data=2, tensor=2), "mesh data=2 × tensor=2 needs 4 devices, but there are 8"),
+    ],
+)
+def test_what_does_not_divide_is_refused(mesh, sentence):
+    with pytest.raises(ConfigError) as error:
+        mesh.shape(8)
+    assert sentence in str(error.value)
+
+
+def test_only_one_axis_takes_the_rest():
+    with pytest.raises(ConfigError, match="fsdp is -1, but so is data"):
+        Mesh(data=-1, fsdp=-1)
+
+
+def test_an_unknown_axis_is_an_error_even_without_a_mesh():
+    with pytest.raises(ValueError, match="the names are"):
+        sharding.constrain(jnp.zeros((2, 2)), "batch", "lenght")
+    with pytest.raises(ValueError, match="unknown logical axes"):
+        sharding.partitioned(jax.nn.initializers.zeros, ("embedd",))
