@@ -22,7 +22,7 @@ def losses(mesh: Mesh, devices, **changes):
     state, seen = program.init(), []
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
-        ids = rng.integers(0, VOCABULARY, (1, 1, ROWS, LENGTH + 1)).astype(np.int32)
+        ids = rng.integers(0, 4, (1, 1, ROWS, LENGTH + 1)).astype(np.int32)  # few of the ids, which can be learned
         state, metrics = program.steps(state, Batch(ids[..., :-1], ids[..., 1:]))
         seen.append(float(metrics["train/loss"].mean[0]))
     return np.array(seen), state, compiled
