@@ -22,7 +22,6 @@ from typing import Any
 HERE = pathlib.Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 BUSY = 0.10  # cores used by others from which on a piece does not count
-RETAKES = 3
 
 
 # ── a worker's side ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,6 +123,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith(tag + " "):
                 return json.loads(line.removeprefix(tag))
+        self.stop()
         tail = self.log.read_text(errors="replace").strip().splitlines()[-15:]
         raise RuntimeError(f"{self.side.name} ended early:\n" + "\n".join(tail))
 
@@ -138,13 +138,11 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
         try:
-            self.process.wait(20)
+            self.process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class Rates:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def interleave(sides: Sequence[Side], *, rounds: int, seconds: float, logs: pathlib.Path, patience: float = 20.0) -> Rates:
+def interleave(sides: Sequence[Side], *, rounds: int, seconds: float, logs: pathlib.Path, patience: float, retakes: int) -> Rates:
     """Every side in every round for about so many seconds, forwards and backwards by turns.
 
     Raises `RuntimeError` if one ends early.
@@ -181,7 +179,7 @@ def interleave(sides: Sequence[Side], *, rounds: int, seconds: float, logs: path
         for index in range(rounds):
             for worker in workers if index % 2 == 0 else workers[::-1]:
                 name = worker.side.name
-                taken, others = _undisturbed(worker, units[name], patience)
+                taken, others = _undisturbed(worker, units[name], patience, retakes)
                 disturbed += others >= BUSY
                 rates[name].append(units[name] * worker.info["unit"] / taken)
         return Rates(rates, {w.side.name: w.info for w in workers}, {w.side.name: w.startup for w in workers}, disturbed)
@@ -199,10 +197,10 @@ def _units(worker: Worker, seconds: float) -> int:
     return max(round(seconds / taken), 1)
 
 
-def _undisturbed(worker: Worker, units: int, patience: float) -> tuple[float, float]:
+def _undisturbed(worker: Worker, units: int, patience: float, retakes: int) -> tuple[float, float]:
     """The first of a few tries during which others were quiet, or the quietest."""
     tries = []
-    for _ in range(1 + RETAKES):
+    for _ in range(1 + retakes):
         wait_for_quiet(patience)
         tries.append(worker.run(units))
         if tries[-1][1] < BUSY:
@@ -211,7 +209,7 @@ def _undisturbed(worker: Worker, units: int, patience: float) -> tuple[float, fl
 
 
 def timed(
-    command: Sequence[str], *, environment: Mapping[str, str], log: pathlib.Path, patience: float = 20.0
+    command: Sequence[str], *, environment: Mapping[str, str], log: pathlib.Path, patience: float
 ) -> tuple[float, float, str]:
     """Runs a program to its end: (seconds, cores that others used, its output). Raises `RuntimeError` if it fails."""
     wait_for_quiet(patience)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 from absl import app, flags
-from harness import BUSY, HERE, RETAKES, timed
+from harness import BUSY, HERE, timed
 from shapes import SHAPES, rates_and_seeds
 
 SIZES = flags.DEFINE_list("sizes", ["XS", "S"], "Which shapes.")
@@ -31,6 +31,7 @@ SIDES = flags.DEFINE_list(
 )
 PEER = flags.DEFINE_string("peer_python", None, "The interpreter that has PyTorch (default: this one).")
 PATIENCE = flags.DEFINE_float("patience", 60.0, "Seconds to wait for the machine to be quiet, before each run.")
+RETAKES = flags.DEFINE_integer("retakes", 2, "How often a run is taken again because others were busy.", lower_bound=0)
 
 CHARACTERS = string.ascii_letters + string.digits + " .\n"  # 65, as in the shapes' vocabulary
 
@@ -66,7 +67,7 @@ def measure(size: str, folder: pathlib.Path) -> tuple[dict[str, list[float]], di
     for index in range(ROUNDS.value):
         for name in SIDES.value if index % 2 == 0 else SIDES.value[::-1]:
             taken = []
-            for attempt in range(1 + RETAKES):
+            for attempt in range(1 + RETAKES.value):
                 cache = {"LLM_JAX_CACHE": str(folder / f"{size}-{name}-{index}-{attempt}"), "PYTHONPATH": str(HERE.parents[1])}
                 log = folder / f"{name}.log"
                 taken.append(timed(commands(size, text)[name], environment=cache, log=log, patience=PATIENCE.value))

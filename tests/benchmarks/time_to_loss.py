@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from absl import app, flags
-from harness import BUSY, HERE, RETAKES, timed
+from harness import BUSY, HERE, timed
 
 TEXT = flags.DEFINE_string("text", None, "The text file.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 1, "Runs of each side, in turn, each with a seed of its own.", lower_bound=1)
@@ -26,6 +26,7 @@ SIDES = flags.DEFINE_list("sides", ["llm_jax", "nanogpt"], "Which sides.")
 SET = flags.DEFINE_multi_string("set", [], "path=value: a change to our recipe.")
 TARGET = flags.DEFINE_float("target", 1.88, "The loss to reach.")
 PATIENCE = flags.DEFINE_float("patience", 60.0, "Seconds to wait for the machine to be quiet, before each run.")
+RETAKES = flags.DEFINE_integer("retakes", 2, "How often a run is taken again because others were busy.", lower_bound=0)
 
 
 def run(name: str, seed: int, folder: pathlib.Path) -> dict:
@@ -36,7 +37,7 @@ def run(name: str, seed: int, folder: pathlib.Path) -> dict:
         "nanogpt": [PEER.value or sys.executable, str(HERE / "shakespeare_pytorch.py"), text],
     }[name]
     tries = []
-    for attempt in range(1 + RETAKES):
+    for attempt in range(1 + RETAKES.value):
         cache = str(folder / f"{name}-{seed}-{attempt}")
         environment = {"LLM_JAX_CACHE": cache, "PYTHONPATH": str(HERE.parents[1]), "SEED": str(seed)}
         _, others, output = timed(command, environment=environment, log=folder / f"{name}.log", patience=PATIENCE.value)

@@ -28,6 +28,7 @@ PEER = flags.DEFINE_string("peer_python", None, "The interpreter that has PyTorc
 SET = flags.DEFINE_multi_string("set", [], "path=value: a change to our experiment, e.g. train.steps_per_dispatch=1.")
 DEVICES = flags.DEFINE_integer("devices", None, "Virtual CPU devices of our side (default: what the platform layer chooses).")
 PATIENCE = flags.DEFINE_float("patience", 20.0, "Seconds to wait for the machine to be quiet, before each piece.")
+RETAKES = flags.DEFINE_integer("retakes", 3, "How often a piece is taken again because others were busy.", lower_bound=0)
 LOGS = flags.DEFINE_string("logs", None, "Where what the workers print to standard error goes (default: nowhere).")
 
 BASE = "eager"
@@ -54,9 +55,10 @@ def show(size: str, shape: Shape, rates: Rates) -> None:
     each = ", ".join(
         f"{name.removeprefix('peak ')} {rates.median(name) / 1e9:.0f}" for name in rates.rates if name.startswith("peak ")
     )
+    kept = f"pieces kept while others were busy: {rates.disturbed}"
     print(
-        f"\n{size}: {shape.depth} layers × {shape.width}, block {shape.length}, batch {shape.rows}, "
-        f"vocabulary {shape.vocabulary:,}, {shape.parameters:,} parameters; peak GFLOP/s: {each}; pieces kept while others were busy: {rates.disturbed}"
+        f"\n{size}: {shape.depth} layers × {shape.width}, block {shape.length}, batch {shape.rows}, vocabulary {shape.vocabulary:,}, "
+        f"{shape.parameters:,} parameters; peak GFLOP/s: {each}; {kept}"
     )
     print(f"  {'':10}{'tokens/s':>12}{'of peak':>9}{f'× {base}':>12}   [least, greatest]   to first step")
     for name in SIDES.value:
@@ -78,7 +80,9 @@ def main(_) -> None:
         logs = pathlib.Path(LOGS.value or folder)
         logs.mkdir(parents=True, exist_ok=True)
         for size in SIZES.value:
-            rates = interleave(sides(size), rounds=ROUNDS.value, seconds=SECONDS.value, logs=logs, patience=PATIENCE.value)
+            rates = interleave(
+                sides(size), rounds=ROUNDS.value, seconds=SECONDS.value, logs=logs, patience=PATIENCE.value, retakes=RETAKES.value
+            )
             show(size, SHAPES[size], rates)
 
 
