@@ -24,6 +24,7 @@ class Traits:
     transposed_weight_gradient: bool  # dW = (gᵀx)ᵀ: XLA:CPU otherwise copies transposed activations
     row_sums_by_product: bool  # sums over the last axis as products with ones
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
+    flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
 
 
@@ -33,6 +34,7 @@ CPU = Traits(
     transposed_weight_gradient=True,
     row_sums_by_product=True,
     attention_row_block=128,
+    flat_gradient_sums=True,
     population_in_turn=True,
 )
 ACCELERATOR = Traits(
@@ -41,6 +43,7 @@ ACCELERATOR = Traits(
     transposed_weight_gradient=False,
     row_sums_by_product=False,
     attention_row_block=None,
+    flat_gradient_sums=False,
     population_in_turn=False,
 )
 

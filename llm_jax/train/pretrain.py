@@ -127,7 +127,11 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
     def steps(values: Values, state: TrainState, batches: Batch):
         given = substitute(recipe, values)
         step = make_train_step(
-            loss(given, train=True), chained(given), accumulate=recipe.train.accumulate, average=recipe.train.average
+            loss(given, train=True),
+            chained(given),
+            accumulate=recipe.train.accumulate,
+            average=recipe.train.average,
+            random=bool(given.model.dropout.rates()),
         )
         return many_steps(step, state, batches)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.core.sharding import sum_over_data
 from llm_jax.core.types import Batch, Metrics, Weighted
 
 Loss = Callable[[Any, Batch, jax.Array], tuple[Weighted, Metrics]]
@@ -33,19 +35,23 @@ def make_train_step(
     *,
     accumulate: int = 1,
     average: float | None = None,
+    random: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
     loss: `(params, batch, rng) -> (Weighted, metrics)`. accumulate: the batch's rows are taken in that many micro-batches,
     whose sums are added before the division, so the result is that of the whole batch however targets are spread.
     average: decay of the exponential moving average of the parameters (Polyak & Juditsky 1992), or None for none.
+    random: the loss draws random numbers, which must not depend on how many devices share the rows.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.key, state.step)
-        grads, total, metrics, last = _summed_gradients(loss, state.params, batch, rng, accumulate)
+        sums = partial(_summed_gradients, loss, rng=rng, accumulate=accumulate)
+        grads, total, metrics = (sums if random else sum_over_data(sums))(state.params, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-30), grads)
+        last = (batch, rng) if accumulate == 1 else jax.tree.map(lambda x: x[-1], _micro_batches(batch, rng, accumulate))
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -65,28 +71,29 @@ def make_train_step(
     return step
 
 
-def _summed_gradients(loss: Loss, params: Any, batch: Batch, rng: jax.Array, accumulate: int):
-    """Gradient of the summed loss, the Weighted loss, its metrics, and the last (batch, rng) that was differentiated."""
+def _summed_gradients(loss: Loss, params: Any, batch: Batch, *, rng: jax.Array, accumulate: int):
+    """Gradient of the summed loss, the Weighted loss, and its metrics."""
 
     def total(params, batch, rng):
         weighted, metrics = loss(params, batch, rng)
         return weighted.total, (weighted, {"loss": weighted} | metrics)
 
-    differentiate = jax.grad(total, has_aux=True)
+    def differentiate(micro: tuple[Batch, jax.Array]):
+        grads, (weighted, metrics) = jax.grad(total, has_aux=True)(params, *micro)
+        return grads, weighted, metrics
+
     if accumulate == 1:
-        grads, (weighted, metrics) = differentiate(params, batch, rng)
-        return grads, weighted, metrics, (batch, rng)
-    micro = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
-    rngs = jax.random.split(rng, accumulate)
+        return differentiate((batch, rng))
+    micro = _micro_batches(batch, rng, accumulate)
+    first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+    return jax.lax.scan(lambda sums, m: (jax.tree.map(jnp.add, sums, differentiate(m)), None), zeros, micro)[0]
 
-    def body(carry, inputs):
-        return jax.tree.map(jnp.add, carry, differentiate(params, *inputs)), None
 
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], (micro, rngs)))
-    )
-    (grads, (weighted, metrics)), _ = jax.lax.scan(body, zeros, (micro, rngs))
-    return grads, weighted, metrics, jax.tree.map(lambda x: x[-1], (micro, rngs))
+def _micro_batches(batch: Batch, rng: jax.Array, accumulate: int) -> tuple[Batch, jax.Array]:
+    """The batch's rows and the key, each split in `accumulate` along a leading axis."""
+    rows = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+    return rows, jax.random.split(rng, accumulate)
 
 
 def many_steps(step: Callable, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
