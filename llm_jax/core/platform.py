@@ -22,6 +22,7 @@ class Traits:
     scan_layers: bool  # one compiled layer body; unrolled is 1.5× faster on CPU
     steps_per_dispatch: int  # optimizer steps in one call of the compiled program, at most
     transposed_weight_gradient: bool  # dW = (gᵀx)ᵀ: XLA:CPU otherwise copies transposed activations
+    products_together: bool  # several products of one input as a single wider one
     row_sums_by_product: bool  # sums over the last axis as products with ones
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
@@ -32,6 +33,7 @@ CPU = Traits(
     scan_layers=False,
     steps_per_dispatch=10,
     transposed_weight_gradient=True,
+    products_together=True,
     row_sums_by_product=True,
     attention_row_block=128,
     flat_gradient_sums=True,
@@ -41,6 +43,7 @@ ACCELERATOR = Traits(
     scan_layers=True,
     steps_per_dispatch=1,
     transposed_weight_gradient=False,
+    products_together=False,
     row_sums_by_product=False,
     attention_row_block=None,
     flat_gradient_sums=False,

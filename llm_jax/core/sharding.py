@@ -45,13 +45,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     unknown = [a for a in axes if a is not None and a not in NAMES]
     if unknown or len(axes) != x.ndim:
         raise ValueError(f"constrain: axes {axes} for shape {x.shape}; the names are {sorted(NAMES)}")
-    if not _automatic(jax.sharding.get_abstract_mesh()):
+    if not split_axes():
         return x
     return nn.with_logical_constraint(x, axes, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
 
 
-def _automatic(mesh: Any) -> set[str]:
-    """The mesh axes of more than one device that the compiler splits over, rather than a `shard_map` around this code."""
+def split_axes() -> set[str]:
+    """The mesh axes that the compiler splits this code's arrays over: of more than one device, not taken by a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
     return {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in (*mesh.manual_axes, "population")}
 
 
@@ -61,7 +62,7 @@ def sum_over_data(function: Callable) -> Callable:
     Where parameters are whole on every device and the platform asks for it; else `function` itself, whose sums the compiler
     adds up array by array (XLA:CPU takes 0.1 ms for each of them, however small).
     """
-    if not traits().flat_gradient_sums or _automatic(jax.sharding.get_abstract_mesh()) != {"data"}:
+    if not traits().flat_gradient_sums or split_axes() != {"data"}:
         return function
 
     def local(params, batch):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.platform import traits
 from llm_jax.nn.dropout import dropout
-from llm_jax.nn.kernels.product import row_sum
+from llm_jax.nn.kernels.product import softmax
 
 MASKED = -1e30
 Bias = Callable[[jax.Array, jax.Array], jax.Array | None]  # (query positions [B, L], key positions [B, M]) -> [1 or B, H, L, M]
@@ -74,6 +74,5 @@ def _attend_rows(q_BGRLK, k_BGMK, v_BGMK, *, mask, bias, rate, key) -> jax.Array
     if bias is not None:
         s = s + bias.reshape(-1, G, R, L, M)
     s = jnp.where(mask[:, None, None], s, MASKED)
-    e = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
-    p = dropout(e / row_sum(e), rate, key).astype(v_BGMK.dtype)
+    p = dropout(softmax(s), rate, key).astype(v_BGMK.dtype)
     return (p.reshape(B, G, R * L, M) @ v_BGMK).reshape(B, G, R, L, K)

@@ -13,7 +13,7 @@ from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain
 from llm_jax.nn.activations import ACTIVATIONS, Activation
 from llm_jax.nn.dropout import dropout
-from llm_jax.nn.linear import Linear
+from llm_jax.nn.linear import Linear, project
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ class MLP(nn.Module):
         hidden = c.hidden(width)
         require(hidden > 0, "ffn.ratio", "leaves no hidden unit: raise it")
 
-        def up(name: str) -> jax.Array:
-            return Linear((width,), (hidden,), ("embed", "hidden"), bias=c.bias, dtype=self.dtype, name=name)(x_BLD)
+        def up(name: str) -> Linear:
+            return Linear((width,), (hidden,), ("embed", "hidden"), bias=c.bias, dtype=self.dtype, name=name)
 
-        h_BLF = ACTIVATIONS[c.activation](up("gate") if c.branches == 2 else up("up"))
-        if c.branches == 2:
-            h_BLF = h_BLF * up("up")
+        gate, *rest = project(x_BLD, *(up(name) for name in (("gate", "up") if c.branches == 2 else ("up",))))
+        h_BLF = ACTIVATIONS[c.activation](gate)
+        if rest:
+            h_BLF = h_BLF * rest[0]
         h_BLF = constrain(h_BLF, "batch", "length", "hidden_act")
         if "ffn" in rates:
             h_BLF = dropout(h_BLF, rates["ffn"], self.make_rng("dropout"))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config
 from llm_jax.core.sharding import partitioned
-from llm_jax.nn.kernels.product import product
+from llm_jax.nn.kernels.product import products
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,10 @@ class Linear(nn.Module):
     bias: bool = False
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.weights()
-        y = product(x.astype(self.dtype), kernel, contract=len(self.inputs))
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return project(x, self)[0]
 
+    @nn.compact
     def weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Kernel and bias in the compute dtype."""
         init = partitioned(normal(self.gain / math.sqrt(math.prod(self.inputs))), self.axes)
@@ -60,3 +58,13 @@ class Linear(nn.Module):
             return kernel.astype(self.dtype), None
         bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[len(self.inputs) :]), self.outputs, jnp.float32)
         return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+def project(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """`x` through each of several `Linear`s of the same inputs."""
+    kernels, biases = zip(*(linear.weights() for linear in linears), strict=True)
+    ys = products(x.astype(linears[0].dtype), kernels, contract=len(linears[0].inputs))
+    return [
+        y if bias is None else y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        for y, bias in zip(ys, biases, strict=True)
+    ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain
 from llm_jax.nn.attention import attend
-from llm_jax.nn.linear import Linear
+from llm_jax.nn.linear import Linear, project
 from llm_jax.nn.position import Position
 
 
@@ -61,13 +61,15 @@ class MultiHead(nn.Module):
         places_1L = jnp.arange(x_BLD.shape[1])[None]
         size = c.size(width)
 
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = Linear((width,), (heads, size), ("embed", axis, "head_dim"), bias=c.bias, dtype=self.dtype, name=name)(x_BLD)
-            return constrain(y, "batch", "length", f"{axis}_act", None)
+        def linear(name: str, heads: int, axis: str) -> Linear:
+            return Linear((width,), (heads, size), ("embed", axis, "head_dim"), bias=c.bias, dtype=self.dtype, name=name)
 
-        q_BLHK = self.position.rotate(project("query", c.heads, "heads"), places_1L)
-        k_BLGK = self.position.rotate(project("key", c.groups, "kv_heads"), places_1L)
-        v_BLGK = project("value", c.groups, "kv_heads")
+        queries = linear("query", c.heads, "heads")
+        keys, values = (linear(name, c.groups, "kv_heads") for name in ("key", "value"))
+        q_BLHK, k_BLGK, v_BLGK = project(x_BLD, queries, keys, values)
+        q_BLHK = self.position.rotate(constrain(q_BLHK, "batch", "length", "heads_act", None), places_1L)
+        k_BLGK = self.position.rotate(constrain(k_BLGK, "batch", "length", "kv_heads_act", None), places_1L)
+        v_BLGK = constrain(v_BLGK, "batch", "length", "kv_heads_act", None)
         out_BLHK = attend(
             q_BLHK,
             k_BLGK,
