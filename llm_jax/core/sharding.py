@@ -34,6 +34,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("buckets", None),
     ("layers", None),
 )
+ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
 NAMES = frozenset(name for name, _ in RULES)
 
 
@@ -57,7 +58,7 @@ def split_axes() -> set[str]:
 
 
 def sum_over_data(function: Callable) -> Callable:
-    """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all sums.
+    """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all small sums.
 
     Where parameters are whole on every device and the platform asks for it; else `function` itself, whose sums the compiler
     adds up array by array (XLA:CPU takes 0.1 ms for each of them, however small).
@@ -66,8 +67,13 @@ def sum_over_data(function: Callable) -> Callable:
         return function
 
     def local(params, batch):
-        flat, restore = ravel_pytree(function(params, batch))
-        return restore(jax.lax.psum(flat, "data"))
+        leaves, tree = jax.tree.flatten(function(params, batch))
+        small = [index for index, leaf in enumerate(leaves) if leaf.size < ALONE]
+        flat, restore = ravel_pytree([leaves[index] for index in small])
+        sums = [jax.lax.psum(leaf, "data") if leaf.size >= ALONE else leaf for leaf in leaves]
+        for index, leaf in zip(small, restore(jax.lax.psum(flat, "data")), strict=True):
+            sums[index] = leaf
+        return tree.unflatten(sums)
 
     specs = (PartitionSpec(), PartitionSpec("data"))
     return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)

@@ -61,15 +61,19 @@ def row_sum(x: jax.Array) -> jax.Array:
     return x.sum(-1, keepdims=True)
 
 
-@jax.custom_vjp
-def softmax(x: jax.Array) -> jax.Array:
-    """exp(x) / Σ exp(x) over the last axis, `[..., n]` f32. Its gradient p ⊙ (g - Σ g ⊙ p) keeps the result alone."""
+def _softmax(x):
     e = jnp.exp(x - x.max(-1, keepdims=True))
     return e / row_sum(e)
 
 
+@jax.custom_vjp
+def softmax(x: jax.Array) -> jax.Array:
+    """exp(x) / Σ exp(x) over the last axis, `[..., n]` f32. Its gradient p ⊙ (g - Σ g ⊙ p) keeps the result alone."""
+    return _softmax(x)
+
+
 def _softmax_fwd(x):
-    p = softmax(x)
+    p = _softmax(x)  # not `softmax`: Hessian-vector products differentiate this forwards, which a custom VJP refuses
     return p, p
 
 
