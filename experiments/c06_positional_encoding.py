@@ -21,6 +21,7 @@ ablation = Ablation(
             "sinusoidal": Sinusoidal(),
             "learned": Learned(max_length=TRAINED * LONGEST),
             "rope": Rope(),
+            "half-rope": Rope(fraction=0.5),
             "alibi": Alibi(),
             "t5": T5Bias(),
         }

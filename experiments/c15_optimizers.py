@@ -7,26 +7,29 @@ plain gradients more. Literature: Kaddour et al. 2023 (no train no gain), Wen et
 is that most gains over a well-tuned AdamW shrink once everything is tuned alike.
 """
 
-from llm_jax.lab import Ablation, Claim, log_grid, presets
+from llm_jax.lab import Ablation, Arms, Claim, chain, log_grid, presets
 from llm_jax.optim.optimizers import SGD, SOAP, Adafactor, Adam, AdamW, Lion, Momentum, Muon, ScheduleFreeAdamW, Sophia
+from llm_jax.optim.schedules import Constant
 
 ablation = Ablation(
     question="Which optimizer wins when each one is tuned over the same learning rates?",
     base=presets.nano(),
-    scientific={
-        "optimizer": {
-            "adamw": AdamW(),
-            "sgd": SGD(),
-            "momentum": Momentum(),
-            "adam": Adam(),
-            "adafactor": Adafactor(),
-            "lion": Lion(),
-            "muon": Muon(),
-            "soap": SOAP(),
-            "sophia": Sophia(),
-            "schedule-free": ScheduleFreeAdamW(),
-        }
-    },
+    scientific=chain(
+        {
+            "optimizer": {
+                "adamw": AdamW(),
+                "sgd": SGD(),
+                "momentum": Momentum(),
+                "adam": Adam(),
+                "adafactor": Adafactor(),
+                "lion": Lion(),
+                "muon": Muon(),
+                "soap": SOAP(),
+                "sophia": Sophia(),
+            }
+        },
+        Arms({"schedule-free": {"optimizer": ScheduleFreeAdamW(), "schedule": Constant()}}),  # the others fall in a cosine
+    ),
     nuisance={"optimizer.learning_rate": log_grid(3e-4, 3e-1, 7)},
     seeds=4,
     baseline="adamw",

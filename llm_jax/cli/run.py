@@ -24,7 +24,11 @@ flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment
 flags.DEFINE_list("arms", None, "Only these arms.", flag_values=FLAGS)
 flags.DEFINE_integer("seeds", None, "Fresh seeds that each arm's winner is trained on.", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "population", None, "Trials in one program, at most; 1 trains them one by one.", lower_bound=1, flag_values=FLAGS
+    "population",
+    None,
+    "Trials in one program, at most (default: what memory holds); 1 is one by one.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
@@ -35,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
     parse(FLAGS, argv)
     platform.setup()
+    from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.workfolder import WorkFolder
@@ -47,13 +52,22 @@ def main(argv: Sequence[str]) -> int:
     runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=FLAGS.scale, largest=FLAGS.population)
     if FLAGS.plan:
         runner.check()
-        console().print(plan.table(ablation, runner.costs(), FLAGS.population, EXPECTED_SHARE_OF_PEAK * platform.peak_flops()))
+        rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()
+        console().print(plan.table(ablation, runner.costs(), runner.largest_population, rate))
         return 0
     try:
         results = runner.run()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 130
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(
+            f"error: {FLAGS.workdir}: {error.strerror}: make room and run the same command again, it goes on from what was saved",
+            file=sys.stderr,
+        )
+        return 1
     summary = report.write([FLAGS.workdir], FLAGS.workdir)
     console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")

@@ -116,6 +116,19 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("LLM_JAX_CACHE") or pathlib.Path.home() / ".cache" / "llm_jax")
 
 
+def memory() -> float:
+    """Bytes of memory of all devices together; CPU devices share the machine's, or what its container may use of it."""
+    import jax
+
+    known = [stats["bytes_limit"] for stats in (device.memory_stats() for device in jax.local_devices()) if stats]
+    if known:
+        return sum(known) * jax.device_count() / len(known)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    container = pathlib.Path("/sys/fs/cgroup/memory.max")
+    allowed = container.read_text().strip() if container.is_file() else "max"
+    return (machine if allowed == "max" else min(machine, int(allowed))) * jax.process_count()
+
+
 @functools.cache
 def peak_flops() -> float:
     """Matrix-product peak of all devices together, FLOP/s: the data sheet's, or on a CPU measured here (0.3 s, f32)."""

@@ -111,15 +111,17 @@ class Checkpointer:
             self._set_aside(step, damage)
         return None
 
-    def wait(self) -> None:
-        """Returns when everything is on disk, or reported as lost."""
-        if self._manager is None:
-            return
+    def wait(self) -> bool:
+        """Returns when everything is on disk (True), or has been reported as lost (False)."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+            self._seal()
         except Exception as error:
             self._lost(max(self._unchecked, default=-1), error)
-        self._seal()
+        whole = not self._unchecked
+        self._unchecked.clear()
+        return whole
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -13,21 +15,41 @@ from typing import Any
 AXES = ("step", "tokens", "flops", "seconds")
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that there is no room on the disk, or none left of a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class Tracker:
-    """Appends records to `folder/metrics.jsonl`. A mirror that fails is switched off with one warning and never slows a run."""
+    """Appends records to `folder/metrics.jsonl`. A mirror that fails is switched off with one warning and never slows a run.
+
+    While the disk is full, records wait in memory and training goes on; `close` raises if they still cannot be written.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool = True):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / "metrics.jsonl", "a")
-        self._tensorboard, self._writer = tensorboard, None
+        self._open()
+        self._waiting, self._tensorboard, self._writer = bytearray(), tensorboard, None
 
     def log(self, record: Mapping[str, float]) -> None:
         """Writes a record, which must have a "step"; numbers that are not finite become null."""
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
+        full = bool(self._waiting)
+        self._waiting += (json.dumps(clean, allow_nan=False) + "\n").encode()
+        try:
+            self._drain()
+        except OSError as error:
+            if not full:
+                warnings.warn(f"{self.folder}: {error.strerror}: records wait in memory until there is room", stacklevel=2)
         self._mirror(clean)
+
+    def _open(self) -> None:
+        self._file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+
+    def _drain(self) -> None:
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
 
     def truncate_after(self, step: int) -> None:
         """Drops what was recorded after `step`, and a last line that was cut short: a resumed run writes it again."""
@@ -36,7 +58,7 @@ class Tracker:
         partial = self.folder / ".metrics.jsonl"
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(self.folder / "metrics.jsonl")
-        self._file = open(self.folder / "metrics.jsonl", "a")
+        self._open()
 
     @staticmethod
     def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -51,10 +73,14 @@ class Tracker:
         return records
 
     def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
+        """Closes the files. Raises `OSError` if records could not be written."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(Exception):  # whatever a mirror does
+                self._writer.close()
+        try:
+            self._drain()
+        finally:
+            self._file.close()
 
     def _mirror(self, record: Mapping[str, Any]) -> None:
         if not self._tensorboard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +11,14 @@ from rich.table import Table
 
 from llm_jax.core.config import fingerprint
 from llm_jax.lab.experiment import Ablation, Experiment
-from llm_jax.lab.population import groups
+from llm_jax.lab.population import groups, structure
 from llm_jax.models import count
 
 Phase = Literal["tune", "final"]
+
+Largest = Callable[[Experiment], int]  # trials of one program, at most
+
+SHARE_OF_MEMORY = 0.8  # that the trials of a program may be estimated to take
 
 # tuning seeds start here, so that they never meet the seeds the winner is trained on
 TUNING_SEED = 1_000_000
@@ -85,16 +89,17 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial takes: parameters, training tokens, FLOPs (evaluation left out) and bytes of memory while training."""
+    """What one trial takes: parameters, training tokens, FLOPs of training and of evaluation, bytes of memory while training."""
 
     parameters: int
     tokens: int
     flops: float
+    evaluation: float
     memory: float
 
 
-def cost(experiment: Experiment, vocabulary: int) -> Cost:
-    """The analytic cost of a trial."""
+def cost(experiment: Experiment, vocabulary: int, *, scored: Sequence[tuple[int, int]] = ()) -> Cost:
+    """The analytic cost of a trial. scored: (tokens, sequence length) of every evaluation that it makes."""
     data, model = experiment.data, experiment.model
     tokens = experiment.train.steps * data.batch_size * data.sequence_length
     rows = data.batch_size // experiment.train.accumulate
@@ -102,11 +107,22 @@ def cost(experiment: Experiment, vocabulary: int) -> Cost:
         count.parameters(model, vocabulary),
         tokens,
         tokens * count.flops_per_token(model, vocabulary, data.sequence_length),
+        sum(n * count.flops_per_token(model, vocabulary, length) / 3 for n, length in scored),  # the forward pass alone
         count.training_memory(model, vocabulary, rows, data.sequence_length, experiment.optimizer.slots),
     )
 
 
-def table(ablation: Ablation, costs: Mapping[str, Cost], largest: int | None, flops_per_second: float) -> Table:
+def largest_population(each: Cost, *, memory: float, devices: int, wanted: int | None) -> int:
+    """How many trials may share a program: as many as `wanted` (None: no limit) and as fit the devices' memory together.
+
+    At least one: a trial that is estimated too large is tried anyway.
+    """
+    fitting = max(int(SHARE_OF_MEMORY * memory / each.memory), 1)
+    even = fitting // devices * devices or fitting  # a population is padded to a multiple of its devices
+    return min(even, wanted) if wanted else even
+
+
+def table(ablation: Ablation, costs: Mapping[str, Cost], largest: Largest, flops_per_second: float) -> Table:
     """The plan as a table, an arm a row; `flops_per_second` is what the machine is expected to reach."""
     finals = final_runs(ablation, dict.fromkeys(ablation.arms, ablation.grid[0]))
     runs = [*tuning_runs(ablation), *finals]
@@ -138,29 +154,34 @@ def table(ablation: Ablation, costs: Mapping[str, Cost], largest: int | None, fl
             str(len(ablation.grid)),
             str(len(own) - final),
             str(final),
-            str(_group_count(own, largest)),
+            str(len(_groups(own, largest))),
             f"{each.parameters:,}",
             f"{each.tokens:,}",
             f"{each.flops:.3g}",
             f"{each.memory / 2**20:,.0f} MiB",
-            duration(len(own) * each.flops / flops_per_second),
+            duration(len(own) * (each.flops + each.evaluation) / flops_per_second),
         )
     return shown
 
 
-def _group_count(runs: Sequence[Run], largest: int | None) -> int:
-    return sum(len(groups([r.experiment for r in runs if r.phase == phase], largest=largest)) for phase in ("tune", "final"))
+def _groups(runs: Sequence[Run], largest: Largest) -> list[tuple[str, int]]:
+    """The program (structure, trials) of every group."""
+    found = []
+    for phase in ("tune", "final"):
+        experiments = [r.experiment for r in runs if r.phase == phase]
+        found += [(structure(experiments[g[0]]), len(g)) for g in groups(experiments, largest=largest)]
+    return found
 
 
-def _caption(
-    ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: int | None, flops_per_second: float
-) -> str:
-    flops = sum(costs[r.arm].flops for r in runs)
+def _caption(ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: Largest, flops_per_second: float) -> str:
+    training, scoring = (sum(getattr(costs[r.arm], part) for r in runs) for part in ("flops", "evaluation"))
+    programs = _groups(runs, largest)
     return (
         f"{len(ablation.arms)} arms × {len(ablation.grid)} grid points × {ablation.tuning_seeds} tuning seeds"
-        f" + {len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {_group_count(runs, largest)} groups, "
-        f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {flops:.3g} FLOPs, about {duration(flops / flops_per_second)} "
-        f"at {flops_per_second / 1e9:,.1f} GFLOP/s, compilation and evaluation apart; nothing has been trained."
+        f" + {len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {len(programs)} groups, "
+        f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {training:.3g} FLOPs to train and {scoring:.3g} to evaluate, about "
+        f"{duration((training + scoring) / flops_per_second)} at {flops_per_second / 1e9:,.1f} GFLOP/s and the compilation of "
+        f"{len(set(programs))} programs; nothing has been trained."
     )
 
 

@@ -32,16 +32,16 @@ def structure(experiment: Experiment) -> str:
     return fingerprint(to_json(substitute(experiment, blank)))
 
 
-def groups(experiments: Sequence[Experiment], *, largest: int | None = None) -> list[list[int]]:
-    """Indices of experiments that share a program, in order of first appearance, at most `largest` together."""
+def groups(experiments: Sequence[Experiment], *, largest: Callable[[Experiment], int] | None = None) -> list[list[int]]:
+    """Indices of experiments that share a program, in order of first appearance; `largest` says how many may, at most."""
     together: dict[str, list[int]] = {}
     for index, experiment in enumerate(experiments):
         together.setdefault(structure(experiment), []).append(index)
-    return [
-        members[i : i + (largest or len(members))]
-        for members in together.values()
-        for i in range(0, len(members), largest or len(members))
-    ]
+    parts = []
+    for members in together.values():
+        size = largest(experiments[members[0]]) if largest else len(members)
+        parts += [members[i : i + size] for i in range(0, len(members), size)]
+    return parts
 
 
 def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: int = 0) -> Callable:

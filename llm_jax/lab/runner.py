@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import traceback
@@ -15,9 +16,9 @@ from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, fingerprint, to_json
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.progress import Progress
-from llm_jax.io.tracker import Tracker
+from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
-from llm_jax.lab.experiment import Ablation
+from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, compile_population, groups, structure
 from llm_jax.lab.sources import Source, Sources
@@ -27,7 +28,7 @@ from llm_jax.train.loop import Interrupted, Rhythm, Session, fit, scores
 
 @dataclass
 class Runner:
-    """Trains what an ablation declares into a work folder, in groups of at most `largest` trials (None: no limit).
+    """Trains what an ablation declares into a work folder, in groups of at most `largest` trials (None: what memory holds).
 
     command and scale are written down with every result. note: called with a sentence worth telling. failures: trials
     that raised an error; they are written down too, and tried again by the next run.
@@ -56,8 +57,18 @@ class Runner:
 
     def costs(self) -> dict[str, Cost]:
         """Arm → what one of its trials takes."""
-        experiments = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        return {arm: plan.cost(e, self.sources.of(e).vocabulary) for arm, e in experiments.items()}
+        return {arm: self._cost(self.ablation.experiment(arm)) for arm in self.ablation.arms}
+
+    def _cost(self, experiment: Experiment) -> Cost:
+        source, steps = self.sources.of(experiment), experiment.train.steps
+        during, final = ([b.tokens.shape for b in source.evaluations(final=f).values()] for f in (False, True))
+        scored = [(math.prod(shape), shape[-1]) for shape in during * math.ceil(steps / experiment.evaluation.every) + final]
+        return plan.cost(experiment, source.vocabulary, scored=scored)
+
+    def largest_population(self, experiment: Experiment) -> int:
+        """How many trials of this structure may share a program."""
+        each = plan.cost(experiment, self.sources.of(experiment).vocabulary)
+        return plan.largest_population(each, memory=platform.memory(), devices=jax.device_count(), wanted=self.largest)
 
     def run(self) -> list[dict[str, Any]]:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
@@ -74,7 +85,7 @@ class Runner:
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         waiting = [run for run in runs if self.folder.result(run.name) is None]
         done = len(runs) - len(waiting)
-        for part in groups([run.experiment for run in waiting], largest=self.largest):
+        for part in groups([run.experiment for run in waiting], largest=self.largest_population):
             members = [waiting[i] for i in part]
             group = Group(self, members)
             try:
@@ -82,6 +93,8 @@ class Runner:
             except (Interrupted, ConfigError):
                 raise
             except Exception as error:  # one broken group must not lose the others
+                if is_full(error):
+                    raise  # nothing could be written down about any of them
                 group.failed(error)
             done += len(members)
         finished = [self.folder.result(run.name) for run in runs]

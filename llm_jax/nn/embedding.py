@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.sharding import partitioned
+from llm_jax.core.sharding import constrain, partitioned
 from llm_jax.nn.kernels.product import product
 
 
@@ -29,7 +29,8 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         """`[B, L, D]`."""
-        x_BLD = self.embedding.astype(self.dtype)[tokens_BL]
+        # gathered over the embedding axis first: a lookup in a table that is split both ways would replicate its result
+        x_BLD = constrain(self.embedding.astype(self.dtype), "vocab", None)[tokens_BL]
         return x_BLD * self.factor if self.scaled else x_BLD
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:

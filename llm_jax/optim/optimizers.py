@@ -156,6 +156,7 @@ class Sophia(Optimizer):
     """clip(m̂ / max(γ h, ε), ±1) with h the running mean of Hutchinson's estimate of the Hessian's diagonal, made every `interval`
     steps from the loss of the last micro-batch. Liu et al. 2023, Sophia-H.
 
+    A new estimate serves from the next step on (optax; algorithm 3 of the paper uses it at once), so the first step is a sign.
     Entries without positive curvature move by the learning rate, the others by less: γ sets how many. The variant with
     Gauss–Newton–Bartlett estimates would need labels sampled from the model, which a scalar loss does not give.
     """
@@ -216,6 +217,7 @@ class MatrixOptimizer(Optimizer):
 class Muon(MatrixOptimizer):
     """Nesterov momentum, orthogonalised by Newton–Schulz iterations. Jordan et al. 2024.
 
+    The momentum is optax's, bias-corrected as in Nadam (Dozat 2016), which turns the first few updates.
     Updates are scaled by `size` · √max(inputs, outputs), so that their root mean square is `size`, AdamW's typical one, and both
     work at the same learning rates (Liu et al. 2025, Muon is Scalable, §2.2). b1, b2: of Adam for everything else.
     """

@@ -67,6 +67,9 @@ def random_signs(key: jax.Array, like: Any) -> Any:
     return tree.unflatten([signs[index] for index in range(len(leaves))])
 
 
+TIES = 1e-2  # of a covariance's mean eigenvalue
+
+
 class SoapState(NamedTuple):
     """Adam's moments (the second in the eigenbasis, both shaped like the parameters), and for each side of each matrix its
     gradient covariance `[batch, n, n]` and eigenbasis; sides that are not turned hold arrays of size 0."""
@@ -140,7 +143,7 @@ def _follow(g, pair, leaf: Leaf, count, b2, frequency: int) -> Leaf:
     covariances = [b2 * old + (1 - b2) * new if old.size else old for old, new in zip(leaf.covariances, fresh, strict=True)]
 
     def first(square, bases):
-        return square, [jnp.linalg.eigh(c)[1] if c.size else q for c, q in zip(covariances, bases, strict=True)]
+        return square, [jnp.linalg.eigh(_definite(c))[1] if c.size else q for c, q in zip(covariances, bases, strict=True)]
 
     def turn(square, bases):
         V = as_matrices(square, pair)
@@ -156,12 +159,23 @@ def _follow(g, pair, leaf: Leaf, count, b2, frequency: int) -> Leaf:
     return Leaf(leaf.mean, square, covariances, bases)
 
 
+def _definite(covariance):
+    """The covariance with a small diagonal that rises along the axis.
+
+    A side longer than the rank of what was seen has an eigenvalue zero many times over, whose eigenvectors would be made of
+    rounding errors: other ones in every program, on every machine.
+    """
+    n = covariance.shape[-1]
+    mean = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None] / n
+    return covariance + TIES * mean * jnp.diag(jnp.linspace(1.0, 2.0, n))[None]
+
+
 def _iterate(covariance, basis, V, side: int):
     """One power iteration and QR, directions in falling order of their eigenvalue estimates, and V's `side` in that order.
 
     Both need the full precision of float32, which accelerators do not give products by default.
     """
-    product = jnp.einsum("bij,bjk->bik", covariance, basis, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.einsum("bij,bjk->bik", _definite(covariance), basis, precision=jax.lax.Precision.HIGHEST)
     order = jnp.argsort(-jnp.einsum("bji,bji->bi", basis, product), axis=-1)
     shape = [order.shape[0], 1, 1]
     shape[side] = order.shape[1]

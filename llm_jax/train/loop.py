@@ -16,6 +16,9 @@ import numpy as np
 from llm_jax.core.types import Batch, Metrics
 from llm_jax.io.checkpoint import Checkpointer
 
+# dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
+RUN_AHEAD = 4
+
 Row = dict[str, float]
 
 
@@ -74,10 +77,11 @@ class Session:
 
 
 class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved."""
+    """Training was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved, unless that failed."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}; the same command again goes on from there")
+    def __init__(self, step: int, saved: bool):
+        where = "from there" if saved else "from the last checkpoint that could be saved"
+        super().__init__(f"stopped at step {step}; the same command again goes on {where}")
         self.step = step
 
 
@@ -91,10 +95,13 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
     clock = _Clock(elapsed)
     batches = feed(step)
     pending: list[Metrics] = []
+    saved = False
     with _interruptions() as asked_to_stop:
         while step < rhythm.steps:
             state, metrics = program.steps(state, next(batches))
             pending.append(metrics)
+            if len(pending) >= RUN_AHEAD:
+                jax.block_until_ready(pending[-RUN_AHEAD])
             step += rhythm.dispatch
             row: Row = {}
             if rhythm.at(step, rhythm.log_every):
@@ -108,11 +115,9 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
                 row = _publish(step, rows, clock, session, program.members)
             if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
                 sums = _settle(sums, pending)
-                _save(state, step, clock, sums, row, session)
+                saved = _save(state, step, clock, sums, row, session)
             if asked_to_stop() and step < rhythm.steps:
-                if session.checkpointer is not None:
-                    session.checkpointer.wait()
-                raise Interrupted(step)
+                raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
     return state
 
 
@@ -186,14 +191,14 @@ def _start(program: Program, session: Session) -> tuple[Any, int, float, Sums]:
     return state, step, extra["seconds"], sums
 
 
-def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> None:
+def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> bool:
     if session.checkpointer is None:
-        return
+        return False
     extra = {
         "seconds": clock.read(),
         "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()},
     }
-    session.checkpointer.save(step, state, extra, row)
+    return session.checkpointer.save(step, state, extra, row)
 
 
 @contextlib.contextmanager

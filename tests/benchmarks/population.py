@@ -3,9 +3,10 @@
     python tests/benchmarks/population.py --sizes=XS,S --rounds=1 --peer_python=PEER/bin/python
 
 24 trials (6 learning rates × 4 seeds) of a GPT-2. Every side is one command, timed from its start to its end with cold caches:
-imports, compilation, tokenization, training, evaluation and writing down are counted. The sides: `together`, `one-by-one` (our
-runner with programs of one trial), `pytorch` (a plain GPT, which is faster there than transformers'), and on request `huggingface`
-and `pytorch-per-core`, whose trials are spread over one single-threaded process a core.
+imports, compilation, tokenization, training, evaluation and writing down are counted. The sides: `together`, `one-by-one` (a run
+for every trial, whose processes share the caches), `pytorch` (a plain GPT, which is faster there than transformers'), and on request
+`in-one-process` (programs of one trial, one after another in our runner), `huggingface` and `pytorch-per-core`, whose trials are
+spread over one single-threaded process a core.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def commands(size: str, text: pathlib.Path) -> dict[str, list[str]]:
     ours, theirs = [sys.executable, str(HERE / "trials_llm_jax.py"), *given], [peer, str(HERE / "trials_pytorch.py"), *given]
     return {
         "together": [*ours, str(count)],
-        "one-by-one": [*ours, "1"],
+        "one-by-one": [*ours, "0"],
+        "in-one-process": [*ours, "1"],
         "pytorch": [*theirs, "gpt", "1"],
         "huggingface": [*theirs, "huggingface", "1"],
         "pytorch-per-core": [*theirs, "gpt", str(len(os.sched_getaffinity(0)))],

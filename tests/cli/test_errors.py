@@ -24,6 +24,7 @@ ERRORS = {
 
 
 def run(argv, monkeypatch, capsys):
+    """Exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["llm_jax", "run", *argv])
     from llm_jax.cli import run as command
 
@@ -31,13 +32,14 @@ def run(argv, monkeypatch, capsys):
     for name in command.FLAGS:
         command.FLAGS[name].unparse()
     code = __main__.main()
-    return code, capsys.readouterr().err.strip()
+    shown = capsys.readouterr()
+    return code, shown.out.strip(), shown.err.strip()
 
 
 @pytest.mark.parametrize("flags, sentence", ERRORS.values(), ids=ERRORS)
 def test_a_mistake_is_one_sentence_and_writes_nothing(declared, flags, sentence, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
-    code, text = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", *flags], monkeypatch, capsys)
+    code, _, text = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", *flags], monkeypatch, capsys)
     assert code == 2 and sentence in text and "\n" not in text, text
     assert not (tmp_path / "w").exists()
 

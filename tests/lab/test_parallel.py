@@ -44,6 +44,17 @@ def test_a_mesh_of_eight_equals_one_device(layers):
     )
 
 
+def test_activations_are_really_split():
+    experiment = tiny(mesh=Mesh(data=2, fsdp=2, tensor=2), **{"model.width": 32})
+    bytes_V = np.ones(VOCABULARY + 3, np.int32)
+    compiled = population.compile_population(experiment, 1, vocabulary=len(bytes_V), byte_lengths=bytes_V)
+    params = jax.tree.map(lambda x: x[0], compiled.bind([experiment]).init().params)
+    network = experiment.model.build(VOCABULARY + 3)
+    with jax.set_mesh(compiled.mesh):
+        logits_BLV = jax.jit(network.apply)({"params": params}, np.zeros((ROWS, LENGTH), np.int32))
+    assert logits_BLV.addressable_shards[0].data.shape == (ROWS // 4, LENGTH, (VOCABULARY + 3) // 2), logits_BLV.sharding
+
+
 def test_activations_are_constrained_in_the_lowered_program():
     _, _, compiled = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **{"train.steps": STEPS})
     ids = np.zeros((1, 1, ROWS, LENGTH), np.int32)

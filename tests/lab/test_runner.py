@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -163,3 +164,32 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
     states = {(r[1], r[0]) for r in outcomes(tmp_path / "w").values()}
     assert states == {("rope", "failed"), ("alibi", "done")} and broken.failures == 2
     assert any("no more memory" in note for note in notes)
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=6m tmpfs {disk} || exit 77
+head -c {filler} /dev/zero > {disk}/filler
+{command}; echo "first $?"
+rm {disk}/filler
+{command}; echo "second $?"
+cp -r {disk}/work {out}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [4_000, 200_000], ids=["none for records", "none for checkpoints"])
+def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(declared, finished, room, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = shlex.join(command(declared, disk / "work"))
+    script = FULL_DISK.format(disk=disk, filler=6 * 2**20 - room, command=run, out=tmp_path)
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script], env=environment(declared), capture_output=True, text=True
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine does not let us mount a small disk")
+    first, second = (line.split()[1] for line in done.stdout.splitlines() if line.startswith(("first", "second")))
+    assert first == "1" and second == "0", done.stderr
+    assert "make room and run the same command again" in done.stderr, done.stderr
+    assert f"{os.sep}llm_jax{os.sep}" not in done.stderr, "a traceback through our own code"  # Orbax's threads print theirs
+    assert outcomes(tmp_path / "work") == outcomes(finished[0])

@@ -1,0 +1,58 @@
+"""What is planned: who is tuned where, on which seeds, at what cost, and how many trials share a program."""
+
+import pytest
+
+from llm_jax.core import platform
+from llm_jax.lab import plan
+from llm_jax.lab.plan import Cost
+from llm_jax.models import count
+from tests.cli.test_errors import run
+from tests.lab.test_experiment import ablation
+from tests.lab.test_runner import declared  # noqa: F401
+
+EACH = Cost(parameters=10, tokens=100, flops=1e6, evaluation=0.0, memory=1e9)
+
+
+@pytest.mark.parametrize(
+    "memory, devices, wanted, trials",
+    [(100e9, 1, None, 80), (100e9, 1, 6, 6), (100e9, 3, None, 78), (2e9, 4, None, 1), (0.5e9, 1, None, 1), (100e9, 8, 3, 3)],
+)
+def test_as_many_trials_share_a_program_as_fit(memory, devices, wanted, trials):
+    assert plan.largest_population(EACH, memory=memory, devices=devices, wanted=wanted) == trials
+
+
+def test_the_machine_has_memory():
+    assert 1e8 < platform.memory() < 1e14
+
+
+def test_tuning_and_final_seeds_never_meet_and_the_worst_outcome_is_divergence():
+    wanted, path = ablation(seeds=3, tuning_seeds=2), "optimizer.learning_rate"
+    tuning = plan.tuning_runs(wanted)
+    assert len(tuning) == 2 * 2 * 2 and len({r.name for r in tuning}) == len(tuning)
+    loss = {1e-3: 2.0, 1e-2: None}
+    outcomes = [
+        {"arm": r.arm, "phase": "tune", "nuisance": r.nuisance, "metrics": {"valid/bits_per_byte": loss[r.nuisance[path]]}}
+        for r in tuning
+    ]
+    best = plan.winners(wanted, outcomes)
+    assert best == {"rope": {path: 1e-3}, "alibi": {path: 1e-3}}
+    finals = plan.final_runs(wanted, best)
+    assert len(finals) == 2 * 3 and not {r.seed for r in tuning} & {r.seed for r in finals}
+
+
+def test_evaluation_costs_a_forward_pass_of_what_it_scores():
+    experiment = ablation().experiment("rope")
+    price = plan.cost(experiment, 257, scored=[(1000, 128), (500, 512)])
+    per_token = [count.flops_per_token(experiment.model, 257, length) for length in (128, 512)]
+    assert price.evaluation == pytest.approx((1000 * per_token[0] + 500 * per_token[1]) / 3)
+    assert price.tokens == experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
+
+
+def test_the_plan_prints_everything_and_trains_nothing(declared, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    code, shown, errors = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", "--plan"], monkeypatch, capsys)
+    shown = " ".join(shown.split())
+    assert code == 0 and not errors and not (tmp_path / "w").exists()
+    assert "2 arms × 2 grid points × 1 tuning seeds + 2 arms × 2 seeds = 8 runs in 4 groups" in shown, shown
+    for word in ("rope", "alibi", "parameters", "tokens a run", "FLOPs a run", "memory a run", "est. time", "MiB", "2 programs"):
+        assert word in shown, word
