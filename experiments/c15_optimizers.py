@@ -31,7 +31,7 @@ ablation = Ablation(
         Arms({"schedule-free": {"optimizer": ScheduleFreeAdamW(), "schedule": Constant()}}),  # the others fall in a cosine
     ),
     nuisance={"optimizer.learning_rate": log_grid(3e-4, 3e-1, 7)},
-    seeds=4,
+    seeds=8,
     baseline="adamw",
     metric="valid/bits_per_byte",
     claims=[

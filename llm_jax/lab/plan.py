@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from rich.table import Table
 
 from llm_jax.core.config import fingerprint
 from llm_jax.lab.experiment import Ablation, Experiment
-from llm_jax.lab.population import groups, structure
+from llm_jax.lab.population import groups, layout, structure
 from llm_jax.models import count
 
 Phase = Literal["tune", "final"]
@@ -165,11 +166,13 @@ def table(ablation: Ablation, costs: Mapping[str, Cost], largest: Largest, flops
 
 
 def _groups(runs: Sequence[Run], largest: Largest) -> list[tuple[str, int]]:
-    """The program (structure, trials) of every group."""
-    found = []
+    """The program (structure, room for trials) of every group."""
+    found: list[tuple[str, int]] = []
     for phase in ("tune", "final"):
         experiments = [r.experiment for r in runs if r.phase == phase]
-        found += [(structure(experiments[g[0]]), len(g)) for g in groups(experiments, largest=largest)]
+        for group in groups(experiments, largest=largest):
+            first = experiments[group[0]]
+            found.append((structure(first), layout(first, len(group), jax.device_count())[1]))
     return found
 
 

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
+from llm_jax.core.mesh import Mesh
 from llm_jax.core.platform import traits
 from llm_jax.core.types import Batch
 from llm_jax.lab.experiment import Experiment
@@ -120,13 +121,20 @@ def stacked_values(experiments: Sequence[Experiment], members: int) -> dict[str,
     return {path: np.array([values[path] for values in padded], kinds[path]) for path in paths}
 
 
+def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, int]:
+    """The mesh for so many trials, and how many the program has room for: they are padded to a multiple of its population axis."""
+    mesh = experiment.mesh.for_population(members, devices)
+    parts = mesh.sizes["population"]
+    return mesh, -(-members // parts) * parts
+
+
 def compile_population(
     experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray, devices: Sequence[jax.Device] | None = None
 ) -> Compiled:
     """The program that trains `members` experiments of the structure of `experiment`, on all devices by default."""
     devices = list(devices or jax.devices())
-    mesh = experiment.mesh.for_population(members, len(devices)).build(devices)
-    size = -(-members // mesh.shape["population"]) * mesh.shape["population"]
+    axes, size = layout(experiment, members, len(devices))
+    mesh = axes.build(devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if (experiment.data.batch_size // experiment.train.accumulate) % parts:
         raise ConfigError(

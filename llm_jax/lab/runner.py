@@ -14,13 +14,14 @@ import jax
 
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.core.mesh import Mesh
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
-from llm_jax.lab.population import Compiled, compile_population, groups, structure
+from llm_jax.lab.population import Compiled, compile_population, groups, layout, structure
 from llm_jax.lab.sources import Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit, scores
@@ -42,7 +43,7 @@ class Runner:
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
     failures: int = 0
     sources: Sources = field(default_factory=Sources)
-    _compiled: dict[tuple[str, int], Compiled] = field(default_factory=dict)
+    _compiled: dict[tuple[str, Mesh, int], Compiled] = field(default_factory=dict)
 
     def check(self) -> None:
         """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
@@ -101,8 +102,8 @@ class Runner:
         return [result for result in finished if result is not None]
 
     def program(self, runs: Sequence[Run], source: Source) -> Compiled:
-        """The compiled program of the runs' structure and number; the one that tuning compiled serves the winners too."""
-        key = structure(runs[0].experiment), len(runs)
+        """The compiled program of the runs' structure and size; the one that tuning compiled serves the winners too."""
+        key = structure(runs[0].experiment), *layout(runs[0].experiment, len(runs), jax.device_count())
         if key not in self._compiled:
             self._compiled[key] = compile_population(
                 runs[0].experiment, len(runs), vocabulary=source.vocabulary, byte_lengths=source.tokenizer.byte_lengths
