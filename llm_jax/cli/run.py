@@ -19,7 +19,7 @@ from llm_jax.core.config import ConfigError, override_text
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "Where everything is written; the same command again goes on from there.", flag_values=FLAGS)
-flags.DEFINE_string("scale", "small", "One of the sizes that the file declares.", flag_values=FLAGS)
+flags.DEFINE_string("scale", None, "One of the sizes that the file declares (default: small, if it is one).", flag_values=FLAGS)
 flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment, e.g. train.steps=500.", flag_values=FLAGS)
 flags.DEFINE_list("arms", None, "Only these arms.", flag_values=FLAGS)
 flags.DEFINE_integer("seeds", None, "Fresh seeds that each arm's winner is trained on.", flag_values=FLAGS)
@@ -83,9 +83,13 @@ def _declared():
             "--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py"
         )
     ablation = load(FLAGS.experiment)
-    ablation = ablation.at_scale(FLAGS.scale if ablation.scales else None)
+    ablation = ablation.at_scale(FLAGS.scale or ("small" if "small" in ablation.scales else None))
     if FLAGS.set:
         ablation = replace(ablation, base=override_text(ablation.base, FLAGS.set))
+    for path in (assignment.partition("=")[0].strip() for assignment in FLAGS.set):
+        if path in ablation.nuisance or all(path in changes for changes in ablation.arms.values()):
+            by = "the grid" if path in ablation.nuisance else "every arm"
+            raise ConfigError(f"is set by {by}, so --set would change nothing: change it in {FLAGS.experiment}", path)
     if FLAGS.arms is not None:
         ablation = ablation.only(FLAGS.arms)
     return ablation if FLAGS.seeds is None else ablation.changed({"seeds": FLAGS.seeds})

@@ -4,6 +4,7 @@ Weights and activations have names of their own, because they are split differen
 embedding dimension and gathered when used, while an activation is split by its batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,9 +88,20 @@ def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:
     return nn.with_logical_partitioning(init, axes)
 
 
-def parameter_specs(boxed: Any) -> Any:
-    """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`)."""
-    return nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+def parameter_specs(boxed: Any, mesh: Mesh) -> Any:
+    """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`).
+
+    A dimension that its mesh axis does not divide, such as 257 bytes over 2 devices, stays whole.
+    """
+
+    def dividing(spec: PartitionSpec, leaf: Any) -> PartitionSpec:
+        def size(axis) -> int:
+            return math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
+
+        return PartitionSpec(*(None if axis is None or n % size(axis) else axis for axis, n in zip(spec, leaf.shape, strict=False)))
+
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    return jax.tree.map(dividing, specs, unbox(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
 def state_specs(params: Any, specs: Any, state: Any) -> Any:

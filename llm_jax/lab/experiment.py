@@ -77,6 +77,9 @@ class Experiment(Config):
         require(self.seed >= 0, "seed", f"must be >= 0, got {self.seed}")
         rows, parts = self.data.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", f"must divide data.batch_size={rows}, got {parts}")
+        every, log = self.evaluation.every, self.train.log_every
+        whole = every % log == 0 or every >= self.train.steps
+        require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")
 
 
 # ── arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -32,7 +32,7 @@ h1{font-size:1.7rem;line-height:1.25;margin:0 0 .6rem}h2{font-size:1.15rem;margi
 .answer{font-size:1.1rem}.soft,figcaption{color:var(--soft);font-size:.88rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}th{color:var(--soft);font-weight:600}
-th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
+th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}.numbers th:last-child,.numbers td:last-child{text-align:right}
 .better,.supported{color:var(--good);font-weight:600}.worse,.refuted{color:var(--bad);font-weight:600}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}figure{margin:0;padding:.4rem;break-inside:avoid}
 svg{width:100%;height:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem;background:color-mix(in srgb,var(--line) 35%,transparent);padding:.8rem;border-radius:6px}
@@ -148,6 +148,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
     notes = "".join(f"<li>{text(note)}</li>" for note in data["problems"] + _edges(data))
     figures = "".join(f"<figure><figcaption>{text(title(name))}</figcaption>{svg}</figure>" for name, svg in pictures.items())
     claims = _table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]])
+    metrics = _table(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))
     better = "lower" if data["mode"] == "min" else "higher"
     parts = [
         f"<h1>{text(data['question'])}</h1><p class=answer>{text(data['answer'])}</p>",
@@ -159,7 +160,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
         f"<h2>Take note</h2><ul>{notes}</ul>" if notes else "",
         f"<h2>Claims</h2>{claims}" if data["claims"] else "",
         f"<h2>Pictures</h2><div class=grid>{figures}</div>",
-        f"<h2>All metrics, mean over seeds</h2>{_table(('metric', *[r['arm'] for r in data['arms']]), _metric_rows(data))}",
+        f"<h2>All metrics, mean over seeds</h2><div class=numbers>{metrics}</div>",
         "<h2>What the arms change</h2>",
         _table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
         f"<details><summary>One arm's whole configuration</summary><pre>{text(json.dumps(data['base'], indent=1))}</pre></details>",

@@ -69,7 +69,8 @@ def final_runs(ablation: Ablation, winners: Mapping[str, Mapping[str, float]]) -
 def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, float]]:
     """Arm → the point of its grid with the best mean tuning metric over the tuning seeds.
 
-    A diverged or failed trial counts as the worst outcome. An arm none of whose points ended well has no winner.
+    A point with a diverged trial cannot win, and an arm with none left has no winner. An arm whose tuning is not complete, because
+    a trial failed, has none yet: another winner might come of it later.
     """
     if len(ablation.grid) <= 1:
         return dict.fromkeys(ablation.arms, ablation.grid[0])
@@ -77,6 +78,9 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
     best: dict[str, dict[str, float]] = {}
     for arm in ablation.arms:
         scored = []
+        ended = sum(r["arm"] == arm and r["phase"] == "tune" for r in results)
+        if ended < len(ablation.grid) * ablation.tuning_seeds:
+            continue
         for point in ablation.grid:
             values = [
                 r["metrics"].get(metric) for r in results if r["arm"] == arm and r["phase"] == "tune" and r["nuisance"] == point
@@ -113,14 +117,16 @@ def cost(experiment: Experiment, vocabulary: int, *, scored: Sequence[tuple[int,
     )
 
 
-def largest_population(each: Cost, *, memory: float, devices: int, wanted: int | None) -> int:
-    """How many trials may share a program: as many as `wanted` (None: no limit) and as fit the devices' memory together.
+def largest_population(experiment: Experiment, each: Cost, *, memory: float, devices: int, wanted: int) -> int:
+    """How many of `wanted` trials may share a program: as many as fit the devices' memory together, the padding counted.
 
     At least one: a trial that is estimated too large is tried anyway.
     """
-    fitting = max(int(SHARE_OF_MEMORY * memory / each.memory), 1)
-    even = fitting // devices * devices or fitting  # a population is padded to a multiple of its devices
-    return min(even, wanted) if wanted else even
+    fitting = int(SHARE_OF_MEMORY * memory / each.memory)
+    for members in range(min(wanted, fitting), 1, -1):
+        if layout(experiment, members, devices)[1] <= fitting:
+            return members
+    return 1
 
 
 def table(ablation: Ablation, costs: Mapping[str, Cost], largest: Largest, flops_per_second: float) -> Table:

@@ -7,7 +7,7 @@ taken in turn where the platform prefers it (a CPU core is full with one). A cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,16 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
     return mesh, -(-members // parts) * parts
 
 
+def check_rows(experiment: Experiment, axes: Mapping[str, int]) -> None:
+    """Raises `ConfigError` unless the rows of every micro-batch divide over the mesh axes (axis → devices)."""
+    parts = experiment.train.accumulate * axes["data"] * axes["fsdp"]
+    if experiment.data.batch_size % parts:
+        raise ConfigError(
+            f"must be a multiple of train.accumulate × data × fsdp = {parts} on this mesh, got {experiment.data.batch_size}",
+            "data.batch_size",
+        )
+
+
 def compile_population(
     experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray, devices: Sequence[jax.Device] | None = None
 ) -> Compiled:
@@ -135,13 +145,7 @@ def compile_population(
     devices = list(devices or jax.devices())
     axes, size = layout(experiment, members, len(devices))
     mesh = axes.build(devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if (experiment.data.batch_size // experiment.train.accumulate) % parts:
-        raise ConfigError(
-            f"must be a multiple of train.accumulate × data × fsdp = {experiment.train.accumulate * parts} "
-            f"on this mesh, got {experiment.data.batch_size}",
-            "data.batch_size",
-        )
+    check_rows(experiment, mesh.shape)
     one = trial(experiment, vocabulary=vocabulary, byte_lengths=byte_lengths)
     values = stacked_values([experiment], size)
     where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)
@@ -156,5 +160,5 @@ def compile_population(
 
 def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh) -> Any:
     state = jax.eval_shape(one.init, values)
-    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters), state)
+    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh), state)
     return sharding.named(mesh, specs, leading=("population",))

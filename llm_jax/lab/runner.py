@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, fingerprint, to_json
@@ -21,7 +22,7 @@ from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
-from llm_jax.lab.population import Compiled, compile_population, groups, layout, structure
+from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
 from llm_jax.lab.sources import Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit, scores
@@ -52,7 +53,13 @@ class Runner:
             experiment = self.ablation.experiment(arm)
             try:
                 experiment.mesh.for_population(1, devices).shape(devices)
-                self.sources.of(experiment).check()
+                for members in {len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds}:
+                    check_rows(experiment, layout(experiment, members, devices)[0].shape(devices))
+                source = self.sources.of(experiment)
+                source.check()
+                for times in (1, *experiment.evaluation.lengths):  # a length that the model refuses is found here, not at the end
+                    tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
+                    jax.eval_shape(experiment.model.build(source.vocabulary).init, jax.random.key(0), tokens)
             except ConfigError as error:
                 raise ConfigError(f"{error} (in arm {arm!r})") from None
 
@@ -69,7 +76,9 @@ class Runner:
     def largest_population(self, experiment: Experiment) -> int:
         """How many trials of this structure may share a program."""
         each = plan.cost(experiment, self.sources.of(experiment).vocabulary)
-        return plan.largest_population(each, memory=platform.memory(), devices=jax.device_count(), wanted=self.largest)
+        most = max(len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds) * len(self.ablation.arms)
+        wanted = min(self.largest or most, most)
+        return plan.largest_population(experiment, each, memory=platform.memory(), devices=jax.device_count(), wanted=wanted)
 
     def run(self) -> list[dict[str, Any]]:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
@@ -86,8 +95,7 @@ class Runner:
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         waiting = [run for run in runs if self.folder.result(run.name) is None]
         done = len(runs) - len(waiting)
-        for part in groups([run.experiment for run in waiting], largest=self.largest_population):
-            members = [waiting[i] for i in part]
+        for members in self._grouped(runs, waiting):
             group = Group(self, members)
             try:
                 group.train(overall=(done, len(runs)))
@@ -100,6 +108,16 @@ class Runner:
             done += len(members)
         finished = [self.folder.result(run.name) for run in runs]
         return [result for result in finished if result is not None]
+
+    def _grouped(self, runs: Sequence[Run], waiting: Sequence[Run]) -> list[list[Run]]:
+        """The groups to train: first those that a run before this one began, with the same members, so that the numbers are too."""
+        known, left, found = {run.name: run for run in runs}, {run.name: run for run in waiting}, []
+        for names in self.folder.begun():
+            if set(names) <= set(known) and set(names) & set(left):
+                found.append([known[name] for name in names])
+                left = {name: run for name, run in left.items() if name not in names}
+        rest = list(left.values())
+        return found + [[rest[i] for i in part] for part in groups([r.experiment for r in rest], largest=self.largest_population)]
 
     def program(self, runs: Sequence[Run], source: Source) -> Compiled:
         """The compiled program of the runs' structure and size; the one that tuning compiled serves the winners too."""
@@ -133,6 +151,7 @@ class Group:
             checkpoint_every=first.checkpoints.every,
             dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch,
         )
+        self.runner.folder.begin(self.name, [run.name for run in self.runs])
         trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
         for run in self.runs:
             write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
@@ -156,6 +175,8 @@ class Group:
                 for tracker in trackers:
                     tracker.close()
         for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
+            if self.runner.folder.result(run.name) is not None:
+                continue
             result = results.finished(run, self._origin(), self.cost, metrics=metrics, curve=tracker.read(tracker.folder))
             write(self.runner.folder.trial(run.name) / "results.json", result)
             if result["status"] == "diverged":
@@ -170,6 +191,7 @@ class Group:
             f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)"
         )
         self.runner.failures += len(self.runs)
+        self.runner.folder.forget(self.name)  # another try may group them otherwise: fewer of them may fit
         for run in self.runs:
             folder = self.runner.folder.trial(run.name)
             write(folder / "results.json", results.failed(run, self._origin(), error))

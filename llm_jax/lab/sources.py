@@ -74,7 +74,9 @@ class Sources:
 
     def of(self, experiment: Experiment) -> Source:
         """The experiment's source, made on first use."""
-        key = fingerprint([to_json(part) for part in (experiment.data, experiment.tokenizer, experiment.evaluation)])
+        key = fingerprint(
+            [to_json(part) for part in (experiment.data, experiment.tokenizer, experiment.evaluation, experiment.mesh)]
+        )
         if key not in self._known:
             self._known[key] = Source(experiment)
         return self._known[key]

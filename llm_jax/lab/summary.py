@@ -36,13 +36,16 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
     Raises `ConfigError` for a folder that is missing, holds none, or holds one that cannot be read.
     """
     trials: list[Trial] = []
-    for workdir in map(pathlib.Path, workdirs):
+    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    last = [folder.resolve().name for folder in folders]
+    names = {folder: name if last.count(name) == 1 else str(folder) for folder, name in zip(folders, last, strict=True)}
+    for workdir in folders:
         files = sorted((workdir / "trials").glob("*/results.json"))
         if not files:
             raise ConfigError("holds no results (trials/*/results.json): is it a work folder, and has a trial ended?", str(workdir))
         for file in files:
             try:
-                trials.append(json.loads(file.read_text()) | {"folder": workdir.resolve().name})
+                trials.append(json.loads(file.read_text()) | {"folder": names[workdir]})
             except json.JSONDecodeError as error:
                 raise ConfigError(f"is damaged ({error}): remove it and run the command again", str(file)) from None
     homes: dict[str, set[str]] = {}
@@ -58,7 +61,7 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
 def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
     """Statistics of all arms, claims and failures. Raises what `read` raises."""
     trials = read(workdirs)
-    ablation = trials[0]["ablation"]
+    ablation = max(trials, key=lambda t: t["provenance"]["date"])["ablation"]  # arms and claims may have been added since the first
     metric, sign = ablation["metric"], 1 if ablation["mode"] == "min" else -1
     arms = _ordered(trials)
     values = {arm: _by_seed(trials, arm, metric) for arm in arms}

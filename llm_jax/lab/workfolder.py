@@ -6,11 +6,13 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError, to_json
 from llm_jax.lab.experiment import Ablation
 
+MEMBERS = "members.json"
 SHOWN = 6  # differences named in an error
 
 
@@ -56,6 +58,18 @@ class WorkFolder:
     def group(self, name: str) -> pathlib.Path:
         """The folder of a group's checkpoints."""
         return self.path / "groups" / name
+
+    def begin(self, name: str, members: Sequence[str]) -> None:
+        """Writes down which trials a group trains together."""
+        write(self.group(name) / MEMBERS, list(members))
+
+    def forget(self, name: str) -> None:
+        """Undoes `begin`."""
+        (self.group(name) / MEMBERS).unlink(missing_ok=True)
+
+    def begun(self) -> list[list[str]]:
+        """The members of every group whose folder is still there."""
+        return [_read(file) for file in sorted((self.path / "groups").glob(f"*/{MEMBERS}"))]
 
     def result(self, name: str) -> dict[str, Any] | None:
         """The results of a finished trial (done or diverged), or None: a failed one is to be tried again."""

@@ -36,8 +36,8 @@ gelu.defvjp(lambda x: (_gelu(x), x), _gelu_bwd)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
-    "relu": lambda x: jnp.maximum(x, 0),
-    "squared_relu": lambda x: jnp.square(jnp.maximum(x, 0)),  # So et al. 2021, Primer
+    "relu": jax.nn.relu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, Primer
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,

@@ -116,7 +116,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
             if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
                 sums = _settle(sums, pending)
                 saved = _save(state, step, clock, sums, row, session)
-            if asked_to_stop() and step < rhythm.steps:
+            if asked_to_stop():
                 raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
     return state
 

@@ -18,6 +18,12 @@ ERRORS = {
     "mesh": (["--set=mesh.tensor=7"], "mesh tensor=7 does not divide"),
     "longer than the corpus": (["--set=data.sequence_length=1000000"], "data."),
     "no such file": (["--set=data.corpus=TextFiles(path='nowhere.txt')"], "nowhere.txt"),
+    "what the grid sets": (["--set=optimizer.learning_rate=0.1"], "optimizer.learning_rate is set by the grid"),
+    "what every arm sets": (["--set=model.position=Rope()"], "model.position is set by every arm"),
+    "evaluation between records": (
+        ["--set=evaluation.every=13"],
+        "evaluation.every must be a multiple of train.log_every=6, got 13",
+    ),
     "unknown flag": (["--sett=1"], "sett"),
     "stray word": (["train.steps=5"], "takes flags only"),
 }

@@ -7,16 +7,17 @@ import pytest
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.lab import population
+from llm_jax.nn.multihead import Attention
 from tests.lab.test_population import LENGTH, ROWS, VOCABULARY, tiny
 
 STEPS = 20
 
 
-def losses(mesh: Mesh, devices, **changes):
+def losses(mesh: Mesh, devices, *, extra: int = 3, **changes):
     """The losses of 20 steps, one by one, and the final state."""
     experiment = tiny(mesh=mesh, **{"model.width": 32, "train.steps": STEPS, **changes})
     compiled = population.compile_population(
-        experiment, 1, vocabulary=VOCABULARY + 3, byte_lengths=np.ones(VOCABULARY + 3, np.int32), devices=devices
+        experiment, 1, vocabulary=VOCABULARY + extra, byte_lengths=np.ones(VOCABULARY + extra, np.int32), devices=devices
     )
     program = compiled.bind([experiment])
     state, seen = program.init(), []
@@ -61,3 +62,13 @@ def test_activations_are_constrained_in_the_lowered_program():
     with jax.set_mesh(compiled.mesh):
         text = compiled.steps.lower(population.stacked_values([tiny()], 1), compiled.abstract, Batch(ids, ids)).as_text()
     assert "sharding_constraint" in text
+
+
+def test_what_an_axis_does_not_divide_stays_whole():
+    mqa = {"model.attention": Attention(heads=2, kv_heads=1)}
+    one, eight = (
+        losses(mesh, devices, extra=2, **mqa)[:2] for mesh, devices in ((Mesh(), jax.devices()[:1]), (Mesh(data=4, tensor=2), None))
+    )
+    np.testing.assert_allclose(eight[0], one[0], atol=1e-5)
+    table = eight[1].params["embedding"]["embedding"]
+    assert table.shape[1] % 2 and table.addressable_shards[0].data.size == table.size

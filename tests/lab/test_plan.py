@@ -15,10 +15,26 @@ EACH = Cost(parameters=10, tokens=100, flops=1e6, evaluation=0.0, memory=1e9)
 
 @pytest.mark.parametrize(
     "memory, devices, wanted, trials",
-    [(100e9, 1, None, 80), (100e9, 1, 6, 6), (100e9, 3, None, 78), (2e9, 4, None, 1), (0.5e9, 1, None, 1), (100e9, 8, 3, 3)],
+    [
+        (100e9, 1, 100, 80),
+        (100e9, 1, 6, 6),
+        (100e9, 3, 100, 78),
+        (2e9, 4, 9, 1),
+        (0.5e9, 1, 9, 1),
+        (100e9, 8, 3, 3),
+        (26e9, 16, 20, 16),
+    ],
 )
 def test_as_many_trials_share_a_program_as_fit(memory, devices, wanted, trials):
-    assert plan.largest_population(EACH, memory=memory, devices=devices, wanted=wanted) == trials
+    experiment = ablation().experiment("rope")
+    assert plan.largest_population(experiment, EACH, memory=memory, devices=devices, wanted=wanted) == trials
+
+
+def test_an_arm_whose_tuning_is_not_complete_has_no_winner_yet():
+    wanted, path = ablation(tuning_seeds=2), "optimizer.learning_rate"
+    tuning = [r for r in plan.tuning_runs(wanted) if r.arm == "rope" or r.nuisance[path] == 1e-3 or r.seed % 2]
+    results = [{"arm": r.arm, "phase": "tune", "nuisance": r.nuisance, "metrics": {"valid/bits_per_byte": 2.0}} for r in tuning]
+    assert list(plan.winners(wanted, results)) == ["rope"]
 
 
 def test_the_machine_has_memory():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,18 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
     states = {(r[1], r[0]) for r in outcomes(tmp_path / "w").values()}
     assert states == {("rope", "failed"), ("alibi", "done")} and broken.failures == 2
     assert any("no more memory" in note for note in notes)
+
+
+def test_a_group_whose_results_are_partly_written_is_the_same_group_again(declared, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "w")
+    finals = sorted((tmp_path / "w" / "trials").glob("rope-final-*/results.json"))
+    kept, lost = finals[0], finals[1]
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    again = run(declared, tmp_path / "w")
+    assert again.returncode == 0, again.stderr
+    assert "going on after step 60" in again.stderr and kept.stat().st_mtime_ns == before
+    assert outcomes(tmp_path / "w") == outcomes(finished[0])
 
 
 FULL_DISK = """
