@@ -281,12 +281,6 @@ def traced_values(config: Config) -> dict[str, Any]:
     return {path: value for path, field, value in walk(config) if field.metadata.get("traced") and isinstance(value, (int, float))}
 
 
-def at(config: Config, path: str) -> Any:
-    """The value at a dotted path; raises `ConfigError` with the nearest names if there is none."""
-    _annotation_at(config, path)
-    return functools.reduce(getattr, path.split("."), config)
-
-
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Path → (value in a, value in b) wherever the two differ; a component of another class counts as one value."""
     if type(a) is not type(b):

@@ -7,6 +7,7 @@ import itertools
 import math
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -295,11 +296,13 @@ def load(path: str | pathlib.Path) -> Ablation:
         )
     spec = importlib.util.spec_from_file_location("experiment_" + re.sub(r"\W", "_", path.stem), path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except (SyntaxError, ImportError, NameError) as error:
+        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}", str(path)) from None
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):

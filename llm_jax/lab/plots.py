@@ -132,19 +132,20 @@ def _curves(ax, summary: Summary, axis: str) -> None:
 
 
 def _sensitivity(ax, summary: Summary, path: str) -> None:
-    """The tuning metric against one nuisance parameter, the best over the others; crosses mark divergence."""
+    """The tuning metric against one nuisance parameter: the mean over tuning seeds, the best over the other parameters."""
     metric, best = summary.data["tuning_metric"], (min if summary.data["mode"] == "min" else max)
     for row in summary.data["arms"]:
-        points: dict[float, list[float]] = {}
+        scores: dict[tuple, list[float]] = {}
         for trial in summary.trials:
             value = trial["metrics"].get(metric)
-            if trial["arm"] == row["arm"] and trial["phase"] == "tune" and value is not None:
-                points.setdefault(trial["nuisance"][path], []).append(value)
-        x = sorted(points)
-        ax.plot(x, [best(points[v]) for v in x], marker="o", ms=4, color=colour(summary, row["arm"]), label=row["arm"])
+            if trial["arm"] == row["arm"] and trial["phase"] == "tune" and value is not None and path in trial["nuisance"]:
+                scores.setdefault(tuple(sorted(trial["nuisance"].items())), []).append(value)
+        means = [(dict(point)[path], sum(values) / len(values)) for point, values in scores.items()]
+        points = {x: best(mean for at, mean in means if at == x) for x, _ in sorted(means)}
+        ax.plot(list(points), list(points.values()), marker="o", ms=4, color=colour(summary, row["arm"]), label=row["arm"])
         chosen = row["nuisance"].get(path)
         if chosen in points:
-            ax.plot(chosen, best(points[chosen]), "o", ms=10, mfc="none", mew=1.5, color=colour(summary, row["arm"]))
+            ax.plot(chosen, points[chosen], "o", ms=10, mfc="none", mew=1.5, color=colour(summary, row["arm"]))
     grid = summary.data["nuisance"][path]
     if min(grid) > 0 and max(grid) / min(grid) > 5:
         ax.set_xscale("log")

@@ -99,8 +99,12 @@ def write(file: pathlib.Path, data: Any) -> None:
     """Writes JSON whole or not at all; numbers that are not finite become null."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
-    partial.replace(file)
+    try:
+        partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+        partial.replace(file)
+    except OSError:  # a full disk: a remnant would make the folder look like somebody else's
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ import optax
 
 from llm_jax.core.sharding import sum_over_data
 from llm_jax.core.types import Batch, Metrics, Weighted
+from llm_jax.optim import gradients
 
 Loss = Callable[[Any, Batch, jax.Array], tuple[Weighted, Metrics]]
 
@@ -63,7 +64,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         mean = state.average
         if average is not None:
-            mean = jax.tree.map(lambda m, p: average * m + (1 - average) * p, mean, params)
+            mean = gradients.average(mean, params, average)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         metrics["train/grad_norm"] = Weighted.of(optax.tree.norm(grads))
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=mean), metrics

@@ -95,6 +95,8 @@ def test_an_experiment_survives_json_and_its_fingerprint_sees_every_change():
     [
         ("", "declares neither"),
         ("ablation = 3", "declares neither"),
+        ("ablation = (", "cannot be run: SyntaxError"),
+        ("from llm_jax.lab import Ablatoin", "cannot be run: ImportError"),
         ("from llm_jax.optim.optimizers import SGD\nSGD(0.0)", "must be > 0"),
     ],
 )
