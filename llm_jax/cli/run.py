@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
 
     if FLAGS.workdir is None and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
-    ablation = _declared()
+    ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
-    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=FLAGS.scale, largest=FLAGS.population)
+    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=scale, largest=FLAGS.population)
     if FLAGS.plan:
         runner.check()
         rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _declared():
-    """The ablation of the file at the scale, with the flags' changes."""
+    """The ablation of the file with the flags' changes, and the scale that it is at."""
     from llm_jax.lab.experiment import load
 
     if FLAGS.experiment is None:
@@ -83,7 +83,8 @@ def _declared():
             "--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py"
         )
     ablation = load(FLAGS.experiment)
-    ablation = ablation.at_scale(FLAGS.scale or ("small" if "small" in ablation.scales else None))
+    scale = FLAGS.scale or ("small" if "small" in ablation.scales else None)
+    ablation = ablation.at_scale(scale)
     if FLAGS.set:
         ablation = replace(ablation, base=override_text(ablation.base, FLAGS.set))
     for path in (assignment.partition("=")[0].strip() for assignment in FLAGS.set):
@@ -92,4 +93,4 @@ def _declared():
             raise ConfigError(f"is set by {by}, so --set would change nothing: change it in {FLAGS.experiment}", path)
     if FLAGS.arms is not None:
         ablation = ablation.only(FLAGS.arms)
-    return ablation if FLAGS.seeds is None else ablation.changed({"seeds": FLAGS.seeds})
+    return (ablation if FLAGS.seeds is None else ablation.changed({"seeds": FLAGS.seeds})), scale
