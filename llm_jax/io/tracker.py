@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 AXES = ("step", "tokens", "flops", "seconds")
@@ -30,7 +30,12 @@ class Tracker:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open()
-        self._waiting, self._tensorboard, self._writer = bytearray(), tensorboard, None
+        self._waiting, self._writer = bytearray(), None
+        if tensorboard:
+            with self._switching_off():
+                from tensorboardX import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder))
 
     def log(self, record: Mapping[str, float]) -> None:
         """Writes a record, which must have a "step"; numbers that are not finite become null."""
@@ -83,16 +88,18 @@ class Tracker:
             self._file.close()
 
     def _mirror(self, record: Mapping[str, Any]) -> None:
-        if not self._tensorboard:
+        if self._writer is None:
             return
-        try:
-            if self._writer is None:
-                from tensorboardX import SummaryWriter
-
-                self._writer = SummaryWriter(str(self.folder))
+        with self._switching_off():
             for name, value in record.items():
                 if name not in AXES and value is not None:
                     self._writer.add_scalar(name, value, int(record["step"]))
-        except Exception as error:  # whatever a mirror does, the run goes on
-            self._tensorboard = False
-            warnings.warn(f"TensorBoard is switched off for {self.folder}: {error}", stacklevel=2)
+
+    @contextlib.contextmanager
+    def _switching_off(self) -> Iterator[None]:
+        """Ends the mirror, with a warning, when what it does fails: the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._writer = None
+            warnings.warn(f"TensorBoard is switched off for {self.folder}: {error}", stacklevel=4)

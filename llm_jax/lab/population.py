@@ -7,7 +7,8 @@ taken in turn where the platform prefers it (a CPU core is full with one). A cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core import sharding
+from llm_jax.core.ahead import Ahead
 from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
 from llm_jax.core.mesh import Mesh
-from llm_jax.core.platform import traits
+from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch
 from llm_jax.lab.experiment import Experiment
 from llm_jax.train.loop import Program
@@ -74,21 +76,40 @@ def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: i
 
 @dataclass(frozen=True)
 class Compiled:
-    """The jitted program of one structure and size; `bind` gives it the values of particular trials."""
+    """The jitted program of one structure and size; `bind` gives it the values of particular trials.
+
+    `values` and `abstract` are the shapes (and shardings) of the traced values and of the state.
+    """
 
     trial: Trial
     mesh: jax.sharding.Mesh
     members: int
+    values: dict[str, np.ndarray]
     abstract: Any
-    init: Callable
-    steps: Callable
-    evaluate: Callable
+    init: Ahead
+    steps: Ahead
+    evaluate: Ahead
+
+    def expect(self, batch: Batch, evaluations: Iterable[Batch]) -> None:
+        """Has other threads compile for training batches like `batch` `[any, k, B, L]` and for `evaluations` `[n, B, L]`."""
+        pool = ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="compile")
+        several = jax.tree.map(lambda x: np.broadcast_to(x[:1], (self.members, *x.shape[1:])), batch)
+        self.steps.expect(pool, self.values, self.abstract, _abstract(several, self._rows))
+        for batches in evaluations:
+            self.evaluate.expect(pool, self.values, self.abstract, _abstract(batches, self._common))
+        pool.shutdown(wait=False)
+
+    @property
+    def _rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec("population", None, ("data", "fsdp")))
+
+    @property
+    def _common(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
 
     def bind(self, experiments: Sequence[Experiment]) -> Program:
         """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
         values, wanted = stacked_values(experiments, self.members), len(experiments)
-        rows = NamedSharding(self.mesh, PartitionSpec("population", None, ("data", "fsdp")))
-        common = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
 
         def put(batches: Batch, where: NamedSharding, *, pad: int = 0) -> Batch:
             def array(x):
@@ -98,17 +119,13 @@ class Compiled:
             return jax.tree.map(array, batches)
 
         def init():
-            with jax.set_mesh(self.mesh):
-                return self.init(values)
+            return self.init(values)
 
         def steps(state, batches):
-            with jax.set_mesh(self.mesh):
-                state, metrics = self.steps(values, state, put(batches, rows, pad=self.members - wanted))
-            return state, metrics
+            return self.steps(values, state, put(batches, self._rows, pad=self.members - wanted))
 
         def evaluate(state, batches):
-            with jax.set_mesh(self.mesh):
-                return self.evaluate(values, state, put(batches, common))
+            return self.evaluate(values, state, put(batches, self._common))
 
         return Program(wanted, init, steps, evaluate, self.abstract)
 
@@ -155,7 +172,11 @@ def compile_population(
     abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
     steps = jax.jit(lift(one.steps, mesh, size), donate_argnums=1, out_shardings=(where, None))
     evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
-    return Compiled(one, mesh, size, abstract, init, steps, evaluate)
+    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh) for f in (init, steps, evaluate)))
+
+
+def _abstract(batches: Batch, where: NamedSharding) -> Batch:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batches)
 
 
 def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh) -> Any:

@@ -25,7 +25,7 @@ from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
 from llm_jax.lab.sources import Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
-from llm_jax.train.loop import Interrupted, Rhythm, Session, fit, scores
+from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Runner:
 
     def check(self) -> None:
         """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
-        devices = len(jax.devices())
+        devices, traced = len(jax.devices()), set()
         for arm in self.ablation.arms:
             experiment = self.ablation.experiment(arm)
             try:
@@ -57,9 +57,13 @@ class Runner:
                     check_rows(experiment, layout(experiment, members, devices)[0].shape(devices))
                 source = self.sources.of(experiment)
                 source.check()
-                for times in (1, *experiment.evaluation.lengths):  # a length that the model refuses is found here, not at the end
-                    tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
-                    jax.eval_shape(experiment.model.build(source.vocabulary).init, jax.random.key(0), tokens)
+                for times in sorted(
+                    {1, *experiment.evaluation.lengths}
+                ):  # a length that the model refuses is found here, not at the end
+                    if (structure(experiment), times) not in traced:
+                        tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
+                        jax.eval_shape(experiment.model.build(source.vocabulary).init, jax.random.key(0), tokens)
+                        traced.add((structure(experiment), times))
             except ConfigError as error:
                 raise ConfigError(f"{error} (in arm {arm!r})") from None
 
@@ -69,8 +73,11 @@ class Runner:
 
     def _cost(self, experiment: Experiment) -> Cost:
         source, steps = self.sources.of(experiment), experiment.train.steps
-        during, final = ([b.tokens.shape for b in source.evaluations(final=f).values()] for f in (False, True))
-        scored = [(math.prod(shape), shape[-1]) for shape in during * math.ceil(steps / experiment.evaluation.every) + final]
+        during, final = (
+            list({id(b): b.tokens.shape for b in source.evaluations(final=f).values()}.values()) for f in (False, True)
+        )
+        times = math.ceil(steps / experiment.evaluation.every) - 1  # at the end, `final` is scored instead
+        scored = [(math.prod(shape), shape[-1]) for shape in during * times + final]
         return plan.cost(experiment, source.vocabulary, scored=scored)
 
     def largest_population(self, experiment: Experiment) -> int:
@@ -143,7 +150,8 @@ class Group:
     def train(self, *, overall: tuple[int, int]) -> None:
         """Trains the runs and writes their results; `overall` is how many of all runs were done before, for the display."""
         first = self.runs[0].experiment
-        program = self.runner.program(self.runs, self.source).bind([run.experiment for run in self.runs])
+        compiled = self.runner.program(self.runs, self.source)
+        program = compiled.bind([run.experiment for run in self.runs])
         rhythm = Rhythm.fitting(
             steps=first.train.steps,
             log_every=first.train.log_every,
@@ -157,6 +165,8 @@ class Group:
             write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
         scale = len(self.runs) / rhythm.steps
         seeds = [run.seed for run in self.runs]
+        evaluations = [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()]
+        compiled.expect(next(self.source.feed(seeds[:1], rhythm.dispatch, 0)), evaluations)
         with Progress(
             rhythm.steps,
             self.title,
@@ -168,8 +178,7 @@ class Group:
             checkpointer = self._checkpointer(progress)
             session = self._session(trackers, checkpointer, progress, rhythm)
             try:
-                state = fit(program, lambda start: self.source.feed(seeds, rhythm.dispatch, start), rhythm, session)
-                final = scores(program, state, self.source.evaluations(final=True))
+                final = fit(program, lambda start: self.source.feed(seeds, rhythm.dispatch, start), rhythm, session)
             finally:
                 checkpointer.close()
                 for tracker in trackers:
@@ -238,6 +247,7 @@ class Group:
             rewind=rewind,
             report=progress.update,
             evaluations=self.source.evaluations(final=False),
+            final=self.source.evaluations(final=True),
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,

@@ -23,6 +23,7 @@ class Source:
         shape = experiment.mesh.for_population(1, jax.device_count()).shape(jax.device_count())
         self.parts = shape["data"] * shape["fsdp"]  # what a batch's rows are split over
         self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
+        self._evaluated: dict[tuple[str, int], Batch] = {}
 
     @property
     def vocabulary(self) -> int:
@@ -59,11 +60,16 @@ class Source:
         return sets
 
     def _batches(self, split: str, times: int) -> Batch:
-        length = self.data.sequence_length * times
-        rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
-        return pipeline.evaluation_batches(
-            self.data, self.tokens(split), length=length, batch=rows, limit_tokens=self.evaluation.tokens
-        )
+        if (split, times) not in self._evaluated:
+            rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
+            self._evaluated[split, times] = pipeline.evaluation_batches(
+                self.data,
+                self.tokens(split),
+                length=self.data.sequence_length * times,
+                batch=rows,
+                limit_tokens=self.evaluation.tokens,
+            )
+        return self._evaluated[split, times]
 
 
 class Sources:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive, substitute
 from llm_jax.core.platform import traits
-from llm_jax.core.sharding import constrain
+from llm_jax.core.sharding import constrain, unbox
 from llm_jax.models.block import Block
 from llm_jax.nn.dropout import Dropout, dropout
 from llm_jax.nn.embedding import Embedding
@@ -142,6 +143,21 @@ class Transformer(nn.Module):
 
 # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
 Params = Mapping[str, Any]
+
+
+def abstract_parameters(config: Decoder, vocabulary: int) -> Params:
+    """Shapes and dtypes of the parameters, boxed with their logical axes."""
+    return jax.eval_shape(partial(_boxed, config, vocabulary), jax.random.key(0))
+
+
+def initial_parameters(config: Decoder, vocabulary: int, key: jax.Array) -> Params:
+    """Fresh parameters: the same numbers whether layers are scanned or unrolled, and a program that does not grow with depth."""
+    stacked = unbox(_boxed(substitute(config, {"layers": "scanned"}), vocabulary, key))
+    return stacked if config.scanned else unstack_layers(stacked)
+
+
+def _boxed(config: Decoder, vocabulary: int, key: jax.Array) -> Params:
+    return config.build(vocabulary).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
 
 
 def stack_layers(params: Params) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class Rhythm:
 class Session:
     """What surrounds the steps: where records go, what is evaluated, and who is told.
 
-    record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training.
+    record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
+    final: those scored at the end instead.
     rewind: called with the restored step before anything is recorded. flops_per_step, tokens_per_step: of one member.
     """
 
@@ -71,6 +72,7 @@ class Session:
     rewind: Callable[[int], None]
     report: Callable[..., None]
     evaluations: Mapping[str, Batch]
+    final: Mapping[str, Batch]
     tokens_per_step: float
     flops_per_step: float
     checkpointer: Checkpointer | None = None
@@ -85,8 +87,8 @@ class Interrupted(Exception):
         self.step = step
 
 
-def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> Any:
-    """Trains to `rhythm.steps` and returns the final state; resumes from the newest good checkpoint where there is one.
+def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> list[Row]:
+    """Trains to `rhythm.steps` and returns the final scores, a row a member; resumes from the newest good checkpoint, if any.
 
     feed: `start_step -> iterator of host batches [members, dispatch, B, L]`. Raises `Interrupted` after saving.
     """
@@ -95,7 +97,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
     clock = _Clock(elapsed)
     batches = feed(step)
     pending: list[Metrics] = []
-    saved = False
+    saved, final = False, None
     with _interruptions() as asked_to_stop:
         while step < rhythm.steps:
             state, metrics = program.steps(state, next(batches))
@@ -110,7 +112,10 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
                 sums = {}
                 if rhythm.at(step, rhythm.evaluate_every):
                     clock.pause()
-                    rows = [a | b for a, b in zip(rows, scores(program, state, session.evaluations), strict=True)]
+                    last = step == rhythm.steps
+                    scored = scores(program, state, session.final if last else session.evaluations)
+                    rows = [a | b for a, b in zip(rows, scored, strict=True)]
+                    final = scored if last else None
                     clock.go()
                 row = _publish(step, rows, clock, session, program.members)
             if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
@@ -118,19 +123,21 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
                 saved = _save(state, step, clock, sums, row, session)
             if asked_to_stop():
                 raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
-    return state
+    return scores(program, state, session.final) if final is None else final  # None: restored at the end
 
 
 def scores(program: Program, state: Any, evaluations: Mapping[str, Batch]) -> list[Row]:
     """The mean of every metric of every evaluation set, one row a member; "valid" gives "valid/loss", ….
 
-    A name such as "valid@4x" puts its suffix last: "valid/loss@4x".
+    A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once.
     """
     rows: list[Row] = [{} for _ in range(program.members)]
+    known: dict[int, list[Row]] = {}
     for name, batches in evaluations.items():
         split, at, length = name.partition("@")
-        totals = _settle({}, [program.evaluate(state, batches)])
-        for row, values in zip(rows, _rows(totals, program.members), strict=True):
+        if id(batches) not in known:
+            known[id(batches)] = _rows(_settle({}, [program.evaluate(state, batches)]), program.members)
+        for row, values in zip(rows, known[id(batches)], strict=True):
             row.update({f"{split}/{metric}{at}{length}": value for metric, value in values.items()})
     return rows
 

@@ -13,7 +13,7 @@ import numpy as np
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, require, require_positive, substitute, traced
 from llm_jax.core.types import Batch, Metrics
-from llm_jax.models.decoder import Decoder, matrix_axes, parameter_roles
+from llm_jax.models.decoder import Decoder, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
@@ -81,12 +81,7 @@ class Trial:
 
 def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
     """The trial of a `Recipe` over a vocabulary whose ids stand for `byte_lengths` `[V]` bytes of text each."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-
-    def boxed(key, tokens):
-        return recipe.model.build(vocabulary).init(key, tokens)["params"]
-
-    abstract = jax.eval_shape(boxed, jax.random.key(0), tokens)
+    abstract = abstract_parameters(recipe.model, vocabulary)
     plain = sharding.unbox(abstract)
     roles, axes = parameter_roles(plain), matrix_axes(plain)
 
@@ -103,7 +98,7 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
     def init(values: Values) -> TrainState:
         given = substitute(recipe, values)
         key = jax.random.key(given.seed)
-        params = sharding.unbox(boxed(jax.random.fold_in(key, 0), jnp.zeros(tokens.shape, tokens.dtype)))
+        params = initial_parameters(recipe.model, vocabulary, jax.random.fold_in(key, 0))
         average = params if recipe.train.average is not None else None
         return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
 

@@ -128,6 +128,20 @@ def test_a_mirror_that_breaks_is_switched_off(tmp_path, monkeypatch):
     import tensorboardX
 
     monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda *_: (_ for _ in ()).throw(RuntimeError("no disk")))
+    with pytest.warns(UserWarning, match="TensorBoard is switched off"):
+        tracker = Tracker(tmp_path)
+    tracker.log({"step": 1, "train/loss": 1.0})
+    tracker.close()
+    assert len(Tracker.read(tmp_path)) == 1
+
+
+def test_a_mirror_that_breaks_later_is_switched_off(tmp_path, monkeypatch):
+    from tensorboardX import SummaryWriter
+
+    def breaks(*_):
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", breaks)
     tracker = Tracker(tmp_path)
     with pytest.warns(UserWarning, match="TensorBoard is switched off"):
         tracker.log({"step": 1, "train/loss": 1.0})

@@ -115,3 +115,13 @@ def test_groups_split_by_structure_and_size():
     experiments = [tiny(seed=s, **{"optimizer.weight_decay": d}) for d in (0.0, 0.1) for s in range(3)]
     assert population.groups(experiments) == [[0, 1, 2], [3, 4, 5]], "a rate of zero is compiled away, so it is another program"
     assert population.groups(experiments, largest=lambda e: 2) == [[0, 1], [2], [3, 4], [5]]
+
+
+def test_what_is_expected_is_what_is_called():
+    program, experiments = compiled(tiny(), 3, jax.devices()[:2]), [tiny(seed=s) for s in range(3)]
+    one = jax.tree.map(lambda x: x[None], batches(0))
+    program.expect(one, [batches(99)])
+    trained = train(program, experiments)
+    for part in (program.steps, program.evaluate):
+        part._function = None  # nothing is compiled from here on
+    jax.tree.map(np.testing.assert_array_equal, train(program, experiments), trained)

@@ -10,7 +10,7 @@ import pytest
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
 from llm_jax.models import count
-from llm_jax.models.decoder import Decoder, stack_layers, unstack_layers
+from llm_jax.models.decoder import Decoder, abstract_parameters, initial_parameters, stack_layers, unstack_layers
 from llm_jax.nn.ffn import Dense, Gated, NoFeedForward
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, NoNorm, RMSNorm
@@ -147,3 +147,15 @@ def test_what_does_not_fit_is_refused(changes, sentence):
 def test_a_sequence_longer_than_the_learned_table_is_refused():
     with pytest.raises(ConfigError, match=r"max_length must be at least the sequence length 12, got 8"):
         initial(base(position=Learned(max_length=8)))
+
+
+def test_scanned_and_unrolled_layers_start_alike():
+    changes = {"attention.bias": True, "position": Learned(max_length=LENGTH), "residual": ReZero(), "tied": False, "depth": 3}
+    unrolled, scanned = (base(layers=layers, **changes) for layers in ("unrolled", "scanned"))
+    ours, theirs = (initial_parameters(model, VOCABULARY, jax.random.key(0)) for model in (unrolled, scanned))
+    jax.tree.map(np.testing.assert_array_equal, ours, unstack_layers(theirs))
+    for model, params in ((unrolled, ours), (scanned, theirs)):
+        shapes = unbox(abstract_parameters(model, VOCABULARY))
+        jax.tree.map(lambda a, p: (a.shape, a.dtype) == (p.shape, p.dtype) or pytest.fail(f"{a} {p.shape}"), shapes, params)
+    kernels = [ours[f"layers_{i}"]["ffn"]["up"]["kernel"] for i in range(3)]
+    assert all(np.abs(a - b).max() > 0.01 for a, b in itertools.combinations(kernels, 2)), "layers should start differently"

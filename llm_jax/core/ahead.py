@@ -1,0 +1,43 @@
+"""Programs compiled before they are called, by threads beside the caller's: XLA leaves the interpreter free meanwhile."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+_Key = tuple[tuple[int, ...], ...]
+
+
+class Ahead:
+    """A jitted `function` on a mesh; `expect` starts compiling it for arguments to come, and a call waits for that program.
+
+    Programs are told apart by the shapes of the last argument (a batch), so all else must keep its shapes. Arguments that
+    were not expected are compiled for when they come. An error of the compiler is raised by the call.
+    """
+
+    def __init__(self, function: jax.stages.Wrapped, mesh: jax.sharding.Mesh):
+        self._function, self._mesh = function, mesh
+        self._programs: dict[_Key, Future] = {}
+
+    def expect(self, pool: ThreadPoolExecutor, *args: Any) -> None:
+        """Has `pool` trace and compile for `args`, whose leaves may be `jax.ShapeDtypeStruct`s with their shardings."""
+        if _key(args) not in self._programs:
+            self._programs[_key(args)] = pool.submit(contextvars.copy_context().run, self._compile, args)
+
+    def _compile(self, args: tuple) -> Callable:
+        with jax.set_mesh(self._mesh):
+            return self._function.lower(*args).compile()
+
+    def __call__(self, *args: Any) -> Any:
+        ahead = self._programs.get(_key(args))
+        program = self._function if ahead is None else ahead.result()
+        with jax.set_mesh(self._mesh):
+            return program(*args)
+
+
+def _key(args: tuple) -> _Key:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(args[-1]))

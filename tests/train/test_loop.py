@@ -1,0 +1,108 @@
+"""The loop by itself, around a program that only counts: when things happen, what is added up, what a stop leaves behind."""
+
+import itertools
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.core.types import Batch, Weighted
+from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.train.loop import Interrupted, Program, Rhythm, Session, fit
+
+MEMBERS = 2
+RHYTHM = Rhythm(steps=12, dispatch=2, log_every=4, evaluate_every=8, checkpoint_every=6)
+
+
+def program(*, calls=None, stop_at=None) -> Program:
+    """Step s has loss s in member 0 and 10·s in member 1; an evaluation's loss is its first token plus the step."""
+    scale = np.array([1.0, 10.0])
+    calls = [] if calls is None else calls
+
+    def steps(state, batches):
+        done = int(state["step"][0]) + np.arange(1, batches.tokens.shape[1] + 1)
+        if stop_at is not None and stop_at in done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(("steps", int(done[0]), int(batches.tokens[0, 0, 0, 0])))
+        return {"step": jnp.full(MEMBERS, done[-1])}, {"train/loss": Weighted(done.sum() * scale, np.full(MEMBERS, len(done)))}
+
+    def evaluate(state, batches):
+        calls.append(("evaluate", int(state["step"][0]), int(batches.tokens.flat[0])))
+        return {"loss": Weighted(batches.tokens.flat[0] + state["step"] * scale, np.ones(MEMBERS))}
+
+    abstract = {"step": jax.ShapeDtypeStruct((MEMBERS,), jnp.int32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+    return Program(MEMBERS, lambda: {"step": jnp.zeros(MEMBERS, jnp.int32)}, steps, evaluate, abstract)
+
+
+def batch(number: int) -> Batch:
+    ids = np.full((MEMBERS, RHYTHM.dispatch, 1, 1), number)
+    return Batch(ids, ids)
+
+
+def feed(start):
+    return (batch(number) for number in itertools.count(start, RHYTHM.dispatch))
+
+
+def session(records, checkpointer=None) -> Session:
+    at_end = batch(100)
+    return Session(
+        record=lambda step, rows: records.append((step, rows)),
+        rewind=lambda step: records.append(("rewind", step)),
+        report=lambda step, **numbers: None,
+        evaluations={"valid": batch(50)},
+        final={"valid@1x": at_end, "valid": at_end, "test": batch(200)},
+        tokens_per_step=3,
+        flops_per_step=7,
+        checkpointer=checkpointer,
+    )
+
+
+def test_records_hold_the_mean_over_their_steps_and_what_was_scored_then():
+    records, calls = [], []
+    final = fit(program(calls=calls), feed, RHYTHM, session(records))
+    assert records.pop(0) == ("rewind", 0)
+    assert [step for step, _ in records] == [4, 8, 12]
+    assert [rows[1]["train/loss"] for _, rows in records] == [25.0, 65.0, 105.0]
+    assert [rows[0]["step"] for _, rows in records] == [4, 8, 12] and records[0][1][0]["tokens"] == 12
+    assert "valid/loss" not in records[0][1][0] and records[1][1][1]["valid/loss"] == 50 + 80
+    assert final == [{f"{split}/loss{at}": first + step for split, at, first in FINAL} for step in (12, 120)]
+    assert [call for call in calls if call[0] == "evaluate"] == [("evaluate", 8, 50), ("evaluate", 12, 100), ("evaluate", 12, 200)]
+
+
+FINAL = [("valid", "@1x", 100), ("valid", "", 100), ("test", "", 200)]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7, 12])
+def test_a_stop_is_saved_and_goes_on_with_the_same_numbers(tmp_path, stop_at):
+    whole, calls, parts = [], [], []
+    expected = fit(program(calls=calls), feed, RHYTHM, session(whole))
+
+    def run(**given):
+        checkpointer, records = Checkpointer(tmp_path), []
+        try:
+            return fit(program(**given), feed, RHYTHM, session(records, checkpointer)), records
+        except Interrupted as stopped:
+            return stopped, records
+        finally:
+            checkpointer.close()
+
+    stopped, first = run(calls=parts, stop_at=stop_at)
+    assert stopped.step == stop_at + stop_at % 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "goes on from there" in str(stopped)
+    final, second = run(calls=parts)
+    assert final == expected and second[0] == ("rewind", stopped.step)
+    assert [call for call in parts if call[0] == "steps"] == [call for call in calls if call[0] == "steps"], (
+        "each step once, in order"
+    )
+    timeless = [(step, [row | {"seconds": 0} for row in rows]) for step, rows in first[1:] + second[1:]]
+    assert timeless == [(step, [row | {"seconds": 0} for row in rows]) for step, rows in whole[1:]]
+
+
+def test_the_rhythm_dispatches_what_divides_every_interval():
+    assert Rhythm.fitting(steps=100, log_every=50, evaluate_every=50, checkpoint_every=25, dispatch=10).dispatch == 5
+    assert Rhythm.fitting(steps=7, log_every=7, evaluate_every=7, checkpoint_every=7, dispatch=4).dispatch == 1
+    assert replace(RHYTHM, steps=13).at(13, 4), "what happens every so often also happens at the end"
