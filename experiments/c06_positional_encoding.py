@@ -27,7 +27,7 @@ ablation = Ablation(
             "t5": T5Bias(),
         }
     },
-    nuisance={"optimizer.learning_rate": log_grid(1e-3, 1.6e-2, 4)},
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     tuning_seeds=2,
     seeds=8,
     baseline="sinusoidal",

@@ -163,6 +163,7 @@ class Group:
         trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
         for run in self.runs:
             write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
+        peak = platform.peak_flops()  # measured, on a CPU, before other threads compile
         scale = len(self.runs) / rhythm.steps
         seeds = [run.seed for run in self.runs]
         evaluations = [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()]
@@ -172,7 +173,7 @@ class Group:
             self.title,
             flops_per_step=scale * self.cost.flops,
             tokens_per_step=scale * self.cost.tokens,
-            peak_flops=platform.peak_flops(),
+            peak_flops=peak,
             overall=overall,
         ) as progress:
             checkpointer = self._checkpointer(progress)

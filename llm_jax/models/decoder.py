@@ -35,7 +35,9 @@ REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoin
 class Decoder(Config):
     """A decoder-only Transformer of `depth` layers and `width` channels.
 
-    tied: the output layer is the embedding table. embedding_scale: embeddings enter multiplied by √width.
+    tied: the output layer is the embedding table. embedding_scale: embeddings enter multiplied by √width, with entries of
+    deviation 1, as the branches that are added to them have (Vaswani et al. 2017, §3.4); without it they enter at 0.02 (Radford
+    et al. 2019), and the first branches drown them.
     layers: "scanned" compiles one layer body and stacks the layers' parameters, "unrolled" compiles each; "auto" asks the
     platform. remat: what the backward pass recomputes.
     """
@@ -50,7 +52,7 @@ class Decoder(Config):
     residual: Residual = field(default_factory=Residual)
     dropout: Dropout = field(default_factory=Dropout)
     tied: bool = True
-    embedding_scale: bool = False
+    embedding_scale: bool = True
     layers: Literal["auto", "unrolled", "scanned"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     precision: Precision = field(default_factory=Precision)

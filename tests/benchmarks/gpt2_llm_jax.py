@@ -23,6 +23,7 @@ def gpt2(shape: Shape, *, steps: int, log_every: int) -> Experiment:
             attention=Attention(heads=shape.heads, bias=True),
             ffn=Dense(activation="gelu", bias=True),
             position=Learned(max_length=shape.length),
+            embedding_scale=False,
         ),
         optimizer=AdamW(learning_rate=LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY),
         schedule=Constant(warmup=0.0),
