@@ -16,7 +16,8 @@ import optax.contrib
 
 from llm_jax.core.config import Config, require, require_fraction, require_positive, traced
 from llm_jax.optim.gradients import Factor, decayed, scale_by_adam, scheduled
-from llm_jax.optim.matrices import masked, matrix_by_matrix, sizes, where_present
+from llm_jax.optim.matrices import matrix_by_matrix, sizes, where_present
+from llm_jax.optim.orthogonal import orthogonal_momentum
 from llm_jax.optim.second_order import branching, hutchinson, scale_by_soap
 
 
@@ -217,7 +218,6 @@ class MatrixOptimizer(Optimizer):
 class Muon(MatrixOptimizer):
     """Nesterov momentum, orthogonalised by Newton–Schulz iterations. Jordan et al. 2024.
 
-    The momentum is optax's, bias-corrected as in Nadam (Dozat 2016), which turns the first few updates.
     Updates are scaled by `size` · √max(inputs, outputs), so that their root mean square is `size`, AdamW's typical one, and both
     work at the same learning rates (Liu et al. 2025, Muon is Scalable, §2.2). b1, b2: of Adam for everything else.
     """
@@ -233,19 +233,11 @@ class Muon(MatrixOptimizer):
         require_positive(self, "iterations", "size")
 
     def matrix_rule(self, axes):
-        def dimensions(updates):
-            return jax.tree.map(
-                lambda u, pair: u if masked(u) else optax.contrib.MuonDimensionNumbers(*pair),
-                updates,
-                axes(updates),
-                is_leaf=masked,
-            )
-
         def resize(updates, state, params=None):
             return jax.tree.map(lambda u, pair: u * (self.size * math.sqrt(max(sizes(u, pair)))), updates, axes(updates)), state
 
         return optax.chain(
-            optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=dimensions),
+            orthogonal_momentum(self.momentum, self.iterations, axes),
             optax.GradientTransformation(lambda params: optax.EmptyState(), resize),
         )
 

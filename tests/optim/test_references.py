@@ -153,13 +153,11 @@ def sophia(o, leaf, g, t, *, late=True):
     return np.clip(leaf.m / (1 - o.b1**t) / np.maximum(o.gamma * h, o.epsilon), -1, 1)
 
 
-def muon(o, leaf, g, t, *, corrected=True):
-    """corrected: the look-ahead is of momentum and gradient without their biases, as in Dozat 2016 and optax."""
+def muon(o, leaf, g, t):
     if not leaf.is_matrix:
         return adam(o, leaf, g, t)
     leaf.m = o.momentum * leaf.m + (1 - o.momentum) * g
-    ahead, now = (1 - o.momentum ** (t + 1), 1 - o.momentum**t) if corrected else (1, 1)
-    left, s, right = np.linalg.svd(o.momentum * leaf.m / ahead + (1 - o.momentum) * g / now, full_matrices=False)
+    left, s, right = np.linalg.svd(o.momentum * leaf.m + (1 - o.momentum) * g, full_matrices=False)
     s = s / np.linalg.norm(s)
     for _ in range(o.iterations):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
@@ -220,7 +218,7 @@ ITERATED = 2e-5  # Newton–Schulz stretches rounding errors along small singula
 # of the turned gradients that may be 100 times smaller than usual. Where bases are turned, the directions' order is certain: their
 # eigenvalue estimates differ by 4e-4 of the largest.
 TURNED = 5e-5
-MUON, SOPHIA = Muon(learning_rate=0.1), Sophia(learning_rate=0.1, b2=0.5, gamma=0.5, interval=3)
+SOPHIA = Sophia(learning_rate=0.1, b2=0.5, gamma=0.5, interval=3)
 ROWS = {
     "sgd": (SGD(learning_rate=0.3), sgd, EXACT),
     "momentum": (Momentum(learning_rate=0.1), momentum, EXACT),
@@ -230,13 +228,12 @@ ROWS = {
     "adafactor": (Adafactor(learning_rate=0.1, weight_decay=0.1, clip=0.8, smallest=8), adafactor, EXACT),
     "adafactor-absolute": (Adafactor(learning_rate=0.1, relative=False, smallest=8), adafactor, EXACT),
     "lion": (Lion(learning_rate=0.1), lion, EXACT),
-    "muon": (MUON, muon, ITERATED),
+    "muon": (Muon(learning_rate=0.1), muon, ITERATED),
     "soap": (SOAP(learning_rate=0.1, frequency=3, largest=8), soap, TURNED),
     "sophia": (SOPHIA, sophia, EXACT),
     "schedule-free": (ScheduleFreeAdamW(learning_rate=1.0, epsilon=0.1), adam_without_momentum, EXACT),
 }
 DEVIATIONS = {
-    "muon-published": (MUON, partial(muon, corrected=False), ITERATED, "optax corrects biases that Jordan et al. 2024 leave"),
     "sophia-published": (SOPHIA, partial(sophia, late=False), EXACT, "optax uses an estimate of the Hessian from the next step on"),
 }
 
