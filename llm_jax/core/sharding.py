@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -78,6 +79,31 @@ def sum_over_data(function: Callable) -> Callable:
 
     specs = (PartitionSpec(), PartitionSpec("data"))
     return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+
+
+def each_by_one(function: Callable, xs: list[jax.Array]) -> list[jax.Array]:
+    """`[function(x) for x in xs]`, shapes kept; every `x` is worked on by one of the data-parallel devices, which tells the others.
+
+    Where arrays are whole on every device and the platform asks for it; else every device does all the work.
+    """
+    if not traits().flat_gradient_sums or split_axes() != {"data"}:
+        return [function(x) for x in xs]
+    devices = jax.sharding.get_abstract_mesh().shape["data"]
+    loads, owner = [0] * devices, [0] * len(xs)
+    for index in sorted(range(len(xs)), key=lambda i: -xs[i].size):
+        owner[index] = loads.index(min(loads))
+        loads[owner[index]] += xs[index].size
+
+    def local(xs):
+        def share(device):
+            return lambda: ravel_pytree(
+                [function(x) if o == device else jnp.zeros_like(x) for x, o in zip(xs, owner, strict=True)]
+            )[0]
+
+        flat = jax.lax.switch(jax.lax.axis_index("data"), [share(device) for device in range(devices)])
+        return ravel_pytree(xs)[1](jax.lax.psum(flat, "data"))
+
+    return jax.shard_map(local, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)(xs)
 
 
 def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:

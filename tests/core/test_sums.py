@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.core import platform
 from llm_jax.core.mesh import Mesh
-from llm_jax.core.sharding import ALONE, sum_over_data
+from llm_jax.core.sharding import ALONE, each_by_one, sum_over_data
 
 ROWS = 8
 TREES = {
@@ -119,3 +119,23 @@ def test_elsewhere_the_function_is_left_alone(axes, target):
 
 def test_without_a_mesh_the_function_is_left_alone():
     assert sum_over_data(sums) is sums
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_what_one_device_works_on_reaches_the_others(devices):
+    xs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 4), (8, 8), (2,), (5, 5, 2), (8, 8)])]
+    expected = [jnp.sin(x) * x.size for x in xs]
+    with jax.set_mesh(mesh(data=devices)):
+        lowered = jax.jit(lambda xs: each_by_one(lambda x: jnp.sin(x) * x.size, xs)).lower(xs)
+        got = lowered.compile()(xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+    text = lowered.as_text()
+    assert text.count("all_reduce") == (devices > 1)
+    assert text.count("stablehlo.sine") == len(xs), "every array is worked on in one branch only"
+
+
+def test_elsewhere_every_device_does_all_the_work():
+    xs = [jnp.ones(3), jnp.ones((2, 2))]
+    with jax.set_mesh(mesh(data=2, fsdp=2)):
+        text = jax.jit(lambda xs: each_by_one(jnp.sin, xs)).lower(xs).as_text()
+    assert "all_reduce" not in text

@@ -8,6 +8,7 @@ from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.lab import population
 from llm_jax.nn.multihead import Attention
+from llm_jax.optim.optimizers import Muon
 from tests.lab.test_population import LENGTH, ROWS, VOCABULARY, tiny
 
 STEPS = 20
@@ -43,6 +44,15 @@ def test_a_mesh_of_eight_equals_one_device(layers):
     assert moments and all(m.addressable_shards[0].data.size == m.size // 4 for m in moments), (
         "optimizer state should be split like its parameter"
     )
+
+
+def test_data_parallel_devices_share_the_work_of_muon():
+    change = {"optimizer": Muon(learning_rate=0.02)}
+    one, _, _ = losses(Mesh(), jax.devices()[:1], **change)
+    two, state, _ = losses(Mesh(data=2), jax.devices()[:2], **change)
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    for leaf in jax.tree.leaves(state.params):
+        np.testing.assert_array_equal(*(shard.data for shard in leaf.addressable_shards))
 
 
 def test_activations_are_really_split():
