@@ -90,9 +90,11 @@ class Compiled:
     steps: Ahead
     evaluate: Ahead
 
-    def expect(self, batch: Batch, evaluations: Iterable[Batch]) -> None:
-        """Has other threads compile for training batches like `batch` `[any, k, B, L]` and for `evaluations` `[n, B, L]`."""
+    def expect(self, batch: Batch, evaluations: Iterable[Batch], *, fresh: bool) -> None:
+        """Has other threads compile for batches like `batch` `[any, k, B, L]` and `evaluations` `[n, B, L]`; fresh: and `init`."""
         pool = ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="compile")
+        if fresh:
+            self.init.expect(pool, self.values)
         several = jax.tree.map(lambda x: np.broadcast_to(x[:1], (self.members, *x.shape[1:])), batch)
         self.steps.expect(pool, self.values, self.abstract, _abstract(several, self._rows))
         for batches in evaluations:

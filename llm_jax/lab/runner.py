@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import shutil
 import sys
 import traceback
@@ -159,15 +160,18 @@ class Group:
             checkpoint_every=first.checkpoints.every,
             dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch,
         )
+        peak = platform.peak_flops()  # measured, on a CPU, before other threads compile
+        seeds = [run.seed for run in self.runs]
+        compiled.expect(
+            next(self.source.feed(seeds[:1], rhythm.dispatch, 0)),
+            [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()],
+            fresh=not self._checkpoints.is_dir(),
+        )
         self.runner.folder.begin(self.name, [run.name for run in self.runs])
         trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
         for run in self.runs:
             write(self.runner.folder.trial(run.name) / "config.json", to_json(run.experiment))
-        peak = platform.peak_flops()  # measured, on a CPU, before other threads compile
         scale = len(self.runs) / rhythm.steps
-        seeds = [run.seed for run in self.runs]
-        evaluations = [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()]
-        compiled.expect(next(self.source.feed(seeds[:1], rhythm.dispatch, 0)), evaluations)
         with Progress(
             rhythm.steps,
             self.title,
@@ -218,13 +222,17 @@ class Group:
             self.name,
         )
 
+    @property
+    def _checkpoints(self) -> pathlib.Path:
+        return self.runner.folder.group(self.name) / "checkpoints"
+
     def _checkpointer(self, progress: Progress) -> Checkpointer:
         keep, ablation = self.runs[0].experiment.checkpoints, self.runner.ablation
         judged = (ablation.tuning_metric or ablation.metric).partition("@")[
             0
         ]  # lengths beyond the trained one are scored only at the end
         return Checkpointer(
-            self.runner.folder.group(self.name) / "checkpoints",
+            self._checkpoints,
             keep_last=keep.keep_last,
             keep_every=keep.keep_every,
             best_metric=judged if keep.keep_best else None,

@@ -29,7 +29,7 @@ def recipe(text: str):
     from llm_jax.optim.schedules import Linear
     from llm_jax.train.pretrain import Train
 
-    steps = 280
+    steps = 270
     return Experiment(
         seed=int(os.environ.get("SEED", "0")),
         data=Data(corpus=TextFiles(path=text), sequence_length=64, batch_size=12, document_masks=False),
@@ -45,7 +45,7 @@ def recipe(text: str):
         # memories of few steps, as befits few steps
         optimizer=Muon(learning_rate=1e-2, momentum=0.8, b1=0.8, b2=0.95, weight_decay=0.0),
         schedule=Linear(warmup=10.0),
-        train=Train(steps=steps, log_every=40),
+        train=Train(steps=steps, log_every=30),
         evaluation=Evaluation(every=steps, tokens=None),
         checkpoints=Checkpoints(every=steps),
     )

@@ -120,8 +120,8 @@ def test_groups_split_by_structure_and_size():
 def test_what_is_expected_is_what_is_called():
     program, experiments = compiled(tiny(), 3, jax.devices()[:2]), [tiny(seed=s) for s in range(3)]
     one = jax.tree.map(lambda x: x[None], batches(0))
-    program.expect(one, [batches(99)])
+    program.expect(one, [batches(99)], fresh=True)
     trained = train(program, experiments)
-    for part in (program.steps, program.evaluate):
+    for part in (program.init, program.steps, program.evaluate):
         part._function = None  # nothing is compiled from here on
     jax.tree.map(np.testing.assert_array_equal, train(program, experiments), trained)
