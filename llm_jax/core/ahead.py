@@ -28,9 +28,13 @@ class Ahead:
         if _key(args) not in self._programs:
             self._programs[_key(args)] = pool.submit(contextvars.copy_context().run, self._compile, args)
 
-    def _compile(self, args: tuple) -> Callable:
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The traced program, as of `jax.jit`."""
         with jax.set_mesh(self._mesh):
-            return self._function.lower(*args).compile()
+            return self._function.lower(*args)
+
+    def _compile(self, args: tuple) -> Callable:
+        return self.lower(*args).compile()
 
     def __call__(self, *args: Any) -> Any:
         ahead = self._programs.get(_key(args))

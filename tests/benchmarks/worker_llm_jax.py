@@ -86,6 +86,7 @@ def main(size: str, *changes: str) -> None:
                 rewind=lambda step: None,
                 report=progress.update,
                 evaluations={},
+                final={},
                 tokens_per_step=price.tokens / FOREVER,
                 flops_per_step=price.flops / FOREVER,
             )

@@ -14,16 +14,16 @@ from llm_jax.core.mesh import Mesh
 TRACED: list[tuple[str, tuple[int, ...]]] = []
 
 
-def scaled(factor, x):
-    TRACED.append((threading.current_thread().name, x.shape))
-    if x.shape == (13,):
-        raise ValueError("13 is refused")
-    return factor * x
-
-
 @pytest.fixture
 def double():
     TRACED.clear()
+
+    def scaled(factor, x):
+        TRACED.append((threading.current_thread().name, x.shape))
+        if x.shape == (13,):
+            raise ValueError("13 is refused")
+        return factor * x
+
     return Ahead(jax.jit(scaled), Mesh().build(jax.devices()[:1]))
 
 

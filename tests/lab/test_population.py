@@ -90,7 +90,7 @@ def test_population_equals_one_by_one(optimizer):
     [
         ("model.dropout.residual", (0.1, 0.4)),
         ("optimizer.weight_decay", (0.05, 0.5)),
-        ("train.clip", (0.1, 1.0)),
+        ("train.clip", (0.1, 100.0)),
         ("objective.z_loss", (1e-4, 1e-2)),
     ],
 )
