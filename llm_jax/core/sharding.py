@@ -65,7 +65,7 @@ def sum_over_data(function: Callable) -> Callable:
     Where parameters are whole on every device and the platform asks for it; else `function` itself, whose sums the compiler
     adds up array by array (XLA:CPU takes 0.1 ms for each of them, however small).
     """
-    if not traits().flat_gradient_sums or split_axes() != {"data"}:
+    if not _messages_by_hand():
         return function
 
     def local(params, batch):
@@ -77,8 +77,7 @@ def sum_over_data(function: Callable) -> Callable:
             sums[index] = leaf
         return tree.unflatten(sums)
 
-    specs = (PartitionSpec(), PartitionSpec("data"))
-    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+    return _on_each_data_device(local, PartitionSpec(), PartitionSpec("data"))
 
 
 def each_by_one(function: Callable, xs: list[jax.Array]) -> list[jax.Array]:
@@ -86,7 +85,7 @@ def each_by_one(function: Callable, xs: list[jax.Array]) -> list[jax.Array]:
 
     Where arrays are whole on every device and the platform asks for it; else every device does all the work.
     """
-    if not traits().flat_gradient_sums or split_axes() != {"data"}:
+    if not _messages_by_hand():
         return [function(x) for x in xs]
     devices = jax.sharding.get_abstract_mesh().shape["data"]
     loads, owner = [0] * devices, [0] * len(xs)
@@ -103,7 +102,17 @@ def each_by_one(function: Callable, xs: list[jax.Array]) -> list[jax.Array]:
         flat = jax.lax.switch(jax.lax.axis_index("data"), [share(device) for device in range(devices)])
         return ravel_pytree(xs)[1](jax.lax.psum(flat, "data"))
 
-    return jax.shard_map(local, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)(xs)
+    return _on_each_data_device(local, PartitionSpec())(xs)
+
+
+def _messages_by_hand() -> bool:
+    """Whether parameters are whole on every device, and the platform asks that this code, not the compiler, adds them up."""
+    return traits().flat_gradient_sums and split_axes() == {"data"}
+
+
+def _on_each_data_device(local: Callable, *specs: PartitionSpec) -> Callable:
+    """`local` on each device's part of its arguments; the results must be the same everywhere."""
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
 
 
 def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:

@@ -58,13 +58,11 @@ class Runner:
                     check_rows(experiment, layout(experiment, members, devices)[0].shape(devices))
                 source = self.sources.of(experiment)
                 source.check()
-                for times in sorted(
-                    {1, *experiment.evaluation.lengths}
-                ):  # a length that the model refuses is found here, not at the end
-                    if (structure(experiment), times) not in traced:
+                if structure(experiment) not in traced:  # a length that the model refuses is found here, not at the end
+                    for times in sorted({1, *experiment.evaluation.lengths}):
                         tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
                         jax.eval_shape(experiment.model.build(source.vocabulary).init, jax.random.key(0), tokens)
-                        traced.add((structure(experiment), times))
+                    traced.add(structure(experiment))
             except ConfigError as error:
                 raise ConfigError(f"{error} (in arm {arm!r})") from None
 
@@ -163,7 +161,7 @@ class Group:
         peak = platform.peak_flops()  # measured, on a CPU, before other threads compile
         seeds = [run.seed for run in self.runs]
         compiled.expect(
-            next(self.source.feed(seeds[:1], rhythm.dispatch, 0)),
+            self.source.example(rhythm.dispatch),
             [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()],
             fresh=not self._checkpoints.is_dir(),
         )

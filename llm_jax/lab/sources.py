@@ -48,6 +48,10 @@ class Source:
         """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
         return pipeline.feed(self.data, self.training, seeds=seeds, steps_per_item=steps, start_step=start)
 
+    def example(self, steps: int) -> Batch:
+        """A host batch `[1, steps, B, L]` like those of `feed`."""
+        return pipeline.Dispatches(self.data, self.training, (0,), steps)[0]
+
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
         """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split."""
         sets = {}

@@ -56,7 +56,7 @@ def decayed(weight_decay: Any, roles: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def average(old: Any, new: Any, decay: float) -> Any:
+def average(old: Any, new: Any, decay: Any) -> Any:
     """decay · old + (1 - decay) · new of two trees: one step of an exponential moving average. Polyak & Juditsky 1992."""
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
@@ -73,7 +73,7 @@ def scale_by_adam(b1: Any, b2: Any, epsilon: float = 1e-8) -> optax.GradientTran
 
     def update(updates, state, params=None):
         count = state.count + 1
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        mu = average(state.mu, updates, b1)
         nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
         first, second = 1 / (1 - b1**count), jax.lax.rsqrt(1 - jnp.asarray(b2, jnp.float32) ** count)
         step = jax.tree.map(lambda m, v: first * m / (second * jnp.sqrt(v) + epsilon), mu, nu)

@@ -97,7 +97,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
     clock = _Clock(elapsed)
     batches = feed(step)
     pending: list[Metrics] = []
-    saved, final = False, None
+    saved, scored = False, None
     with _interruptions() as asked_to_stop:
         while step < rhythm.steps:
             state, metrics = program.steps(state, next(batches))
@@ -112,10 +112,8 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
                 sums = {}
                 if rhythm.at(step, rhythm.evaluate_every):
                     clock.pause()
-                    last = step == rhythm.steps
-                    scored = scores(program, state, session.final if last else session.evaluations)
+                    scored = scores(program, state, session.final if step == rhythm.steps else session.evaluations)
                     rows = [a | b for a, b in zip(rows, scored, strict=True)]
-                    final = scored if last else None
                     clock.go()
                 row = _publish(step, rows, clock, session, program.members)
             if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
@@ -123,7 +121,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
                 saved = _save(state, step, clock, sums, row, session)
             if asked_to_stop():
                 raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
-    return scores(program, state, session.final) if final is None else final  # None: restored at the end
+    return scores(program, state, session.final) if scored is None else scored  # None: restored at the end
 
 
 def scores(program: Program, state: Any, evaluations: Mapping[str, Batch]) -> list[Row]:
