@@ -129,6 +129,11 @@ def memory() -> float:
     return (machine if allowed == "max" else min(machine, int(allowed))) * jax.process_count()
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether a device had no room for a program or its arrays."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 @functools.cache
 def peak_flops() -> float:
     """Matrix-product peak of all devices together, FLOP/s: the data sheet's, or on a CPU measured here (0.3 s, f32)."""

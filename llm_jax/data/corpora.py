@@ -170,13 +170,7 @@ class TextFiles(Corpus):
     test_fraction: float = 0.0
 
     def validate(self):
-        require(bool(self.path), "path", "is missing: name a file, a folder or a pattern")
-        require_fraction(self, "valid_fraction", "test_fraction")
-        require(
-            self.valid_fraction + self.test_fraction < 1,
-            "valid_fraction",
-            "and test_fraction leave nothing to train on: lower them",
-        )
+        _require_files(self)
 
     def named(self):
         for name, file in _files(self.path, "*.txt"):
@@ -201,13 +195,7 @@ class Jsonl(Corpus):
     test_fraction: float = 0.05
 
     def validate(self):
-        require(bool(self.path), "path", "is missing: name a file, a folder or a pattern")
-        require_fraction(self, "valid_fraction", "test_fraction")
-        require(
-            self.valid_fraction + self.test_fraction < 1,
-            "valid_fraction",
-            "and test_fraction leave nothing to train on: lower them",
-        )
+        _require_files(self)
 
     def named(self):
         for name, file in _files(self.path, "*.jsonl"):
@@ -228,6 +216,13 @@ class Jsonl(Corpus):
         if not isinstance(text, str):
             raise ConfigError(f"has no text under {self.field!r}: set data.corpus.field to the name it has", where)
         return text
+
+
+def _require_files(corpus: TextFiles | Jsonl) -> None:
+    require(bool(corpus.path), "path", "is missing: name a file, a folder or a pattern")
+    require_fraction(corpus, "valid_fraction", "test_fraction")
+    left = 1 - corpus.valid_fraction - corpus.test_fraction
+    require(left > 0, "valid_fraction", "and test_fraction leave nothing to train on: lower them")
 
 
 def _files(path: str, pattern: str) -> list[tuple[str, pathlib.Path]]:

@@ -42,10 +42,6 @@ class Fitted:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
 
-    def pieces(self, text: str) -> list[str]:
-        """The text of each id in turn."""
-        return [self.decode([i]) for i in self.encode(text)]
-
 
 @dataclass(frozen=True)
 class Tokenizer(Config):

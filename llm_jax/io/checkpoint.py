@@ -92,11 +92,15 @@ class Checkpointer:
             return False
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none."""
+        """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
+
+        One whose checksums are wrong, or that has none and cannot be read, is set aside. Raises what Orbax raises on a whole one.
+        """
         if not self.folder.is_dir():
             return None
         for step in sorted(self._open().all_steps(), reverse=True):
-            damage = _damage(self.folder / str(step))
+            sealed = (self.folder / str(step) / CHECKSUMS).is_file()
+            damage = _damage(self.folder / str(step)) if sealed else None
             if damage is None:
                 try:
                     found = self._open().restore(
@@ -107,6 +111,8 @@ class Checkpointer:
                     )
                     return step, _with_keys(found["state"], abstract), found["extra"]
                 except Exception as error:
+                    if sealed:  # every byte is as it was written: the fault is not the checkpoint's
+                        raise
                     damage = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._set_aside(step, damage)
         return None
@@ -172,9 +178,7 @@ def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:
 
 
 def _damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a committed checkpoint, or None; one that was never sealed is left to Orbax to judge."""
-    if not (folder / CHECKSUMS).is_file():
-        return None
+    """What differs in a sealed checkpoint from what was written, or None."""
     try:
         known = json.loads((folder / CHECKSUMS).read_text())
     except json.JSONDecodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pathlib
 import shutil
@@ -90,30 +91,48 @@ class Runner:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        self.folder.claim(self.ablation, corpora={arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()})
-        tuned = self._all(plan.tuning_runs(self.ablation))
-        best = plan.winners(self.ablation, tuned)
-        for arm in arms:
-            if arm not in best:
-                self.note(f"arm {arm!r}: no point of the grid trained to the end, so there is no winner to train on fresh seeds")
-        return tuned + self._all(plan.final_runs(self.ablation, best))
+        with self.folder.alone():
+            self.folder.claim(self.ablation, corpora={arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()})
+            tuned = self._all(plan.tuning_runs(self.ablation))
+            best = plan.winners(self.ablation, tuned)
+            for arm in arms:
+                if arm not in best:
+                    self.note(
+                        f"arm {arm!r}: no point of the grid trained to the end, so there is no winner to train on fresh seeds"
+                    )
+            return tuned + self._all(plan.final_runs(self.ablation, best))
 
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         waiting = [run for run in runs if self.folder.result(run.name) is None]
-        done = len(runs) - len(waiting)
-        for members in self._grouped(runs, waiting):
-            group = Group(self, members)
-            try:
-                group.train(overall=(done, len(runs)))
-            except (Interrupted, ConfigError):
-                raise
-            except Exception as error:  # one broken group must not lose the others
-                if is_full(error):
-                    raise  # nothing could be written down about any of them
-                group.failed(error)
-            done += len(members)
+        left = {run.name for run in waiting}
+        stack = self._grouped(runs, waiting)[::-1]
+        while stack:
+            members = stack.pop()
+            if self._train(members, overall=(len(runs) - len(left), len(runs))):
+                left -= {run.name for run in members}
+            else:
+                gc.collect()  # what the attempt allocated, before half of it is tried
+                half = len(members) // 2
+                stack += [members[half:], members[:half]]
         finished = [self.folder.result(run.name) for run in runs]
         return [result for result in finished if result is not None]
+
+    def _train(self, members: Sequence[Run], overall: tuple[int, int]) -> bool:
+        """Trains a group and writes down how it ended; False, and nothing written, if it is to be tried in halves."""
+        group = Group(self, members)
+        try:
+            group.train(overall=overall)
+        except (Interrupted, ConfigError):
+            raise
+        except Exception as error:  # one broken group must not lose the others
+            if is_full(error):
+                raise  # nothing could be written down about any of them
+            if len(members) > 1 and platform.is_exhausted(error):
+                self.note(f"{group.title} does not fit in memory: trying half of them at a time")
+                self.folder.forget(group.name)
+                return False
+            group.failed(error)
+        return True
 
     def _grouped(self, runs: Sequence[Run], waiting: Sequence[Run]) -> list[list[Run]]:
         """The groups to train: first those that a run before this one began, with the same members, so that the numbers are too."""

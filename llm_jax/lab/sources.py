@@ -53,14 +53,15 @@ class Source:
         return pipeline.Dispatches(self.data, self.training, (0,), steps)[0]
 
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
-        """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split."""
+        """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split.
+
+        "valid" is always that of the trained length; if others are scored too, "valid@1x" is its other name.
+        """
         sets = {}
         for split in ("valid", *(["test"] if final and self.evaluation.test else [])):
-            for times in self.evaluation.lengths if final else (1,):
-                name = split if len(self.evaluation.lengths) == 1 or not final else f"{split}@{times}x"
-                sets[name] = self._batches(split, times)
-            if final and len(self.evaluation.lengths) > 1:
-                sets[split] = self._batches(split, 1)
+            sets[split] = self._batches(split, 1)
+            if final and self.evaluation.lengths != (1,):
+                sets |= {f"{split}@{times}x": self._batches(split, times) for times in self.evaluation.lengths}
         return sets
 
     def _batches(self, split: str, times: int) -> Batch:

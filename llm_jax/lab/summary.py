@@ -156,7 +156,7 @@ def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
 
 
 def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
-    claims = ablation["claims"]
+    claims = [named for claim in ablation["claims"] for named in _as_reported(trials, claim)]
     differences = []
     for claim in claims:
         metric = claim["metric"] or ablation["metric"]
@@ -172,6 +172,22 @@ def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
             "verdict": statistics.claim_verdict(d, p, by=claim["by"], sign=sign),
         }
         for claim, d, p in zip(claims, differences, adjusted, strict=True)
+    ]
+
+
+def _as_reported(trials, claim) -> list[dict[str, Any]]:
+    """The claim in the names that its arms have in the report: once for every folder that holds both, or else across folders."""
+    homes: dict[str, dict[str, str]] = {claim["better"]: {}, claim["than"]: {}}  # arm → folder → reported name
+    for trial in trials:
+        if trial["own_arm"] in homes:
+            homes[trial["own_arm"]][trial["folder"]] = trial["arm"]
+    better, than = homes[claim["better"]], homes[claim["than"]]
+    both = [folder for folder in better if folder in than]
+    if not both:
+        return [claim | {side: next(iter(homes[claim[side]].values()), claim[side]) for side in ("better", "than")}]
+    return [
+        claim | {"text": claim["text"] + (f" ({folder})" if both[1:] else ""), "better": better[folder], "than": than[folder]}
+        for folder in both
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError, to_json
@@ -21,6 +23,21 @@ class WorkFolder:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training into the folder meanwhile. Raises `ConfigError` if one already is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError("is in use by another run: let it end, or choose another --workdir", str(self.path)) from None
+            yield
+        finally:
+            os.close(folder)
 
     def claim(self, ablation: Ablation, *, corpora: dict[str, str]) -> None:
         """Makes the folder this ablation's, or checks that it is.

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -94,13 +94,15 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
     """
     state, step, elapsed, sums = _start(program, session)
     session.rewind(step)
-    clock = _Clock(elapsed)
+    clock = _Clock(elapsed)  # goes from the first dispatch on: what was compiled for it is not training
     batches = feed(step)
     pending: list[Metrics] = []
     saved, scored = False, None
     with _interruptions() as asked_to_stop:
         while step < rhythm.steps:
             state, metrics = program.steps(state, next(batches))
+            if not clock.running:
+                clock.go()
             pending.append(metrics)
             if len(pending) >= RUN_AHEAD:
                 jax.block_until_ready(pending[-RUN_AHEAD])
@@ -142,11 +144,11 @@ def scores(program: Program, state: Any, evaluations: Mapping[str, Batch]) -> li
 
 @dataclass
 class _Clock:
-    """Seconds spent training, over interruptions and without evaluations."""
+    """Seconds spent training, over interruptions, without compilation and evaluations."""
 
     elapsed: float
-    since: float = field(default_factory=time.perf_counter)
-    running: bool = True
+    since: float = 0.0
+    running: bool = False
 
     def pause(self) -> None:
         self.elapsed, self.running = self.read(), False
@@ -208,12 +210,22 @@ def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: S
 
 @contextlib.contextmanager
 def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM (a preempted machine) and the first Ctrl-C into a question the loop asks between dispatches."""
+    """Turns SIGTERM (a preempted machine) and the first Ctrl-C into a question the loop asks between dispatches.
+
+    The second time a signal does what it did before: who does not want to wait for the save presses Ctrl-C again.
+    """
     received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def first(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
     try:
-        previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, first)
     except ValueError:  # not the main thread: the caller's signals are not ours to take
-        previous = {}
+        pass
     try:
         yield lambda: bool(received)
     finally:

@@ -127,6 +127,7 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
             random=bool(given.model.dropout.rates()),
+            averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
         )
         return many_steps(step, state, batches)
 

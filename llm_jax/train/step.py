@@ -37,13 +37,15 @@ def make_train_step(
     accumulate: int = 1,
     average: float | None = None,
     random: bool = True,
+    averaged: Callable[[Any, Any], Any] = lambda opt_state, params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
     loss: `(params, batch, rng) -> (Weighted, metrics)`. accumulate: the batch's rows are taken in that many micro-batches,
     whose sums are added before the division, so the result is that of the whole batch however targets are spread.
     average: decay of the exponential moving average of the parameters (Polyak & Juditsky 1992), or None for none.
-    random: the loss draws random numbers, which must not depend on how many devices share the rows.
+    random: the loss draws random numbers, which must not depend on how many devices share the rows. averaged:
+    `(opt_state, params) -> parameters` that the average is of.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
     """
 
@@ -64,7 +66,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         mean = state.average
         if average is not None:
-            mean = gradients.average(mean, params, average)
+            mean = gradients.average(mean, averaged(opt_state, params), average)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         metrics["train/grad_norm"] = Weighted.of(optax.tree.norm(grads))
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=mean), metrics

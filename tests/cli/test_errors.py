@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from llm_jax import __main__
+from llm_jax.lab.experiment import load
+from llm_jax.lab.workfolder import WorkFolder
 from tests.lab.test_runner import declared  # noqa: F401
 
 ERRORS = {
@@ -17,6 +19,8 @@ ERRORS = {
     "unknown component": (["--set=model.position=Roppe()"], "model.position has no choice 'Roppe': did you mean Rope"),
     "mesh": (["--set=mesh.tensor=7"], "mesh tensor=7 does not divide"),
     "longer than the corpus": (["--set=data.sequence_length=1000000"], "data."),
+    "empty corpus": (["--set=data.corpus=TextFiles(path='{folder}/empty.txt')"], "empty"),
+    "no UTF-8": (["--set=data.corpus=TextFiles(path='{folder}/latin.txt')"], "latin.txt is not UTF-8"),
     "no such file": (["--set=data.corpus=TextFiles(path='nowhere.txt')"], "nowhere.txt"),
     "what the grid sets": (["--set=optimizer.learning_rate=0.1"], "optimizer.learning_rate is set by the grid"),
     "what every arm sets": (["--set=model.position=Rope()"], "model.position is set by every arm"),
@@ -45,9 +49,23 @@ def run(argv, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, sentence", ERRORS.values(), ids=ERRORS)
 def test_a_mistake_is_one_sentence_and_writes_nothing(declared, flags, sentence, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 100)
+    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
     code, _, text = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", *flags], monkeypatch, capsys)
     assert code == 2 and sentence in text and "\n" not in text, text
     assert not (tmp_path / "w").exists()
+
+
+def test_a_folder_of_another_experiment_is_refused_with_what_differs(declared, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    WorkFolder(tmp_path / "w").claim(load(declared).changed({"train.steps": 66, "model.depth": 2}), corpora={})
+    before = (tmp_path / "w" / "ablation.json").read_bytes()
+    code, _, text = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}"], monkeypatch, capsys)
+    assert code == 2 and "\n" not in text and "belongs to another experiment" in text
+    assert "model.depth is 2 there and 1 here" in text and "train.steps is 66 there and 60 here" in text
+    assert [f.name for f in (tmp_path / "w").iterdir()] == ["ablation.json"]
+    assert (tmp_path / "w" / "ablation.json").read_bytes() == before
 
 
 def test_commands_are_listed():

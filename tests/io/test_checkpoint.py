@@ -73,6 +73,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(tmp_path, d
     assert (tmp_path / "c.damaged" / "20").is_dir() and not (tmp_path / "c" / "20").exists()
 
 
+def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path):
+    saved(tmp_path / "c")
+    other = abstract(state()) | {"more": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=abstract(state())["w"].sharding)}
+    with pytest.raises(Exception, match="more"):
+        Checkpointer(tmp_path / "c", warn=pytest.fail).restore(other)
+    assert (tmp_path / "c" / "20").is_dir()
+
+
 def test_nothing_good_is_none(tmp_path):
     assert Checkpointer(tmp_path / "none").restore(abstract(state())) is None
     saved(tmp_path / "c", steps=(10,))

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.core.config import override
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.lab import population
 from llm_jax.nn.multihead import Attention
 from llm_jax.optim.optimizers import Muon
-from tests.lab.test_population import LENGTH, ROWS, VOCABULARY, tiny
+from tests.lab.test_population import LENGTH, ROWS, VOCABULARY, alone, assert_same, compiled, tiny, train
 
 STEPS = 20
 
@@ -44,6 +45,16 @@ def test_a_mesh_of_eight_equals_one_device(layers):
     assert moments and all(m.addressable_shards[0].data.size == m.size // 4 for m in moments), (
         "optimizer state should be split like its parameter"
     )
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_a_population_is_split_beside_every_other_axis(axis):
+    split, whole = {f"mesh.{axis}": 2, "mesh.population": 2}, {f"mesh.{axis}": 1, "mesh.population": 1}
+    experiments = [tiny(**split, **{"model.width": 32, "seed": s, "optimizer.learning_rate": 1e-3 * (1 + s)}) for s in range(2)]
+    together = train(compiled(experiments[0], 2, jax.devices()[:4]), experiments)
+    singles = alone([override(e, whole) for e in experiments])
+    assert_same(together[1:], [one[1:] for one in singles])
+    assert_same(together[0], [one[0] for one in singles], tolerance=1e-3)  # Adam divides what is nearly zero by itself
 
 
 def test_data_parallel_devices_share_the_work_of_muon():

@@ -167,15 +167,55 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
     assert any("no more memory" in note for note in notes)
 
 
-def test_a_group_whose_results_are_partly_written_is_the_same_group_again(declared, finished, tmp_path):
+def test_a_group_that_does_not_fit_is_tried_in_halves(declared, tmp_path, monkeypatch):
+    from llm_jax.lab import runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    fit, tried = runner.fit, []
+
+    def room_for_two(program, *args):
+        tried.append(program.members)
+        if program.members > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return fit(program, *args)
+
+    monkeypatch.setattr(runner, "fit", room_for_two)
+    notes: list[str] = []
+    ablation = load(declared).changed(
+        {"mesh.data": 1, "mesh.population": 8, "train.steps": 6, "train.log_every": 6, "evaluation.every": 6, "seeds": 5}
+    )
+    small = runner.Runner(ablation.only(["rope"]), WorkFolder(tmp_path / "w"), note=notes.append)
+    results = small.run()
+    assert [r["status"] for r in results] == ["done"] * 7 and small.failures == 0
+    assert tried == [2, 5, 2, 3, 1, 2] and [note.endswith("trying half of them at a time") for note in notes] == [True, True]
+
+
+def test_a_folder_is_trained_into_by_one_process(declared, tmp_path):
+    from llm_jax.lab.workfolder import WorkFolder
+
+    with WorkFolder(tmp_path / "w").alone():
+        second = run(declared, tmp_path / "w")
+        assert second.returncode == 2 and "is in use by another run" in second.stderr, second.stderr
+    assert not list((tmp_path / "w").iterdir())
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "newest checkpoint damaged"])
+def test_a_group_whose_results_are_partly_written_is_the_same_group_again(declared, finished, damaged, tmp_path):
     shutil.copytree(finished[0], tmp_path / "w")
+    if damaged:
+        for state in (tmp_path / "w" / "groups").glob("*/checkpoints/60/state"):
+            largest = max((f for f in state.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+            largest.write_bytes(largest.read_bytes()[:-1])
     finals = sorted((tmp_path / "w" / "trials").glob("rope-final-*/results.json"))
     kept, lost = finals[0], finals[1]
     lost.unlink()
     before = kept.stat().st_mtime_ns
     again = run(declared, tmp_path / "w")
     assert again.returncode == 0, again.stderr
-    assert "going on after step 60" in again.stderr and kept.stat().st_mtime_ns == before
+    assert f"going on after step {54 if damaged else 60}" in again.stderr and kept.stat().st_mtime_ns == before
+    assert ("the checkpoint of step 60 is damaged" in again.stderr) == damaged
     assert outcomes(tmp_path / "w") == outcomes(finished[0])
 
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -118,8 +119,23 @@ def test_a_rebuilt_report_is_the_same_to_the_byte(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+def test_a_claim_is_tested_between_arms_of_two_folders(tmp_path):
+    one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
+    for where, arms in ((one, "a"), (two, "bc")):
+        for trial in [t for t in (where / "trials").iterdir() if t.name[0] not in arms]:
+            shutil.rmtree(trial)
+    claims = {c["text"]: c["verdict"] for c in summary.summarize([one, two]).data["claims"]}
+    assert claims == {"b beats a": "supported", "c beats a": "inconclusive", "a beats b": "refuted"}
+
+
 def test_folders_are_compared_under_their_names(tmp_path):
     made = summary.summarize([folder(tmp_path / "one"), folder(tmp_path / "two")])
     assert [row["arm"] for row in made.data["arms"]] == ["one/a", "two/a", "one/b", "two/b", "one/c", "two/c"]
+    claims = {c["text"]: (c["better"], c["than"], c["verdict"]) for c in made.data["claims"]}
+    assert (
+        claims["b beats a (one)"]
+        == ("one/b", "one/a", "supported")
+        == tuple(x.replace("two", "one") for x in claims["b beats a (two)"])
+    )
     with pytest.raises(ConfigError, match="holds no results"):
         summary.summarize([tmp_path])

@@ -12,13 +12,14 @@ import pytest
 
 from llm_jax.core.types import Batch, Weighted
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.train import loop
 from llm_jax.train.loop import Interrupted, Program, Rhythm, Session, fit
 
 MEMBERS = 2
 RHYTHM = Rhythm(steps=12, dispatch=2, log_every=4, evaluate_every=8, checkpoint_every=6)
 
 
-def program(*, calls=None, stop_at=None) -> Program:
+def program(*, calls=None, stop_at=None, signals=(signal.SIGTERM,)) -> Program:
     """Step s has loss s in member 0 and 10·s in member 1; an evaluation's loss is its first token plus the step."""
     scale = np.array([1.0, 10.0])
     calls = [] if calls is None else calls
@@ -26,7 +27,8 @@ def program(*, calls=None, stop_at=None) -> Program:
     def steps(state, batches):
         done = int(state["step"][0]) + np.arange(1, batches.tokens.shape[1] + 1)
         if stop_at is not None and stop_at in done:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals:
+                os.kill(os.getpid(), number)
         calls.append(("steps", int(done[0]), int(batches.tokens[0, 0, 0, 0])))
         return {"step": jnp.full(MEMBERS, done[-1])}, {"train/loss": Weighted(done.sum() * scale, np.full(MEMBERS, len(done)))}
 
@@ -100,6 +102,39 @@ def test_a_stop_is_saved_and_goes_on_with_the_same_numbers(tmp_path, stop_at):
     )
     timeless = [(step, [row | {"seconds": 0} for row in rows]) for step, rows in first[1:] + second[1:]]
     assert timeless == [(step, [row | {"seconds": 0} for row in rows]) for step, rows in whole[1:]]
+
+
+def test_the_second_interruption_does_not_wait_for_the_save(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(program(stop_at=5, signals=[signal.SIGINT] * 2), feed, RHYTHM, session([], checkpointer))
+    checkpointer.close()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_compiling_and_scoring_are_no_training_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    counted, records = program(), []
+
+    def takes(seconds, function):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    first = [1000.0]  # compilation
+    steps = takes(1.0, counted.steps)
+
+    def compiled(*args):
+        now[0] += first.pop() if first else 0.0
+        return steps(*args)
+
+    slow = replace(counted, init=takes(500.0, counted.init), steps=compiled, evaluate=takes(70.0, counted.evaluate))
+    fit(slow, feed, RHYTHM, session(records))
+    assert [rows[0]["seconds"] for _, rows in records[1:]] == [0.5, 1.5, 2.5], "the clock starts with the first dispatch"
 
 
 def test_the_rhythm_dispatches_what_divides_every_interval():

@@ -57,6 +57,12 @@ def test_the_average_is_exponential(sgd):
     np.testing.assert_allclose(s.average["w"], expected, rtol=1e-6)
 
 
+def test_what_is_averaged_is_what_evaluation_would_see(sgd):
+    step = jax.jit(make_train_step(loss, sgd, average=0.9, averaged=lambda opt_state, params: {"w": 2 * params["w"]}))
+    s, _ = step(state(sgd, average=True), batch())
+    np.testing.assert_allclose(s.average["w"], 0.9 * 0.3 + 0.1 * 2 * float(s.params["w"]), rtol=1e-6)
+
+
 def test_many_steps_are_single_steps_in_a_row(sgd):
     step = make_train_step(loss, sgd)
     rows = batch(rows=12)
