@@ -8,6 +8,7 @@ Raffel et al. 2020 (T5 bias), Kazemnejad et al. 2023 (no positions). About 9 min
 its loss to 8×, RoPE is best up to 2× and level with it at 4×; see LOG.md.
 """
 
+from llm_jax.data.corpora import Jsonl
 from llm_jax.lab import Ablation, Claim, log_grid, presets
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
 
@@ -45,7 +46,7 @@ ablation = Ablation(
             "train.steps": 20,
             "train.log_every": 10,
             "evaluation.every": 20,
-            "evaluation.tokens": 4096,
+            "evaluation.bytes": 4096,
             "checkpoints.every": 20,
             "model.depth": 1,
             "model.width": 32,
@@ -55,6 +56,7 @@ ablation = Ablation(
         },
         "small": {},
         "full": {
+            "data.corpus": Jsonl(path="corpus"),  # text of your own: the standard library would be read hundreds of times
             "data.sequence_length": 1024,
             "data.batch_size": 256,
             "model.width": 1024,
@@ -63,7 +65,7 @@ ablation = Ablation(
             "arms": {"learned": {"model.position": Learned(max_length=1024 * LONGEST)}},
             "train.steps": 20_000,
             "evaluation.every": 1000,
-            "evaluation.tokens": 4_194_304,
+            "evaluation.bytes": 4_194_304,
             "checkpoints.every": 1000,
             "model.precision.compute": "bfloat16",
             "mesh.fsdp": -1,

@@ -8,6 +8,7 @@ is that most gains over a well-tuned AdamW shrink once everything is tuned alike
 (2026-11-24): Muon, SOAP, Adafactor and schedule-free AdamW beat AdamW in 400 steps, Lion and Sophia lose to it; see LOG.md.
 """
 
+from llm_jax.data.corpora import Jsonl
 from llm_jax.lab import Ablation, Arms, Claim, chain, log_grid, presets
 from llm_jax.optim.optimizers import SGD, SOAP, Adafactor, Adam, AdamW, Lion, Momentum, Muon, ScheduleFreeAdamW, Sophia
 from llm_jax.optim.schedules import Constant
@@ -49,7 +50,7 @@ ablation = Ablation(
             "train.steps": 20,
             "train.log_every": 10,
             "evaluation.every": 20,
-            "evaluation.tokens": 4096,
+            "evaluation.bytes": 4096,
             "checkpoints.every": 20,
             "model.depth": 1,
             "model.width": 32,
@@ -58,6 +59,7 @@ ablation = Ablation(
         },
         "small": {},
         "full": {
+            "data.corpus": Jsonl(path="corpus"),  # text of your own: the standard library would be read hundreds of times
             "data.sequence_length": 1024,
             "data.batch_size": 256,
             "model.width": 768,
@@ -65,7 +67,7 @@ ablation = Ablation(
             "model.attention.heads": 12,
             "train.steps": 20_000,
             "evaluation.every": 1000,
-            "evaluation.tokens": 4_194_304,
+            "evaluation.bytes": 4_194_304,
             "checkpoints.every": 1000,
             "model.precision.compute": "bfloat16",
             "mesh.fsdp": -1,

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         results = runner.run()
+        summary = report.write([FLAGS.workdir], FLAGS.workdir)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 130
@@ -68,7 +69,6 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    summary = report.write([FLAGS.workdir], FLAGS.workdir)
     console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
@@ -88,9 +88,12 @@ def _declared():
     if FLAGS.set:
         ablation = replace(ablation, base=override_text(ablation.base, FLAGS.set))
     for path in (assignment.partition("=")[0].strip() for assignment in FLAGS.set):
-        if path in ablation.nuisance or all(path in changes for changes in ablation.arms.values()):
+        replaced = [any(path == own or path.startswith(f"{own}.") for own in changes) for changes in ablation.arms.values()]
+        if path in ablation.nuisance or all(replaced):
             by = "the grid" if path in ablation.nuisance else "every arm"
             raise ConfigError(f"is set by {by}, so --set would change nothing: change it in {FLAGS.experiment}", path)
     if FLAGS.arms is not None:
+        if not FLAGS.arms:
+            raise ConfigError(f"--arms names no arm: the arms are {', '.join(ablation.arms)}")
         ablation = ablation.only(FLAGS.arms)
     return (ablation if FLAGS.seeds is None else ablation.changed({"seeds": FLAGS.seeds})), scale

@@ -15,7 +15,7 @@ class Mesh(Config):
     """Devices along each axis; -1 (at most once) means "the rest".
 
     population: independent trials of an ablation (None: as many devices as there are trials for, before the rest goes to
-    the other axes); data: copies of the model, each with its share of the batch;
+    the axis that takes it); data: copies of the model, each with its share of the batch;
     fsdp: the batch *and* the parameters are split (ZeRO-3); tensor: heads and hidden units are split.
     """
 
@@ -37,13 +37,25 @@ class Mesh(Config):
         """Axis → devices, in mesh order."""
         return {"population": self.population or 1, "data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
-    def for_population(self, members: int, devices: int) -> "Mesh":
-        """This mesh with `population` worked out for so many trials: what the other axes leave free, where trials need it."""
-        if self.population is not None:
-            return self
+    def for_population(self, members: int, devices: int, rows: int) -> "Mesh":
+        """This mesh with every axis worked out for so many trials of `rows` rows a micro-batch.
+
+        Where the population and another axis are left open, trials take the devices that the fixed axes leave, and the other axis
+        as many of the rest as can share the rows; what remains is idle. Raises `ConfigError` where fixed sizes do not fit.
+        """
+        rest = next((axis for axis, size in self.sizes.items() if size == -1), None)
         fixed = math.prod(size for size in self.sizes.values() if size != -1)
-        free = devices // fixed if devices % fixed == 0 and -1 in self.sizes.values() else 1
-        return replace(self, population=max(d for d in range(1, free + 1) if free % d == 0 and d <= members))
+        if self.population is not None or rest is None or devices % fixed:
+            return replace(self, **self.shape(devices))
+        free, shared = devices // fixed, {"data": self.fsdp, "fsdp": self.data}.get(rest)
+        population = min(members, free)
+
+        def most(room: int) -> int:  # devices of the open axis, at most `room`, that can share the rows
+            return max((n for n in range(1, room + 1) if shared is None or rows % (n * shared) == 0), default=1)
+
+        alone = most(free)  # what one trial gets: the others' share divides it, and with it every batch that is scored
+        share = max(n for n in range(1, free // population + 1) if alone % n == 0)
+        return replace(self, population=population, **{rest: share})
 
     def shape(self, devices: int) -> dict[str, int]:
         """Axis → devices with -1 worked out. Raises `ConfigError` where they do not multiply to `devices`."""
@@ -62,8 +74,10 @@ class Mesh(Config):
         return sizes
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over `devices` (default: all), with compiler-propagated ("Auto") axes."""
+        """The mesh with compiler-propagated ("Auto") axes, over `devices` (default: all), or their first if all sizes are given."""
         devices = list(devices if devices is not None else jax.devices())
+        if -1 not in self.sizes.values():
+            devices = devices[: math.prod(self.sizes.values())]
         shape = self.shape(len(devices))
         types = (jax.sharding.AxisType.Auto,) * len(shape)
         if len(devices) == len(jax.devices()):

@@ -93,9 +93,8 @@ def cores() -> int:
 def setup(*, devices: int | None = None, cache: bool = True) -> None:
     """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
 
-    A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores: 1.5×
-    faster
-    than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
+    A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
+    1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:

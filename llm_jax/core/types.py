@@ -36,9 +36,6 @@ class Weighted:
         weight = jnp.asarray(weight, jnp.float32)
         return cls(jnp.asarray(value, jnp.float32) * weight, weight)
 
-    def __add__(self, other: "Weighted") -> "Weighted":
-        return Weighted(self.total + other.total, self.weight + other.weight)
-
     @property
     def mean(self):
         """total / weight; 0 where nothing was counted."""

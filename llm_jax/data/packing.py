@@ -57,9 +57,9 @@ def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split
             ids.tofile(out)
     np.save(partial / "starts.npy", np.array(starts, np.int64))
     (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))
-    if folder.exists():  # an unfinished one, or another process was faster
+    if folder.exists() and not (folder / "meta.json").is_file():  # by hand or by a broken disk: ours are renamed whole
         shutil.rmtree(folder, ignore_errors=True)
     try:
         partial.rename(folder)
-    except OSError:
+    except OSError:  # another process was faster
         shutil.rmtree(partial, ignore_errors=True)

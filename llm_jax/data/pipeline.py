@@ -130,8 +130,12 @@ def feed(data: Data, tokens: Tokens, *, seeds: Sequence[int], steps_per_item: in
     return iterator
 
 
-def evaluation_batches(data: Data, tokens: Tokens, *, length: int, batch: int, limit_tokens: int | None) -> Batch:
-    """The store's first windows of `length` tokens in order, `[n, batch, length]`; at most about `limit_tokens`.
+def evaluation_batches(
+    data: Data, tokens: Tokens, *, length: int, batch: int, byte_lengths: np.ndarray, limit_bytes: int | None
+) -> Batch:
+    """The store's first windows of `length` tokens in order, `[n, batch, length]`; at most about `limit_bytes` of text.
+
+    byte_lengths `[V]`: bytes that each id stands for, so that every tokenizer is scored on the same text.
 
     The last batch is filled up with rows of weight 0. Raises `ConfigError` if there is no window at all.
     """
@@ -142,7 +146,10 @@ def evaluation_batches(data: Data, tokens: Tokens, *, length: int, batch: int, l
             "use a larger corpus, shorter sequences or smaller evaluation.lengths",
             "data.corpus",
         )
-    count = count if limit_tokens is None else max(min(count, limit_tokens // length), 1)
+    if limit_bytes is not None:
+        # twice as many ids hold that much text: only the ends of documents have no byte
+        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]])
+        count = max(min(count, int(np.searchsorted(text, limit_bytes, side="right")) // length), 1)
     rows = np.arange(-(-count // batch) * batch)
     found = gather(tokens, np.minimum(rows, count - 1).reshape(-1, batch), length, document_masks=data.document_masks)
     weights = np.ones(found.targets.shape, np.float32) if found.weights is None else found.weights

@@ -110,8 +110,11 @@ class SentencePiece(Tokenizer):
         if self.path is not None:
             file = pathlib.Path(self.path).expanduser()
             require(file.is_file(), "tokenizer.path", f"is no file: {self.path!r}")
-            return _SentencePiece(file.read_bytes())
-        identity = fingerprint([to_json(self), corpus.fingerprint()])
+            try:
+                return _SentencePiece(file.read_bytes())
+            except RuntimeError:
+                raise ConfigError(f"is no SentencePiece model: {self.path!r}", "tokenizer.path") from None
+        identity = fingerprint([to_json(self), corpus.fingerprint(), repr(corpus)])  # the corpus's settings say what is trained on
         file = pathlib.Path(cache) / "tokenizers" / f"{identity}.model"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)

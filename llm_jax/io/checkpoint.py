@@ -6,6 +6,7 @@ next newest one is taken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import pathlib
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -56,6 +58,8 @@ class Checkpointer:
         )
         self._manager: ocp.CheckpointManager | None = None
         self._unchecked: set[int] = set()
+        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="checksums")
+        self._sealing: list[Future[None]] = []
         for name in ("absl", "orbax"):  # Orbax tells the story of every save
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -81,7 +85,7 @@ class Checkpointer:
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
             saved = manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
                 metrics=finite,
                 force=True,
             )
@@ -94,6 +98,7 @@ class Checkpointer:
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
 
+        A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros.
         One whose checksums are wrong, or that has none and cannot be read, is set aside. Raises what Orbax raises on a whole one.
         """
         if not self.folder.is_dir():
@@ -103,12 +108,8 @@ class Checkpointer:
             damage = _damage(self.folder / str(step)) if sealed else None
             if damage is None:
                 try:
-                    found = self._open().restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(_without_keys(abstract)), extra=ocp.args.JsonRestore()
-                        ),
-                    )
+                    args = ocp.args.Composite(state=_layout(_without_keys(abstract)), extra=ocp.args.JsonRestore())
+                    found = self._open().restore(step, args=args)
                     return step, _with_keys(found["state"], abstract), found["extra"]
                 except Exception as error:
                     if sealed:  # every byte is as it was written: the fault is not the checkpoint's
@@ -123,15 +124,19 @@ class Checkpointer:
             if self._manager is not None:
                 self._manager.wait_until_finished()
             self._seal()
+            for written in self._sealing:
+                written.result()
         except Exception as error:
             self._lost(max(self._unchecked, default=-1), error)
         whole = not self._unchecked
         self._unchecked.clear()
+        self._sealing.clear()
         return whole
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
         self.wait()
+        self._sealer.shutdown()
         if self._manager is not None:
             try:
                 self._manager.close()
@@ -152,15 +157,13 @@ class Checkpointer:
             logging.getLogger(__name__).debug("closing after a failed save: %s", again)
 
     def _seal(self) -> None:
-        """Writes the checksums of the checkpoints that have been committed since; one process does it for all."""
+        """Has a thread write the checksums of the checkpoints that have been committed since; one process does it for all."""
         for step in sorted(self._unchecked):
             folder = self.folder / str(step)
             if folder.is_dir():
                 self._unchecked.discard(step)
                 if jax.process_index() == 0:
-                    partial = folder / f".{CHECKSUMS}"
-                    partial.write_text(json.dumps(_checksums(folder)))
-                    partial.replace(folder / CHECKSUMS)
+                    self._sealing.append(self._sealer.submit(_write_checksums, folder))
 
     def _set_aside(self, step: int, damage: str) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.damaged") / str(step)
@@ -177,6 +180,13 @@ def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:
     return {f.relative_to(folder).as_posix(): [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in files}
 
 
+def _write_checksums(folder: pathlib.Path) -> None:
+    partial = folder / f".{CHECKSUMS}"
+    with contextlib.suppress(OSError):  # it was not to be kept, and is gone; or there is no room, and Orbax will have to judge it
+        partial.write_text(json.dumps(_checksums(folder)))
+        partial.replace(folder / CHECKSUMS)
+
+
 def _damage(folder: pathlib.Path) -> str | None:
     """What differs in a sealed checkpoint from what was written, or None."""
     try:
@@ -186,6 +196,13 @@ def _damage(folder: pathlib.Path) -> str | None:
     found = _checksums(folder)
     wrong = [name for name in known if found.get(name) != known[name]]
     return f"{wrong[0]} is missing or changed" if wrong else None
+
+
+def _layout(abstract: Any) -> ocp.args.PyTreeRestore:
+    def one(x):
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
+
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(one, abstract))
 
 
 def _is_key(x: Any) -> bool:

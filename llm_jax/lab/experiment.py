@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,28 +16,31 @@ from llm_jax.core.config import Config, ConfigError, check_type, field_types, ov
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Tokenizer
+from llm_jax.lab.arms import Arms, Choices, arms_of
 from llm_jax.models.decoder import Decoder
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim.optimizers import AdamW, Optimizer
 from llm_jax.optim.schedules import Cosine, Schedule
 from llm_jax.train.pretrain import Train
 
+LARGEST_SEED = 2**31  # seeds are traced as int32
+
 
 @dataclass(frozen=True)
 class Evaluation(Config):
-    """What is scored, and when. every: steps; tokens: targets scored a split, at most (None: all of it).
+    """What is scored, and when. every: steps; bytes: text scored a split, at most (None: all of it), whatever the tokenizer.
 
     lengths: multiples of the trained length that the final model is scored at, as "…@4x"; during training only 1 is.
     test: whether the final model is also scored on the test split.
     """
 
     every: int = 250
-    tokens: int | None = 65_536
+    bytes: int | None = 65_536
     lengths: tuple[int, ...] = (1,)
     test: bool = False
 
     def validate(self):
-        require_positive(self, "every", "tokens")
+        require_positive(self, "every", "bytes")
         require(
             all(length >= 1 for length in self.lengths),
             "lengths",
@@ -75,7 +78,7 @@ class Experiment(Config):
     mesh: Mesh = field(default_factory=Mesh)
 
     def validate(self):
-        require(self.seed >= 0, "seed", f"must be >= 0, got {self.seed}")
+        require(0 <= self.seed < LARGEST_SEED, "seed", f"must be >= 0 and < {LARGEST_SEED}, got {self.seed}")
         rows, parts = self.data.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", f"must divide data.batch_size={rows}, got {parts}")
         every, log = self.evaluation.every, self.train.log_every
@@ -83,70 +86,11 @@ class Experiment(Config):
         require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")
 
 
-# ── arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-Choices = Mapping[str, Mapping[str, Any]]  # dotted path → {arm name: value}
-
-
-@dataclass(frozen=True)
-class Arms:
-    """Arm name → {dotted path: value}; what `product`, `zipped` and `chain` make and take."""
-
-    changes: Mapping[str, Mapping[str, Any]]
-
-
-def arms_of(choices: Choices | Arms) -> Arms:
-    """`{path: {name: value}}` as arms; several paths are crossed."""
-    if isinstance(choices, Arms):
-        return choices
-    return (
-        product(*({path: named} for path, named in choices.items()))
-        if len(choices) > 1
-        else Arms({name: {path: value} for path, named in choices.items() for name, value in named.items()})
-    )
-
-
-def product(*parts: Choices | Arms) -> Arms:
-    """Every combination, named "a+b"."""
-    combined = itertools.product(*(arms_of(part).changes.items() for part in parts))
-    return Arms(dict(_joined(items) for items in combined))
-
-
-def zipped(*parts: Choices | Arms) -> Arms:
-    """The first with the first, the second with the second, …; raises `ConfigError` unless all have as many."""
-    lists = [list(arms_of(part).changes.items()) for part in parts]
-    if len({len(items) for items in lists}) > 1:
-        raise ConfigError(f"zipped needs parts of one length, got {', '.join(str(len(items)) for items in lists)}")
-    return Arms(dict(_joined(items) for items in zip(*lists, strict=True)))
-
-
-def chain(*parts: Choices | Arms) -> Arms:
-    """All arms of all parts, one after another; raises `ConfigError` for a name that two parts share."""
-    joined: dict[str, Mapping[str, Any]] = {}
-    for part in parts:
-        for name, changes in arms_of(part).changes.items():
-            if name in joined:
-                raise ConfigError(f"chain has two arms called {name!r}: rename one")
-            joined[name] = changes
-    return Arms(joined)
-
-
-def _joined(items: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]]:
-    changes: dict[str, Any] = {}
-    for _, part in items:
-        if set(part) & set(changes):
-            raise ConfigError(f"two parts set {', '.join(sorted(set(part) & set(changes)))}: use chain for alternatives")
-        changes |= part
-    return "+".join(dict.fromkeys(name for name, _ in items)), changes
-
-
-def log_grid(low: float, high: float, points: int) -> tuple[float, ...]:
-    """`points` values from `low` to `high`, equally spaced in the logarithm, to three significant digits."""
-    if not 0 < low <= high or points < 1:
-        raise ConfigError(f"log_grid needs 0 < low <= high and points >= 1, got ({low}, {high}, {points})")
-    if points == 1:
-        return (low,)
-    ratio = math.log(high / low) / (points - 1)
-    return tuple(float(f"{low * math.exp(ratio * i):.3g}") for i in range(points))
+def sign(metric: str, *, judged: str, mode: str) -> int:
+    """+1 where less of `metric` is better, -1 where more is: `mode` says so of `judged` at any length, the name of any other."""
+    stem = metric.partition("@")[0]
+    more = mode == "max" if stem == judged.partition("@")[0] else stem.endswith("accuracy")
+    return -1 if more else 1
 
 
 # ── the ablation ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,6 +164,10 @@ class Ablation:
             return override(changed, dict(nuisance) | ({} if seed is None else {"seed": seed}))
         except ConfigError as error:
             raise ConfigError(f"{error} (in arm {arm!r})") from None
+
+    def sign(self, metric: str) -> int:
+        """+1 where less of the metric is better, -1 where more is."""
+        return sign(metric, judged=self.metric, mode=self.mode)
 
     @property
     def grid(self) -> list[dict[str, float]]:
@@ -301,8 +249,10 @@ def load(path: str | pathlib.Path) -> Ablation:
         spec.loader.exec_module(module)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (SyntaxError, ImportError, NameError) as error:
-        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}", str(path)) from None
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}", where) from None
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):

@@ -11,9 +11,10 @@ from llm_jax.lab.summary import Summary
 
 COLUMNS = ("arm", "metric", "95% interval", "seeds", "tuned", "difference", "p (Holm)", "verdict")
 METHOD = (
-    "Every arm is tuned over the same grid on seeds of its own; the winner is trained on fresh seeds, and those are what is compared. "
-    "Intervals of arms are percentile bootstraps over seeds. Differences are paired by seed and tested by Student's paired t, "
-    "Holm-corrected over arms (and, apart, over claims) at 5%. With one seed nothing is tested."
+    "Where there is a grid, every arm is tuned over it on seeds of its own; the winner is trained on fresh seeds, and those are what is "
+    "compared. Intervals of arms are percentile bootstraps over seeds. Differences are paired by seed, with their own 95% intervals, and "
+    "tested by Student's paired t, Holm-corrected over arms (and, apart, over claims) at 5%. With one seed nothing is tested. An arm with a "
+    "diverged final run gets no verdict."
 )
 TITLES = {
     "arms": "Arms: mean, bootstrap interval, and every seed",
@@ -78,7 +79,7 @@ def _floor(data: Mapping[str, Any]) -> str:
         if floor["detectable"] is None
         else (
             f" With {floor['seeds']} seeds a difference of about {floor['detectable']:.4f} "
-            "is found four times in five; smaller ones need more seeds."
+            "is found four times in five, by the first of Holm's tests; smaller ones need more seeds."
         )
     )
     return f"From seed to seed the metric varies by {floor['deviation']:.4f} (standard deviation, pooled over arms).{found}"

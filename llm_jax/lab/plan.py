@@ -74,7 +74,8 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
     """
     if len(ablation.grid) <= 1:
         return dict.fromkeys(ablation.arms, ablation.grid[0])
-    metric, sign = ablation.tuning_metric or ablation.metric, 1 if ablation.mode == "min" else -1
+    metric = ablation.tuning_metric or ablation.metric
+    sign = ablation.sign(metric)
     best: dict[str, dict[str, float]] = {}
     for arm in ablation.arms:
         scored = []

@@ -127,7 +127,7 @@ def _curves(ax, summary: Summary, axis: str) -> None:
         ax.fill_between(x[keep], low[keep], high[keep], color=tint, alpha=0.15, lw=0)
         shown += list(y[keep])
     ax.set_xlabel(AXES[axis])
-    ax.set_ylabel(name)
+    ax.set_ylabel(key)
     _legend(ax, len(shown))
 
 

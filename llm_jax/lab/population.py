@@ -142,7 +142,7 @@ def stacked_values(experiments: Sequence[Experiment], members: int) -> dict[str,
 
 def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, int]:
     """The mesh for so many trials, and how many the program has room for: they are padded to a multiple of its population axis."""
-    mesh = experiment.mesh.for_population(members, devices)
+    mesh = experiment.mesh.for_population(members, devices, experiment.data.batch_size // experiment.train.accumulate)
     parts = mesh.sizes["population"]
     return mesh, -(-members // parts) * parts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_jax.data.pipeline import Data
-from llm_jax.lab.experiment import Evaluation, Experiment
+from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
 from llm_jax.nn.multihead import Attention
 from llm_jax.optim.optimizers import AdamW
@@ -20,5 +20,6 @@ def nano(*, sequence_length: int = 128, steps: int = 400, lengths: tuple[int, ..
         model=Decoder(width=64, depth=2, attention=Attention(heads=2)),
         optimizer=AdamW(learning_rate=4e-3),
         train=Train(steps=steps),
-        evaluation=Evaluation(every=steps // 4, tokens=65_536, lengths=lengths),
+        checkpoints=Checkpoints(every=steps // 4),
+        evaluation=Evaluation(every=steps // 4, bytes=65_536, lengths=lengths),
     )

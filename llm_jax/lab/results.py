@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import math
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ import jax
 from llm_jax.core.config import fingerprint, to_json
 from llm_jax.lab.plan import Cost, Run
 
-SCHEMA = 1
 LIBRARIES = ("llm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -37,6 +38,7 @@ class Provenance:
             "command": self.command,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
+            "code": code(),
             "platform": device.platform,
             "device": device.device_kind,
             "devices": len(jax.devices()),
@@ -81,7 +83,6 @@ def failed(run: Run, origin: Provenance, error: Exception) -> dict[str, Any]:
 
 def _described(run: Run, origin: Provenance) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
         "trial": run.name,
         "arm": run.arm,
         "phase": run.phase,
@@ -92,6 +93,13 @@ def _described(run: Run, origin: Provenance) -> dict[str, Any]:
         "ablation": dict(origin.ablation),
         "provenance": origin.described(),
     }
+
+
+@functools.cache
+def code() -> str:
+    """Fingerprint of this package's source, which says more than its version while it is being changed."""
+    root = pathlib.Path(__file__).parents[1]
+    return fingerprint([[file.relative_to(root).as_posix(), file.read_text()] for file in sorted(root.rglob("*.py"))])
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import math
 import pathlib
@@ -54,11 +55,10 @@ class Runner:
         for arm in self.ablation.arms:
             experiment = self.ablation.experiment(arm)
             try:
-                experiment.mesh.for_population(1, devices).shape(devices)
-                for members in {len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds}:
-                    check_rows(experiment, layout(experiment, members, devices)[0].shape(devices))
+                check_rows(experiment, layout(experiment, 1, devices)[0].sizes)
                 source = self.sources.of(experiment)
                 source.check()
+                self._check_metrics(experiment, source)
                 if structure(experiment) not in traced:  # a length that the model refuses is found here, not at the end
                     for times in sorted({1, *experiment.evaluation.lengths}):
                         tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
@@ -66,6 +66,16 @@ class Runner:
                     traced.add(structure(experiment))
             except ConfigError as error:
                 raise ConfigError(f"{error} (in arm {arm!r})") from None
+
+    def _check_metrics(self, experiment: Experiment, source: Source) -> None:
+        """Raises `ConfigError` for a metric that the experiment will not have."""
+        ablation = self.ablation
+        splits = [name.partition("@") for name in source.evaluations(final=True)]
+        known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in experiment.objective.scores]
+        for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
+            if metric is not None and metric not in known:
+                near = difflib.get_close_matches(metric, known, 1, cutoff=0.0)
+                raise ConfigError(f"is not scored: did you mean {near[0]}? There are {', '.join(known)}", f"metric {metric!r}")
 
     def costs(self) -> dict[str, Cost]:
         """Arm → what one of its trials takes."""
@@ -92,7 +102,8 @@ class Runner:
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
         with self.folder.alone():
-            self.folder.claim(self.ablation, corpora={arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()})
+            corpora = {arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()}
+            self.folder.claim(self.ablation, corpora=corpora, scale=self.scale)
             tuned = self._all(plan.tuning_runs(self.ablation))
             best = plan.winners(self.ablation, tuned)
             for arm in arms:
@@ -138,7 +149,7 @@ class Runner:
         """The groups to train: first those that a run before this one began, with the same members, so that the numbers are too."""
         known, left, found = {run.name: run for run in runs}, {run.name: run for run in waiting}, []
         for names in self.folder.begun():
-            if set(names) <= set(known) and set(names) & set(left):
+            if set(names) <= set(known) and set(names) & set(left) and len(names) <= (self.largest or len(names)):
                 found.append([known[name] for name in names])
                 left = {name: run for name, run in left.items() if name not in names}
         rest = list(left.values())
@@ -148,6 +159,9 @@ class Runner:
         """The compiled program of the runs' structure and size; the one that tuning compiled serves the winners too."""
         key = structure(runs[0].experiment), *layout(runs[0].experiment, len(runs), jax.device_count())
         if key not in self._compiled:
+            idle = jax.device_count() - math.prod(key[1].sizes.values())
+            if idle:
+                self.note(f"{len(runs)} runs of {runs[0].arm} leave {idle} of {jax.device_count()} devices idle")
             self._compiled[key] = compile_population(
                 runs[0].experiment, len(runs), vocabulary=source.vocabulary, byte_lengths=source.tokenizer.byte_lengths
             )
@@ -221,9 +235,10 @@ class Group:
         self.runner.note(
             f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)"
         )
-        self.runner.failures += len(self.runs)
+        lost = [run for run in self.runs if self.runner.folder.result(run.name) is None]
+        self.runner.failures += len(lost)
         self.runner.folder.forget(self.name)  # another try may group them otherwise: fewer of them may fit
-        for run in self.runs:
+        for run in lost:
             folder = self.runner.folder.trial(run.name)
             write(folder / "results.json", results.failed(run, self._origin(), error))
             (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
@@ -245,15 +260,14 @@ class Group:
 
     def _checkpointer(self, progress: Progress) -> Checkpointer:
         keep, ablation = self.runs[0].experiment.checkpoints, self.runner.ablation
-        judged = (ablation.tuning_metric or ablation.metric).partition("@")[
-            0
-        ]  # lengths beyond the trained one are scored only at the end
+        # lengths beyond the trained one are scored only at the end
+        judged = (ablation.tuning_metric or ablation.metric).partition("@")[0]
         return Checkpointer(
             self._checkpoints,
             keep_last=keep.keep_last,
             keep_every=keep.keep_every,
             best_metric=judged if keep.keep_best else None,
-            best_mode=ablation.mode,
+            best_mode="min" if ablation.sign(judged) > 0 else "max",
             warn=progress.note,
         )
 

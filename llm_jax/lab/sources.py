@@ -20,8 +20,9 @@ class Source:
     def __init__(self, experiment: Experiment):
         self.data, self.evaluation = experiment.data, experiment.evaluation
         self.corpus = experiment.data.corpus
-        shape = experiment.mesh.for_population(1, jax.device_count()).shape(jax.device_count())
-        self.parts = shape["data"] * shape["fsdp"]  # what a batch's rows are split over
+        rows = experiment.data.batch_size // experiment.train.accumulate
+        mesh = experiment.mesh.for_population(1, jax.device_count(), rows)
+        self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
         self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}
 
@@ -72,7 +73,8 @@ class Source:
                 self.tokens(split),
                 length=self.data.sequence_length * times,
                 batch=rows,
-                limit_tokens=self.evaluation.tokens,
+                byte_lengths=self.tokenizer.byte_lengths,
+                limit_bytes=self.evaluation.bytes,
             )
         return self._evaluated[split, times]
 

@@ -85,10 +85,11 @@ class NoiseFloor:
     seeds: int
 
 
-def noise_floor(arms: Sequence[Sequence[float]], *, power: float = 0.8) -> NoiseFloor | None:
+def noise_floor(arms: Sequence[Sequence[float]], *, power: float = 0.8, tests: int = 1) -> NoiseFloor | None:
     """The pooled seed-to-seed deviation, and what so many seeds can detect, taking pairs as independent; None without two seeds.
 
-    The detectable difference solves P(|t| > t_crit) = power for a noncentral t with n - 1 degrees of freedom.
+    The detectable difference solves P(|t| > t_crit) = power for a noncentral t with n - 1 degrees of freedom, at the level
+    that the first of so many `tests` must reach by Holm's rule.
     """
     groups = [np.asarray(g, np.float64) for g in arms if len(g) >= 2]
     if not groups:
@@ -96,7 +97,7 @@ def noise_floor(arms: Sequence[Sequence[float]], *, power: float = 0.8) -> Noise
     freedom = sum(len(g) - 1 for g in groups)
     deviation = float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom))
     n = max(len(g) for g in groups)
-    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
+    critical = stats.t.ppf(1 - LEVEL / tests / 2, n - 1)
     shifts = np.linspace(0, 60, 6001)
     reached = np.nan_to_num(stats.nct.sf(critical, n - 1, shifts), nan=1.0) >= power
     shift = float(shifts[np.argmax(reached)]) if reached.any() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
@@ -13,6 +14,9 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.lab import statistics
+from llm_jax.lab.experiment import sign as direction
+from llm_jax.lab.problems import problems
+from llm_jax.lab.workfolder import WorkFolder, merged
 
 Trial = dict[str, Any]
 
@@ -61,13 +65,16 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
 def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
     """Statistics of all arms, claims and failures. Raises what `read` raises."""
     trials = read(workdirs)
-    ablation = max(trials, key=lambda t: t["provenance"]["date"])["ablation"]  # arms and claims may have been added since the first
-    metric, sign = ablation["metric"], 1 if ablation["mode"] == "min" else -1
+    newest = max(trials, key=lambda t: t["provenance"]["date"])["ablation"]
+    declared = [folder for workdir in workdirs if (folder := WorkFolder(workdir).declared())]
+    ablation = functools.reduce(merged, declared) if declared else newest
+    metric = ablation["metric"]
+    sign = direction(metric, judged=metric, mode=ablation["mode"])
     arms = _ordered(trials)
     values = {arm: _by_seed(trials, arm, metric) for arm in arms}
     baseline = _baseline(arms, ablation["baseline"])
     rows = _rows(trials, arms, values, baseline, ablation, sign)
-    floor = statistics.noise_floor([list(v.values()) for v in values.values()])
+    floor = statistics.noise_floor([list(v.values()) for v in values.values()], tests=max(len(arms) - 1, 1))
     data = {
         "question": ablation["question"],
         "name": ablation["name"],
@@ -79,11 +86,11 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
         "answer": _answer(rows, metric, sign),
         "arms": rows,
         "noise_floor": None if floor is None else asdict(floor),
-        "claims": _claims(trials, ablation, sign),
+        "claims": _claims(trials, ablation),
         "nuisance": ablation["nuisance"],
         "scientific": ablation["scientific"],
         "metrics": _metrics(trials, arms),
-        "problems": _problems(trials, ablation, len({t["folder"] for t in trials}) > 1),
+        "problems": problems(trials, ablation),
         "provenance": _provenance(trials),
         "base": trials[0]["config"],
     }
@@ -98,6 +105,11 @@ def _ordered(trials: Sequence[Trial]) -> list[str]:
 
 def _baseline(arms: Sequence[str], wanted: str) -> str:
     return next((arm for arm in arms if arm == wanted or arm.endswith(f"/{wanted}")), arms[0])
+
+
+def _diverged(trials: Sequence[Trial], arm: str) -> int:
+    """How many of an arm's final runs diverged."""
+    return sum(t["arm"] == arm and t["phase"] == "final" and t["status"] == "diverged" for t in trials)
 
 
 def _by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, float]:
@@ -125,7 +137,7 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
                 "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
                 "difference": asdict(difference) if difference else None,
                 "p": adjusted.get(arm),
-                "verdict": "baseline" if arm == baseline else statistics.verdict(difference, adjusted.get(arm), sign=sign),
+                "verdict": _verdict(arm, baseline, difference, adjusted.get(arm), sign, _diverged(trials, arm)),
                 "parameters": winner["parameters"] if winner else None,
                 "seconds": winner["seconds"] if winner else None,
                 "tokens": winner["tokens"] if winner else None,
@@ -133,6 +145,13 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _verdict(arm: str, baseline: str, difference, p, sign: int, diverged: int) -> str:
+    """What the test says, but for an arm whose runs did not all end well: those that did are a selection."""
+    if diverged and arm != baseline:
+        return "diverges"
+    return "baseline" if arm == baseline else statistics.verdict(difference, p, sign=sign)
 
 
 def _at_edge(value: float | None, grid: Sequence[float]) -> bool:
@@ -155,13 +174,14 @@ def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
     return f"{start}; {'; '.join(parts)} (paired over seeds, Holm-corrected)."
 
 
-def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
+def _claims(trials, ablation) -> list[dict[str, Any]]:
     claims = [named for claim in ablation["claims"] for named in _as_reported(trials, claim)]
-    differences = []
+    differences, signs = [], []
     for claim in claims:
         metric = claim["metric"] or ablation["metric"]
+        signs.append(direction(metric, judged=ablation["metric"], mode=ablation["mode"]))
         a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
-        differences.append(statistics.paired_difference(a, b, shift=-sign * claim["by"]))
+        differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]))
     adjusted = statistics.holm([d.p if d else None for d in differences])
     return [
         claim
@@ -169,9 +189,11 @@ def _claims(trials, ablation, sign) -> list[dict[str, Any]]:
             "metric": claim["metric"] or ablation["metric"],
             "difference": asdict(d) if d else None,
             "p": p,
-            "verdict": statistics.claim_verdict(d, p, by=claim["by"], sign=sign),
+            "verdict": "inconclusive"
+            if any(_diverged(trials, claim[side]) for side in ("better", "than"))
+            else statistics.claim_verdict(d, p, by=claim["by"], sign=sign),
         }
-        for claim, d, p in zip(claims, differences, adjusted, strict=True)
+        for claim, d, p, sign in zip(claims, differences, adjusted, signs, strict=True)
     ]
 
 
@@ -204,30 +226,6 @@ def _metrics(trials, arms) -> dict[str, dict[str, float | None]]:
 def _metric_order(name: str) -> tuple[str, float]:
     stem, _, length = name.partition("@")
     return stem, float(length.rstrip("x")) if length.rstrip("x").isdigit() else 0.0
-
-
-def _problems(trials, ablation, several: bool) -> list[str]:
-    """What is missing, failed or not comparable, in sentences."""
-    found = []
-    for status in ("diverged", "failed"):
-        for arm in dict.fromkeys(t["arm"] for t in trials if t["status"] == status):
-            own = [t for t in trials if t["arm"] == arm and t["status"] == status]
-            detail = f" ({own[0]['error']})" if own[0]["error"] else f" at {'; '.join(_point(t) for t in own[:4])}"
-            found.append(f"{arm}: {len(own)} run{'s' * (len(own) > 1)} {status}{detail}")
-    for arm in ablation["arms"]:
-        done = sum(t["own_arm"] == arm and t["phase"] == "final" and t["status"] != "failed" for t in trials)
-        if done < ablation["seeds"] and not several:
-            found.append(f"{arm}: {done} of {ablation['seeds']} final runs have ended")
-    for name, key in (("corpus", "corpus"), ("tokenizer", "tokenizer")):
-        if several and len({t["provenance"][key] for t in trials}) > 1:
-            found.append(f"the folders were trained on another {name}, so their numbers compare only as far as that allows")
-    if len({t["ablation"]["metric"] for t in trials}) > 1:
-        found.append("the folders declare different metrics; the first one's is shown")
-    return found
-
-
-def _point(trial: Trial) -> str:
-    return ", ".join(f"{path.split('.')[-1]} {value:g}" for path, value in trial["nuisance"].items()) or f"seed {trial['seed']}"
 
 
 def _provenance(trials) -> list[dict[str, Any]]:

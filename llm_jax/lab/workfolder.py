@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError, to_json
@@ -27,6 +27,8 @@ class WorkFolder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other processes from training into the folder meanwhile. Raises `ConfigError` if one already is."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("is a file: choose another --workdir", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path, os.O_RDONLY)
         try:
@@ -39,7 +41,7 @@ class WorkFolder:
         finally:
             os.close(folder)
 
-    def claim(self, ablation: Ablation, *, corpora: dict[str, str]) -> None:
+    def claim(self, ablation: Ablation, *, corpora: dict[str, str], scale: str | None = None) -> None:
         """Makes the folder this ablation's, or checks that it is.
 
         More seeds, and a selection of the arms, are the same ablation: finished trials stay. Another base, grid, metric or
@@ -53,7 +55,7 @@ class WorkFolder:
             "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()},
             "corpora": corpora,
         }
-        file = self.path / "ablation.json"
+        file, described = self.path / "ablation.json", ablation.described() | {"scale": scale}
         if file.exists():
             known = _read(file)
             found = _differences(known["identity"], identity)
@@ -64,9 +66,15 @@ class WorkFolder:
                 )
             for part in ("arms", "corpora"):
                 identity[part] = known["identity"][part] | identity[part]
+            described = merged(known["ablation"], described)
         elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError("is not empty and holds no ablation.json: choose another --workdir", str(self.path))
-        write(file, {"identity": identity, "ablation": ablation.described()})
+        write(file, {"identity": identity, "ablation": described})
+
+    def declared(self) -> dict[str, Any] | None:
+        """The ablation as described by all runs into the folder, or None if none has claimed it."""
+        file = self.path / "ablation.json"
+        return _read(file)["ablation"] if file.exists() else None
 
     def trial(self, name: str) -> pathlib.Path:
         """The folder of a trial."""
@@ -93,6 +101,23 @@ class WorkFolder:
         file = self.trial(name) / "results.json"
         result = _read(file) if file.exists() else None
         return result if result is not None and result["status"] in ("done", "diverged") else None
+
+
+def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What two descriptions of an ablation declare together: `given` is the newer, and may name only some of the arms.
+
+    A claim that `given` could make, having both arms, and does not make is gone; the baseline stays where its arm is not given.
+    """
+    arms, texts = given["arms"], {claim["text"] for claim in given["claims"]}
+    kept = [c for c in known["claims"] if c["text"] not in texts and not {c["better"], c["than"]} <= set(arms)]
+    whole = set(known["arms"]) <= set(arms)
+    return dict(given) | {
+        "arms": arms if whole else list(dict.fromkeys([*known["arms"], *arms])),
+        "scientific": {**known["scientific"], **given["scientific"]},
+        "claims": [*given["claims"], *kept],
+        "baseline": given["baseline"] if whole else known["baseline"],
+        "seeds": max(known["seeds"], given["seeds"]),
+    }
 
 
 def _differences(known: Any, given: Any, path: str = "") -> list[str]:

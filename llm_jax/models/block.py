@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, segments_BL, shared: Mapping[str, jax.Array], rates: Mapping[str, Any]):
         c = self.config
-        gain = 1 / math.sqrt(2 * c.depth)  # Radford et al. 2019: the stream sums 2·depth branches
+        gain = c.residual.shrinkage(c.depth)
         mixer = MultiHead(c.attention, c.position, gain, c.precision.dtype, name="attention")
         x_BLD = self._branch("attention", x_BLD, lambda h: mixer(h, segments_BL, shared, rates), rates)
         if not isinstance(c.ffn, NoFeedForward):

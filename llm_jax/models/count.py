@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from llm_jax.models.decoder import Decoder
-from llm_jax.nn.position import Learned, T5Bias
-from llm_jax.nn.residual import ReZero, Scaled
 
 
 def parameters(model: Decoder, vocabulary: int) -> int:
     """Trainable scalars."""
     per_norm = model.width * len(model.norm.vectors())
     branches = 1 + (model.ffn.branches > 0)
-    gains = branches * (isinstance(model.residual, ReZero) or (isinstance(model.residual, Scaled) and model.residual.learned))
     norms = branches * per_norm * (2 if model.placement == "sandwich" else 1)
-    layer = _layer_products(model) + _layer_biases(model) + norms + gains
-    position = 0
-    if isinstance(model.position, Learned):
-        position = model.position.max_length * model.width
-    elif isinstance(model.position, T5Bias):
-        position = model.position.buckets * model.attention.heads
+    layer = _layer_products(model) + _layer_biases(model) + norms + branches * model.residual.parameters()
+    position = model.position.parameters(model.width, model.attention.heads)
     final = per_norm if model.placement != "post" else 0
     return model.depth * layer + position + final + vocabulary * model.width * (1 if model.tied else 2)
 

@@ -19,6 +19,7 @@ from llm_jax.models.block import Block
 from llm_jax.nn.dropout import Dropout, dropout
 from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.ffn import Dense, FeedForward
+from llm_jax.nn.kernels.product import product
 from llm_jax.nn.linear import Linear, Precision
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, Norm, Normalize, Placement
@@ -75,8 +76,8 @@ class Decoder(Config):
 
     @property
     def scanned(self) -> bool:
-        """Whether the layers are one scanned body on this platform."""
-        return traits().scan_layers if self.layers == "auto" else self.layers == "scanned"
+        """Whether the layers are one scanned body: this platform likes it so, or they are recomputed, which XLA:CPU undoes unrolled."""
+        return traits().scan_layers or self.remat != "none" if self.layers == "auto" else self.layers == "scanned"
 
     def build(self, vocabulary: int) -> Transformer:
         """The network over so many token ids."""
@@ -114,12 +115,12 @@ class Transformer(nn.Module):
         x_BLD = self._layers(x_BLD, segments_BL, shared, rates)
         if c.placement != "post":
             x_BLD = Normalize(c.norm, name="final_norm")(x_BLD)
-        head = (
-            embedding.logits
-            if c.tied
-            else Linear((c.width,), (self.vocabulary,), ("embed", "vocab"), dtype=c.precision.dtype, name="head")
-        )
-        return constrain(head(x_BLD), "batch", "length", "vocab_act").astype(jnp.float32)
+        if c.tied:
+            logits_BLV = embedding.logits(x_BLD)
+        else:
+            head = Linear((c.width,), (self.vocabulary,), ("embed", "vocab"), dtype=c.precision.dtype, name="head")
+            logits_BLV = product(x_BLD.astype(head.dtype), head.weights()[0], result=jnp.float32)
+        return constrain(logits_BLV, "batch", "length", "vocab_act")
 
     def _layers(self, x_BLD: jax.Array, *given: Any) -> jax.Array:
         c: Decoder = self.config
@@ -159,7 +160,7 @@ def initial_parameters(config: Decoder, vocabulary: int, key: jax.Array) -> Para
 
 
 def _boxed(config: Decoder, vocabulary: int, key: jax.Array) -> Params:
-    return config.build(vocabulary).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+    return config.build(vocabulary).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def stack_layers(params: Params) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def _visible(start: int, stop: int, segments_BL: jax.Array | None) -> jax.Array:
 def _attend_rows(q_BGRLK, k_BGMK, v_BGMK, *, mask, bias, rate, key) -> jax.Array:
     B, G, R, L, K = q_BGRLK.shape
     M = k_BGMK.shape[2]
-    s = (q_BGRLK.reshape(B, G, R * L, K) @ k_BGMK.swapaxes(-1, -2)).astype(jnp.float32).reshape(B, G, R, L, M)
+    s = jnp.matmul(q_BGRLK.reshape(B, G, R * L, K), k_BGMK.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    s = s.reshape(B, G, R, L, M)
     if bias is not None:
         s = s + bias.reshape(-1, G, R, L, M)
     s = jnp.where(mask[:, None, None], s, MASKED)

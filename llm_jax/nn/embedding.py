@@ -34,5 +34,5 @@ class Embedding(nn.Module):
         return x_BLD * self.factor if self.scaled else x_BLD
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """`[B, L, V]`: the product with every row of the table."""
-        return product(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype).T)
+        """`[B, L, V]` float32: the product with every row of the table."""
+        return product(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype).T, result=jnp.float32)

@@ -25,6 +25,10 @@ class Position(Config):
 
     abstract = True
 
+    def parameters(self, width: int, heads: int) -> int:
+        """Trainable scalars of a model of that width and so many heads."""
+        return 0
+
     def embed(self, x_BLD: jax.Array, positions_BL: jax.Array, *, unit: float, param: Param) -> jax.Array:
         """The embedded tokens with positions added; `unit` is the deviation of a token embedding's entries."""
         return x_BLD
@@ -71,6 +75,9 @@ class Learned(Position):
 
     def validate(self):
         require_positive(self, "max_length")
+
+    def parameters(self, width, heads):
+        return self.max_length * width
 
     def embed(self, x_BLD, positions_BL, *, unit, param):
         length = positions_BL.shape[-1]
@@ -132,6 +139,9 @@ class T5Bias(Position):
             "max_distance",
             f"must be > buckets / 2 = {self.buckets // 2}, got {self.max_distance}",
         )
+
+    def parameters(self, width, heads):
+        return self.buckets * heads
 
     def shared(self, heads, *, param):
         return {"embedding": param("embedding", nn.initializers.normal(0.02), (self.buckets, heads), ("buckets", "heads"))}

@@ -18,6 +18,14 @@ from llm_jax.core.sharding import partitioned
 class Residual(Config):
     """x + branch."""
 
+    def parameters(self) -> int:
+        """Trainable scalars of one connection."""
+        return 0
+
+    def shrinkage(self, depth: int) -> float:
+        """By what the last matrix of a branch is drawn smaller: the stream sums 2·depth branches. Radford et al. 2019."""
+        return 1 / math.sqrt(2 * depth)
+
     def join(self, x: jax.Array, branch: jax.Array, *, depth: int, gain: Callable[[float], jax.Array]) -> jax.Array:
         """`[B, L, D]` twice to once. depth: layers of the model; gain: makes a learned scalar with that initial value."""
         return x + branch
@@ -26,6 +34,9 @@ class Residual(Config):
 @dataclass(frozen=True)
 class NoResidual(Residual):
     """The branch alone."""
+
+    def shrinkage(self, depth):
+        return 1.0  # nothing is summed
 
     def join(self, x, branch, *, depth, gain):
         return branch
@@ -37,6 +48,12 @@ class Scaled(Residual):
 
     learned: bool = False
 
+    def shrinkage(self, depth):
+        return 1.0  # the factor is in the sum
+
+    def parameters(self):
+        return int(self.learned)
+
     def join(self, x, branch, *, depth, gain):
         factor = 1 / math.sqrt(2 * depth)
         return x + branch * (gain(factor).astype(x.dtype) if self.learned else factor)
@@ -45,6 +62,12 @@ class Scaled(Residual):
 @dataclass(frozen=True)
 class ReZero(Residual):
     """x + α·branch with a learned α that starts at 0. Bachlechner et al. 2020."""
+
+    def parameters(self):
+        return 1
+
+    def shrinkage(self, depth):
+        return 1.0
 
     def join(self, x, branch, *, depth, gain):
         return x + branch * gain(0.0).astype(x.dtype)

@@ -26,6 +26,8 @@ class NextToken(Config):
 
     z_loss: float = traced(0.0)
 
+    scores = ("loss", "bits_per_byte", "accuracy")  # what evaluation reports
+
     def validate(self):
         require(self.z_loss >= 0, "z_loss", f"must be >= 0, got {self.z_loss}")
 

@@ -24,8 +24,8 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def clip_by_global_norm(largest: Any) -> optax.GradientTransformation:
-    """Gradients scaled down to a global norm of `largest` (may be traced); `None` or 0 leaves them alone. Pascanu et al. 2013."""
-    if largest is None or (isinstance(largest, (int, float)) and largest == 0):
+    """Gradients scaled down to a global norm of `largest` (may be traced); `None` leaves them alone. Pascanu et al. 2013."""
+    if largest is None:
         return optax.identity()
 
     def update(updates, state, params=None):

@@ -180,11 +180,12 @@ def _rows(sums: Sums, members: int) -> list[Row]:
 
 
 def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, members: int) -> Row:
-    """Records the rows with their axes, shows their mean, and returns that mean."""
+    """Records the rows with their axes, shows the mean of those that have not diverged, and returns it."""
     seconds = clock.read() / members  # a trial's share of the program's time
     axes = {"step": step, "tokens": step * session.tokens_per_step, "flops": step * session.flops_per_step, "seconds": seconds}
     session.record(step, [axes | row for row in rows])
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    finite = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in rows[0]}
+    mean = {name: float(np.mean(values)) if values else math.nan for name, values in finite.items()}
     session.report(step, **mean)
     return mean
 

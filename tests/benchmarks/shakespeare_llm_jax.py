@@ -46,7 +46,7 @@ def recipe(text: str):
         optimizer=Muon(learning_rate=1e-2, momentum=0.8, b1=0.8, b2=0.95, weight_decay=0.0),
         schedule=Linear(warmup=10.0),
         train=Train(steps=steps, log_every=30),
-        evaluation=Evaluation(every=steps, tokens=None),
+        evaluation=Evaluation(every=steps, bytes=None),
         checkpoints=Checkpoints(every=steps),
     )
 

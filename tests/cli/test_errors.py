@@ -24,6 +24,9 @@ ERRORS = {
     "no such file": (["--set=data.corpus=TextFiles(path='nowhere.txt')"], "nowhere.txt"),
     "what the grid sets": (["--set=optimizer.learning_rate=0.1"], "optimizer.learning_rate is set by the grid"),
     "what every arm sets": (["--set=model.position=Rope()"], "model.position is set by every arm"),
+    "what every arm replaces": (["--set=model.position.theta=500"], "model.position.theta is set by every arm"),
+    "no arm": (["--arms="], "--arms names no arm: the arms are rope, alibi"),
+    "a seed out of range": (["--set=seed=3000000000"], "seed must be"),
     "evaluation between records": (
         ["--set=evaluation.every=13"],
         "evaluation.every must be a multiple of train.log_every=6, got 13",

@@ -14,9 +14,22 @@ def test_the_rest_is_worked_out():
     assert dict(Mesh(data=2, fsdp=-1).build().shape) == {"population": 1, "data": 2, "fsdp": 4, "tensor": 1}
 
 
-@pytest.mark.parametrize("members, population", [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (24, 8)])
-def test_trials_get_the_devices_that_are_free(members, population):
-    assert Mesh().for_population(members, 8).shape(8)["population"] == population
+@pytest.mark.parametrize("members, population, data", [(1, 1, 8), (2, 2, 4), (3, 3, 2), (4, 4, 2), (7, 7, 1), (24, 8, 1)])
+def test_trials_get_the_devices_that_are_free(members, population, data):
+    mesh = Mesh().for_population(members, 8, rows=16)
+    assert (mesh.population, mesh.data) == (population, data)
+    assert mesh.build(jax.devices()).size == population * data
+
+
+@pytest.mark.parametrize("open_axis", [Mesh(), Mesh(data=1, fsdp=-1), Mesh(data=2, fsdp=-1, tensor=1), Mesh(data=1, tensor=-1)])
+def test_any_number_of_devices_serves_any_number_of_trials(open_axis):
+    for devices in range(2, 130, 2):
+        alone = open_axis.for_population(1, devices, rows=16)
+        for members in (1, 3, 4, 8, 24):
+            mesh = open_axis.for_population(members, devices, rows=16)
+            used = mesh.population * mesh.data * mesh.fsdp * mesh.tensor
+            assert used <= devices and 16 % (mesh.data * mesh.fsdp) == 0 and mesh.population <= members
+            assert (alone.data * alone.fsdp) % (mesh.data * mesh.fsdp) == 0, "batches for scoring fit every group"
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,19 @@ def test_the_order_is_a_function_of_seed_and_step(corpus, tmp_path):
 def test_evaluation_counts_every_target_once(corpus, tmp_path):
     tokens = packing.tokenize(corpus, Bytes().fit(corpus, tmp_path), "valid", tmp_path)
     data = Data(corpus=corpus, document_masks=False)
-    batches = pipeline.evaluation_batches(data, tokens, length=32, batch=8, limit_tokens=None)
+    lengths = Bytes().fit(corpus, tmp_path).byte_lengths
+    batches = pipeline.evaluation_batches(data, tokens, length=32, batch=8, byte_lengths=lengths, limit_bytes=None)
     assert batches.weights.sum() == pipeline.windows(tokens, 32) * 32
+
+
+def test_every_tokenizer_is_scored_on_the_same_text(subwords, corpus, tmp_path):
+    tokenizer, limit = subwords, 600
+    for fitted in (tokenizer, Bytes().fit(corpus, tmp_path)):
+        tokens = packing.tokenize(corpus, fitted, "valid", tmp_path)
+        given = {"length": 8, "batch": 2, "byte_lengths": fitted.byte_lengths}
+        batches = pipeline.evaluation_batches(Data(corpus=corpus, document_masks=False), tokens, **given, limit_bytes=limit)
+        scored = (fitted.byte_lengths[batches.targets] * batches.weights).sum()
+        assert limit - 8 * fitted.byte_lengths.max() < scored <= limit
 
 
 def test_an_interrupted_write_is_not_trusted(corpus, tmp_path, monkeypatch):

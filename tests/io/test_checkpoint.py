@@ -52,6 +52,21 @@ def test_what_was_saved_comes_back_on_any_layout(tmp_path, parts):
     assert restored["w"].sharding.is_equivalent_to(like["w"].sharding, 2)
 
 
+@pytest.mark.parametrize("members", [5, 8, 10])
+def test_a_population_padded_for_other_devices_comes_back(tmp_path, members):
+    saved(tmp_path / "c")
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (members, *x.shape[1:]), x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        state(),
+    )
+    _, restored, _ = Checkpointer(tmp_path / "c", warn=pytest.fail).restore(like)
+    kept = min(members, 8)
+    assert restored["w"].shape[0] == members
+    assert_equal(*(jax.tree.map(lambda x: x[:kept], tree) for tree in (restored, state(20))))
+
+
 def _flip(file: pathlib.Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,16 +1,19 @@
 """Declaring: how arms compose, what scales and selections change, and what is refused; a work folder knows whose it is."""
 
 import json
+import pathlib
 
 import pytest
 
 from llm_jax.core.config import ConfigError, fingerprint, from_json, to_json
 from llm_jax.lab import Ablation, Arms, Claim, Experiment, chain, log_grid, product, zipped
 from llm_jax.lab.experiment import load
+from llm_jax.lab.population import check_rows, layout
 from llm_jax.lab.workfolder import WorkFolder
 from llm_jax.nn.position import Alibi, NoPosition, Rope
 from llm_jax.optim.optimizers import SGD, AdamW, Lion
 
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 POSITIONS = {"model.position": {"rope": Rope(), "alibi": Alibi()}}
 RATES = {"optimizer.learning_rate": (1e-3, 1e-2)}
 WIDTHS = {"model.width": {"narrow": 32, "wide": 64}}
@@ -140,6 +143,53 @@ def test_a_work_folder_refuses_another_ablation_and_says_what_differs(tmp_path, 
         folder.claim(other(), corpora=corpora)
     assert "belongs to another experiment" in str(error.value) and sentence in str(error.value), str(error.value)
     assert (tmp_path / "w" / "ablation.json").read_bytes() == before
+
+
+def test_a_run_of_some_arms_leaves_what_the_others_declared(tmp_path):
+    folder, claims = WorkFolder(tmp_path / "w"), [Claim("r", better="rope", than="alibi")]
+    folder.claim(ablation(claims=claims), corpora=CORPORA)
+    folder.claim(ablation(claims=claims, seeds=9).only(["alibi"]), corpora={"alibi": "a1"})
+    kept = folder.declared()
+    assert (kept["arms"], kept["baseline"], kept["seeds"]) == (["rope", "alibi"], "rope", 9)
+    assert [c["text"] for c in kept["claims"]] == ["r"] and set(kept["scientific"]) == {"rope", "alibi"}
+    folder.claim(ablation(claims=[Claim("new", better="alibi", than="rope")], baseline="alibi"), corpora=CORPORA)
+    assert [c["text"] for c in folder.declared()["claims"]] == ["new"] and folder.declared()["baseline"] == "alibi"
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("c*.py")), ids=lambda f: f.stem)
+def test_every_scale_of_every_experiment_fits_any_machine(file):
+    declared = load(file)
+    for scale in declared.scales:
+        at = declared.at_scale(scale)
+        for arm in at.arms:
+            experiment = at.experiment(arm)
+            for devices in (1, 2, 6, 8, 24, 64, 96, 256):
+                for members in (1, at.seeds, len(at.grid), 5):
+                    check_rows(experiment, layout(experiment, members, devices)[0].sizes)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("Rope(thta=5)", "line 4 cannot be run: TypeError"),
+        ("Ablation(question='q', base=Experiment(), nuissance={})", "line 4 cannot be run: TypeError"),
+        ("Ablation(question='q', base=Experiment(), nuisance={'optimizer.learning_rate': 1e-3})", "line 4 cannot be run"),
+        ("Ablation(question='q', base=Experiment(), scientific={'model.depth': [1, 2]})", "line 4 cannot be run"),
+        ("Ablation(question='q', base=Experiment(), scientific={'model.dpeth': {'a': 1}})", "did you mean depth"),
+    ],
+)
+def test_a_mistake_in_the_file_is_a_sentence_with_its_line(text, sentence, tmp_path):
+    (tmp_path / "wrong.py").write_text(
+        f"from llm_jax.lab import Ablation, Experiment\nfrom llm_jax.nn.position import Rope\n\nablation = {text}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "wrong.py")
+    assert sentence in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_metric_has_one_direction():
+    sign = ablation(metric="valid/accuracy", mode="max", tuning_metric="valid/bits_per_byte").sign
+    assert [sign(m) for m in ("valid/accuracy", "valid/accuracy@4x", "valid/bits_per_byte", "test/accuracy")] == [-1, -1, 1, -1]
 
 
 def test_a_folder_of_something_else_is_not_taken(tmp_path):

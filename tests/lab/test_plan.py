@@ -1,11 +1,18 @@
 """What is planned: who is tuned where, on which seeds, at what cost, and how many trials share a program."""
 
+import jax
+import numpy as np
 import pytest
 
 from llm_jax.core import platform
+from llm_jax.core.config import override
+from llm_jax.core.types import Batch
 from llm_jax.lab import plan
 from llm_jax.lab.plan import Cost
+from llm_jax.lab.population import compile_population
 from llm_jax.models import count
+from llm_jax.nn.ffn import Gated
+from llm_jax.optim.optimizers import SGD
 from tests.cli.test_errors import run
 from tests.lab.test_experiment import ablation
 from tests.lab.test_runner import declared  # noqa: F401
@@ -62,6 +69,29 @@ def test_evaluation_costs_a_forward_pass_of_what_it_scores():
     per_token = [count.flops_per_token(experiment.model, 257, length) for length in (128, 512)]
     assert price.evaluation == pytest.approx((1000 * per_token[0] + 500 * per_token[1]) / 3)
     assert price.tokens == experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.remat": "full"},
+        {"model.depth": 4, "data.sequence_length": 256},
+        {"model.ffn": Gated(), "model.tied": False},
+        {"optimizer": SGD()},
+    ],
+    ids=lambda c: ",".join(c) or "plain",
+)
+def test_memory_is_near_what_the_compiler_allots(changes):
+    sizes = {"model.width": 128, "model.depth": 2, "model.attention.heads": 4, "data.sequence_length": 128, "data.batch_size": 16}
+    experiment, vocabulary = override(ablation().base, sizes | changes), 512
+    lengths = np.ones(vocabulary, np.int32)
+    program = compile_population(experiment, 1, vocabulary=vocabulary, byte_lengths=lengths, devices=jax.devices()[:1])
+    ids = jax.ShapeDtypeStruct((1, 1, experiment.data.batch_size, experiment.data.sequence_length), np.int32)
+    with jax.set_mesh(program.mesh):
+        found = program.steps.lower(program.values, program.abstract, Batch(ids, ids)).compile().memory_analysis()
+    allotted = found.argument_size_in_bytes + found.temp_size_in_bytes  # the state is donated
+    assert 0.6 < plan.cost(experiment, vocabulary).memory / allotted < 1.7
 
 
 def test_the_plan_prints_everything_and_trains_nothing(declared, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -26,7 +26,7 @@ ablation = Ablation(
     question="Which of two schemes learns faster?",
     base=Experiment(
         data=Data(corpus=TextFiles(path={text!r}), sequence_length=16, batch_size=4), model=Decoder(width=16, depth=1, attention=Attention(heads=2)),
-        train=Train(steps=60, log_every=6), evaluation=Evaluation(every=12, tokens=512, lengths=(1, 2)), checkpoints=Checkpoints(every=6)),
+        train=Train(steps=60, log_every=6), evaluation=Evaluation(every=12, bytes=512, lengths=(1, 2)), checkpoints=Checkpoints(every=6)),
     scientific={{"model.position": {{"rope": Rope(), "alibi": Alibi()}}}},
     nuisance={{"optimizer.learning_rate": (1e-3, 1e-2)}}, seeds=2,
     claims=[Claim("ALiBi is better", better="alibi", than="rope")],

@@ -61,7 +61,7 @@ def trial(arm, phase, seed, value, rate, status="done"):
         else {"valid/bpb": value, "valid/bpb@1x": value, "valid/bpb@4x": None if value is None else value + 0.1}
     )
     return {
-        "schema": 1, "status": status, "error": "MemoryError: full" if status == "failed" else None, "phase": phase, "arm": arm,
+        "status": status, "error": "MemoryError: full" if status == "failed" else None, "phase": phase, "arm": arm,
         "nuisance": {"optimizer.learning_rate": rate}, "seed": seed, "fingerprint": "f", "trial": f"{arm}-{phase}-{seed}-{rate}", "config": {"class": "Experiment"},
         "metrics": metrics,
         "curve": {"step": [1, 2], "tokens": [8, 16], "flops": [1.0, 2.0], "seconds": [0.1, 0.2], "train/loss": [3.0, 2.0], "valid/bpb": [None, value]},
@@ -117,6 +117,25 @@ def test_a_rebuilt_report_is_the_same_to_the_byte(tmp_path):
     report.write([tmp_path / "w"], tmp_path / "two")
     for name in ("report.html", "report.md", "results.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_an_arm_whose_final_runs_diverge_is_not_better(tmp_path):
+    work = folder(tmp_path / "w")
+    for seed in (0, 1):
+        lost = trial("b", "final", seed, None, 0.4, "diverged")
+        (work / "trials" / lost["trial"] / "results.json").write_text(json.dumps(lost))
+    made = report.write([work], work).data
+    assert {row["arm"]: row["verdict"] for row in made["arms"]}["b"] == "diverges" and "better than" not in made["answer"]
+    assert {c["text"]: c["verdict"] for c in made["claims"]}["b beats a"] == "inconclusive"
+
+
+def test_settings_that_differ_between_folders_are_told(tmp_path):
+    one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
+    for file in (two / "trials").glob("*/results.json"):
+        changed = json.loads(file.read_text()) | {"config": {"class": "Experiment", "train": {"steps": 500}}}
+        file.write_text(json.dumps(changed))
+    problems = summary.summarize([one, two]).data["problems"]
+    assert "train.steps is null in one, 500 in two" in problems
 
 
 def test_a_claim_is_tested_between_arms_of_two_folders(tmp_path):

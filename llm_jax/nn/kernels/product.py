@@ -2,7 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,20 @@ from llm_jax.core.platform import traits
 from llm_jax.core.sharding import split_axes
 
 
-def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1, result: Any = None) -> jax.Array:
     """`x [..., *I] · kernel [*I, *O] -> [..., *O]`, contracting the last `contract` dimensions of `x`.
 
-    Where the platform asks for it, the weight gradient is written `(gᵀx)ᵀ` on flattened operands: autodiff's `xᵀg` makes
-    XLA:CPU materialise transposed activations and recompute what produced them inside the copy (1.25–1.5× slower a step).
+    result: the dtype of the sums where it is not the operands': f32 logits of bf16 activations are not rounded on the way. Where
+    the platform asks for it, the weight gradient is written `(gᵀx)ᵀ` on flattened operands: autodiff's `xᵀg` makes XLA:CPU
+    materialise transposed activations and recompute what produced them inside the copy (1.25–1.5× slower a step).
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
     rows = x.shape[: x.ndim - contract]
-    multiply = _product if traits().transposed_weight_gradient else jnp.matmul
+    multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+    if result not in (None, x.dtype):
+        multiply = partial(jnp.matmul, preferred_element_type=result)
+    elif traits().transposed_weight_gradient:
+        multiply = _product
     flat = multiply(x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)
 
