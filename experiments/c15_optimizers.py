@@ -5,7 +5,7 @@
 Every optimizer is tuned over one grid of learning rates, wide enough to hold each one's best: sign-like updates want less,
 plain gradients more. Literature: Kaddour et al. 2023 (no train no gain), Wen et al. 2025 (fantastic optimizers), whose finding
 is that most gains over a well-tuned AdamW shrink once everything is tuned alike. About 15 minutes on 2 cores. Obtained
-(2026-11-24): Muon, SOAP, Adafactor and schedule-free AdamW beat AdamW in 400 steps, Lion and Sophia lose to it; see LOG.md.
+(2026-11-24): Muon, SOAP and schedule-free AdamW beat AdamW in 400 steps, the others lose to it; see LOG.md.
 """
 
 from llm_jax.data.corpora import Jsonl

@@ -76,7 +76,7 @@ class Decoder(Config):
 
     @property
     def scanned(self) -> bool:
-        """Whether the layers are one scanned body: this platform likes it so, or they are recomputed, which XLA:CPU undoes unrolled."""
+        """Whether the layers are one scanned body: the platform likes it, or they are recomputed, which XLA:CPU undoes unrolled."""
         return traits().scan_layers or self.remat != "none" if self.layers == "auto" else self.layers == "scanned"
 
     def build(self, vocabulary: int) -> Transformer:
