@@ -26,6 +26,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}: name another place", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

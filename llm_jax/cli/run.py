@@ -39,13 +39,14 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
     parse(FLAGS, argv)
     platform.setup()
+    platform.require_devices()
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.workfolder import WorkFolder
     from llm_jax.train.loop import Interrupted
 
-    if FLAGS.workdir is None and not FLAGS.plan:
+    if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])

@@ -232,7 +232,7 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(node.id.lower(), text)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return text
 
 

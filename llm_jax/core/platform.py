@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llm_jax.core.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -108,6 +110,20 @@ def setup(*, devices: int | None = None, cache: bool = True) -> None:
 
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def require_devices() -> None:
+    """Opens the backend. Raises `ConfigError` if JAX has none of the kind that was asked for."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).splitlines()[0] if str(error) else "no such device"
+        raise ConfigError(
+            f"JAX cannot use it ({reason}): install the extra for it, or unset it", f"JAX_PLATFORMS={asked}"
+        ) from None
 
 
 def cache_dir() -> pathlib.Path:

@@ -24,6 +24,9 @@ def arms_of(choices: Choices | Arms) -> Arms:
     """`{path: {name: value}}` as arms; several paths are crossed."""
     if isinstance(choices, Arms):
         return choices
+    for path, named in choices.items():
+        if not isinstance(named, Mapping):
+            raise ConfigError(f"must be {{name: value}}, got {named!r}", f"scientific[{path!r}]")
     return (
         product(*({path: named} for path, named in choices.items()))
         if len(choices) > 1

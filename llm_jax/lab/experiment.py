@@ -137,7 +137,9 @@ class Ablation:
         require(self.seeds >= 1, "seeds", f"must be >= 1, got {self.seeds}")
         require(self.tuning_seeds >= 1, "tuning_seeds", f"must be >= 1, got {self.tuning_seeds}")
         for path, values in self.nuisance.items():
-            require(len(values) > 0, f"nuisance[{path!r}]", "is an empty grid: give it at least one value")
+            where = f"nuisance[{path!r}]"
+            require(isinstance(values, (tuple, list)), where, f"must be a tuple of values, got {values!r}")
+            require(len(values) > 0, where, "is an empty grid: give it at least one value")
         for claim in self.claims:
             for arm in (claim.better, claim.than):
                 self._known(arm, f"claim {claim.text!r}")
@@ -243,7 +245,8 @@ def load(path: str | pathlib.Path) -> Ablation:
             "is no file: give --experiment=PATH of an experiment file, such as experiments/c06_positional_encoding.py", str(path)
         )
     spec = importlib.util.spec_from_file_location("experiment_" + re.sub(r"\W", "_", path.stem), path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError("is no Python file: give --experiment=PATH of an experiment file", str(path))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
@@ -256,6 +259,8 @@ def load(path: str | pathlib.Path) -> Ablation:
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):
+        for scale in declared.scales:  # a mistake in `full` is found before the big machine is rented
+            declared.at_scale(scale)
         return replace(declared, name=path.stem)
     if isinstance(single, Experiment):
         return Ablation(question=(module.__doc__ or path.stem).strip().splitlines()[0], base=single, seeds=1, name=path.stem)

@@ -31,20 +31,25 @@ def problems(trials: Sequence[Trial], ablation: Mapping[str, Any]) -> list[str]:
     return found + _other_settings(trials)
 
 
-def _other_settings(trials: Sequence[Trial]) -> list[str]:
-    """Where the settings of the folders differ that no arm and no grid changes."""
+def settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    """Folder → dotted path → value, of what no arm and no grid changes: runs compare where these are the same."""
     changed = {path for t in trials for changes in t["ablation"]["scientific"].values() for path in changes}
     changed |= {"seed", *(path for t in trials for path in t["ablation"]["nuisance"])}
-    settings: dict[str, dict[str, Any]] = {}  # folder → path → value
+    found: dict[str, dict[str, Any]] = {}
     for trial in trials:
-        if trial["folder"] not in settings:
+        if trial["folder"] not in found:
             flat = _flat(trial["config"]).items()
-            settings[trial["folder"]] = {p: v for p, v in flat if not any(f"{p}.".startswith(f"{c}.") for c in changed)}
-    paths = dict.fromkeys(path for own in settings.values() for path in own)
+            found[trial["folder"]] = {p: v for p, v in flat if not any(f"{p}.".startswith(f"{c}.") for c in changed)}
+    return found
+
+
+def _other_settings(trials: Sequence[Trial]) -> list[str]:
+    folders = settings(trials)
+    paths = dict.fromkeys(path for own in folders.values() for path in own)
     return [
-        f"{path} is " + ", ".join(f"{json.dumps(own.get(path))} in {folder}" for folder, own in settings.items())
+        f"{path} is " + ", ".join(f"{json.dumps(own.get(path))} in {folder}" for folder, own in folders.items())
         for path in paths
-        if len({json.dumps(own.get(path)) for own in settings.values()}) > 1
+        if len({json.dumps(own.get(path)) for own in folders.values()}) > 1
     ]
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from llm_jax.core.config import ConfigError
 from llm_jax.lab import statistics
 from llm_jax.lab.experiment import sign as direction
-from llm_jax.lab.problems import problems
+from llm_jax.lab.problems import problems, settings
 from llm_jax.lab.workfolder import WorkFolder, merged
 
 Trial = dict[str, Any]
+OTHER_SETTINGS = "other settings"  # the verdict on arms of a folder that does not compare with the baseline's
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
             raise ConfigError("holds no results (trials/*/results.json): is it a work folder, and has a trial ended?", str(workdir))
         for file in files:
             try:
-                trials.append(json.loads(file.read_text()) | {"folder": names[workdir]})
-            except json.JSONDecodeError as error:
+                trial = json.loads(file.read_text())
+                if not isinstance(trial, dict) or "provenance" not in trial:
+                    raise ValueError("it holds no trial")
+                trials.append(trial | {"folder": names[workdir]})
+            except ValueError as error:
                 raise ConfigError(f"is damaged ({error}): remove it and run the command again", str(file)) from None
     homes: dict[str, set[str]] = {}
     for trial in trials:
@@ -118,7 +122,10 @@ def _by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, float]
 
 
 def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]]:
-    differences = {arm: statistics.paired_difference(values[arm], values[baseline]) for arm in arms if arm != baseline}
+    alike = {arm for arm in arms if _alike(trials, arm, baseline)}
+    differences = {
+        arm: statistics.paired_difference(values[arm], values[baseline]) for arm in arms if arm != baseline and arm in alike
+    }
     adjusted = dict(zip(differences, statistics.holm([d.p if d else None for d in differences.values()]), strict=True))
     rows = []
     for arm in arms:
@@ -137,7 +144,9 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
                 "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
                 "difference": asdict(difference) if difference else None,
                 "p": adjusted.get(arm),
-                "verdict": _verdict(arm, baseline, difference, adjusted.get(arm), sign, _diverged(trials, arm)),
+                "verdict": _verdict(arm, baseline, difference, adjusted.get(arm), sign, _diverged(trials, arm))
+                if arm in alike
+                else OTHER_SETTINGS,
                 "parameters": winner["parameters"] if winner else None,
                 "seconds": winner["seconds"] if winner else None,
                 "tokens": winner["tokens"] if winner else None,
@@ -145,6 +154,14 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _alike(trials: Sequence[Trial], *arms: str) -> bool:
+    """Whether the arms' folders have the same settings, so that a difference is one of arms."""
+    known = settings(trials)
+    homes = {t["arm"]: t["folder"] for t in trials}
+    found = [known[homes[arm]] for arm in arms if arm in homes]
+    return all(own == found[0] for own in found)
 
 
 def _verdict(arm: str, baseline: str, difference, p, sign: int, diverged: int) -> str:
@@ -160,7 +177,7 @@ def _at_edge(value: float | None, grid: Sequence[float]) -> bool:
 
 def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
     """One sentence, no stronger than the tests."""
-    known = [r for r in rows if r["mean"] is not None]
+    known = [r for r in rows if r["mean"] is not None and r["verdict"] != OTHER_SETTINGS]
     if not known:
         return "No arm has been trained to the end on fresh seeds yet."
     best = min(known, key=lambda r: sign * r["mean"])
@@ -181,7 +198,8 @@ def _claims(trials, ablation) -> list[dict[str, Any]]:
         metric = claim["metric"] or ablation["metric"]
         signs.append(direction(metric, judged=ablation["metric"], mode=ablation["mode"]))
         a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
-        differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]))
+        alike = _alike(trials, claim["better"], claim["than"])
+        differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]) if alike else None)
     adjusted = statistics.holm([d.p if d else None for d in differences])
     return [
         claim

@@ -1,5 +1,6 @@
 """A mistake in what was typed: one sentence, exit code 2, nothing written."""
 
+import os
 import subprocess
 import sys
 
@@ -69,6 +70,29 @@ def test_a_folder_of_another_experiment_is_refused_with_what_differs(declared, t
     assert "model.depth is 2 there and 1 here" in text and "train.steps is 66 there and 60 here" in text
     assert [f.name for f in (tmp_path / "w").iterdir()] == ["ablation.json"]
     assert (tmp_path / "w" / "ablation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--experiment=README.md", "--workdir={folder}/w"], "README.md is no Python file"),
+        (["--experiment={declared}", "--workdir={folder}/empty.txt/w"], "empty.txt"),
+        (["--experiment={declared}", "--workdir={folder}/empty.txt"], "empty.txt is a file"),
+        (["--experiment={declared}", "--workdir="], "--workdir is missing"),
+    ],
+)
+def test_a_wrong_place_is_one_sentence(declared, flags, sentence, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    (tmp_path / "empty.txt").touch()
+    code, _, text = run([f.format(folder=tmp_path, declared=declared) for f in flags], monkeypatch, capsys)
+    assert code == 2 and sentence in text and "\n" not in text, text
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(declared, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "llm_jax", "run", f"--experiment={declared}", f"--workdir={tmp_path / 'w'}"]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "rocm"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=rocm"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_commands_are_listed():

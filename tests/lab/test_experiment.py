@@ -173,8 +173,9 @@ def test_every_scale_of_every_experiment_fits_any_machine(file):
     [
         ("Rope(thta=5)", "line 4 cannot be run: TypeError"),
         ("Ablation(question='q', base=Experiment(), nuissance={})", "line 4 cannot be run: TypeError"),
-        ("Ablation(question='q', base=Experiment(), nuisance={'optimizer.learning_rate': 1e-3})", "line 4 cannot be run"),
-        ("Ablation(question='q', base=Experiment(), scientific={'model.depth': [1, 2]})", "line 4 cannot be run"),
+        ("Ablation(question='q', base=Experiment(), nuisance={'optimizer.learning_rate': 1e-3})", "must be a tuple of values"),
+        ("Ablation(question='q', base=Experiment(), scientific={'model.depth': [1, 2]})", "must be {name: value}, got [1, 2]"),
+        ("Ablation(question='q', base=Experiment(), scales={'full': {'train.stpes': 5}})", "train.stpes is no field of Train"),
         ("Ablation(question='q', base=Experiment(), scientific={'model.dpeth': {'a': 1}})", "did you mean depth"),
     ],
 )

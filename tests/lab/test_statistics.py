@@ -134,8 +134,11 @@ def test_settings_that_differ_between_folders_are_told(tmp_path):
     for file in (two / "trials").glob("*/results.json"):
         changed = json.loads(file.read_text()) | {"config": {"class": "Experiment", "train": {"steps": 500}}}
         file.write_text(json.dumps(changed))
-    problems = summary.summarize([one, two]).data["problems"]
-    assert "train.steps is null in one, 500 in two" in problems
+    made = summary.summarize([one, two]).data
+    assert "train.steps is null in one, 500 in two" in made["problems"]
+    rows = {row["arm"]: (row["verdict"], row["p"]) for row in made["arms"]}
+    assert rows["two/b"] == ("other settings", None) and rows["one/b"][0] == "better", "unlike runs are not tested"
+    assert "two/" not in made["answer"]
 
 
 def test_a_claim_is_tested_between_arms_of_two_folders(tmp_path):
