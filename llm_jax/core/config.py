@@ -158,11 +158,16 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 
+def nearest(name: str, names: list[str]) -> str:
+    """The names that a misspelt one may have meant, for a sentence; all of them where none is near."""
+    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names)
+
+
 def _require_field(config: Config, name: str) -> None:
     names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
-        raise ConfigError(f"is no field of {type(config).__name__}: did you mean {', '.join(near)}?", name)
+        near = nearest(name, names)
+        raise ConfigError(f"is no field of {type(config).__name__}: did you mean {near}?", name)
 
 
 def override_text(config: C, assignments: Iterable[str]) -> C:
@@ -220,8 +225,8 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
     call = node.func if isinstance(node, ast.Call) else node
     if choices and isinstance(call, ast.Name) and call.id not in ("None", "none"):
         if call.id not in choices:
-            near = difflib.get_close_matches(call.id, choices, n=3, cutoff=0.5) or sorted(choices)
-            raise ConfigError(f"has no choice {call.id!r}: did you mean {', '.join(near)}?", where)
+            near = nearest(call.id, sorted(choices))
+            raise ConfigError(f"has no choice {call.id!r}: did you mean {near}?", where)
         return _construct(choices[call.id], node, where)
     if str in members or any(typing.get_origin(m) is typing.Literal for m in members):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -246,8 +251,8 @@ def _construct(cls: type, node: ast.expr, where: str) -> Any:
     for keyword in node.keywords:
         name = keyword.arg or "**"
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=3, cutoff=0.5) or sorted(hints)
-            raise ConfigError(f"has no {name!r} in {cls.__name__}: did you mean {', '.join(near)}?", where)
+            near = nearest(name, sorted(hints))
+            raise ConfigError(f"has no {name!r} in {cls.__name__}: did you mean {near}?", where)
         values[name] = _evaluate(keyword.value, ast.unparse(keyword.value), hints[name], f"{where}.{name}")
     try:
         return cls(**values)

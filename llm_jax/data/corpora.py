@@ -215,8 +215,10 @@ class Jsonl(Corpus):
         text = record.get(self.field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise ConfigError(f"has no text under {self.field!r}: set data.corpus.field to the name it has", where)
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ConfigError("has half a surrogate pair, which is no text: remove the line or repair its escapes", where)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError("has half a surrogate pair, which is no text: remove the line or repair its escapes", where) from None
         return text
 
 

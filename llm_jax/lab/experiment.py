@@ -203,9 +203,10 @@ class Ablation:
         claims = tuple(c for c in self.claims if c.better in names and c.than in names)
         return replace(self, scientific=kept, claims=claims, baseline=self.baseline if self.baseline in names else None)
 
-    def described(self) -> dict[str, Any]:
-        """The JSON that a work folder is recognised by, and that reports are made from."""
+    def described(self, scale: str | None) -> dict[str, Any]:
+        """The JSON that a work folder keeps and that reports are made from; scale: the name of the one it is at."""
         return {
+            "scale": scale,
             "name": self.name,
             "question": self.question,
             "metric": self.metric,

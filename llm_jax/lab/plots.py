@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from llm_jax.lab.experiment import sign
 from llm_jax.lab.summary import Summary, finite_mean
 
 # Okabe & Ito 2008, then Tol's muted set
@@ -133,7 +134,8 @@ def _curves(ax, summary: Summary, axis: str) -> None:
 
 def _sensitivity(ax, summary: Summary, path: str) -> None:
     """The tuning metric against one nuisance parameter: the mean over tuning seeds, the best over the other parameters."""
-    metric, best = summary.data["tuning_metric"], (min if summary.data["mode"] == "min" else max)
+    metric = summary.data["tuning_metric"]
+    best = min if sign(metric, judged=summary.data["metric"], mode=summary.data["mode"]) > 0 else max
     for row in summary.data["arms"]:
         scores: dict[tuple, list[float]] = {}
         for trial in summary.trials:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Trial = dict[str, Any]
+Trial = dict[str, Any]  # a `results.json`, with the "folder" it lies in and the arm's "own_arm" beside the reported name
 
 
 def problems(trials: Sequence[Trial], ablation: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import math
 import pathlib
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.progress import Progress
@@ -74,8 +73,7 @@ class Runner:
         known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in experiment.objective.scores]
         for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
             if metric is not None and metric not in known:
-                near = difflib.get_close_matches(metric, known, 1, cutoff=0.0)
-                raise ConfigError(f"is not scored: did you mean {near[0]}? There are {', '.join(known)}", f"metric {metric!r}")
+                raise ConfigError(f"is not scored: did you mean {nearest(metric, known)}?", f"metric {metric!r}")
 
     def costs(self) -> dict[str, Cost]:
         """Arm → what one of its trials takes."""
@@ -244,9 +242,8 @@ class Group:
             (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
 
     def _origin(self) -> results.Provenance:
-        ablation = self.runner.ablation.described() | {"scale": self.runner.scale}
         return results.Provenance(
-            ablation,
+            self.runner.ablation.described(self.runner.scale),
             self.runner.command,
             self.source.corpus.fingerprint(),
             self.source.tokenizer.fingerprint,

@@ -12,6 +12,7 @@ from llm_jax.core.platform import cache_dir
 from llm_jax.core.types import Batch
 from llm_jax.data import packing, pipeline
 from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.population import layout
 
 
 class Source:
@@ -20,8 +21,7 @@ class Source:
     def __init__(self, experiment: Experiment):
         self.data, self.evaluation = experiment.data, experiment.evaluation
         self.corpus = experiment.data.corpus
-        rows = experiment.data.batch_size // experiment.train.accumulate
-        mesh = experiment.mesh.for_population(1, jax.device_count(), rows)
+        mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
         self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}

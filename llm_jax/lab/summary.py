@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ import numpy as np
 from llm_jax.core.config import ConfigError
 from llm_jax.lab import statistics
 from llm_jax.lab.experiment import sign as direction
-from llm_jax.lab.problems import problems, settings
+from llm_jax.lab.problems import Trial, problems, settings
 from llm_jax.lab.workfolder import WorkFolder, merged
 
-Trial = dict[str, Any]
 OTHER_SETTINGS = "other settings"  # the verdict on arms of a folder that does not compare with the baseline's
 
 
@@ -77,7 +76,8 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
     arms = _ordered(trials)
     values = {arm: _by_seed(trials, arm, metric) for arm in arms}
     baseline = _baseline(arms, ablation["baseline"])
-    rows = _rows(trials, arms, values, baseline, ablation, sign)
+    alike = _alike(trials)
+    rows = _rows(trials, arms, values, baseline, ablation, sign, alike)
     floor = statistics.noise_floor([list(v.values()) for v in values.values()], tests=max(len(arms) - 1, 1))
     data = {
         "question": ablation["question"],
@@ -90,7 +90,7 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
         "answer": _answer(rows, metric, sign),
         "arms": rows,
         "noise_floor": None if floor is None else asdict(floor),
-        "claims": _claims(trials, ablation),
+        "claims": _claims(trials, ablation, alike),
         "nuisance": ablation["nuisance"],
         "scientific": ablation["scientific"],
         "metrics": _metrics(trials, arms),
@@ -121,11 +121,9 @@ def _by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, float]
     return {t["seed"]: t["metrics"][metric] for t in found if t["metrics"].get(metric) is not None}
 
 
-def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]]:
-    alike = {arm for arm in arms if _alike(trials, arm, baseline)}
-    differences = {
-        arm: statistics.paired_difference(values[arm], values[baseline]) for arm in arms if arm != baseline and arm in alike
-    }
+def _rows(trials, arms, values, baseline, ablation, sign, alike) -> list[dict[str, Any]]:
+    compared = [arm for arm in arms if arm != baseline and alike(arm, baseline)]
+    differences = {arm: statistics.paired_difference(values[arm], values[baseline]) for arm in compared}
     adjusted = dict(zip(differences, statistics.holm([d.p if d else None for d in differences.values()]), strict=True))
     rows = []
     for arm in arms:
@@ -133,6 +131,7 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
         winner = next((t for t in trials if t["arm"] == arm and t["phase"] == "final"), None)
         nuisance = winner["nuisance"] if winner else {}
         difference = differences.get(arm)
+        verdict = _verdict(difference, adjusted.get(arm), sign, arm in compared, _diverged(trials, arm))
         rows.append(
             {
                 "arm": arm,
@@ -144,9 +143,7 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
                 "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],
                 "difference": asdict(difference) if difference else None,
                 "p": adjusted.get(arm),
-                "verdict": _verdict(arm, baseline, difference, adjusted.get(arm), sign, _diverged(trials, arm))
-                if arm in alike
-                else OTHER_SETTINGS,
+                "verdict": "baseline" if arm == baseline else verdict,
                 "parameters": winner["parameters"] if winner else None,
                 "seconds": winner["seconds"] if winner else None,
                 "tokens": winner["tokens"] if winner else None,
@@ -156,19 +153,17 @@ def _rows(trials, arms, values, baseline, ablation, sign) -> list[dict[str, Any]
     return rows
 
 
-def _alike(trials: Sequence[Trial], *arms: str) -> bool:
-    """Whether the arms' folders have the same settings, so that a difference is one of arms."""
-    known = settings(trials)
-    homes = {t["arm"]: t["folder"] for t in trials}
-    found = [known[homes[arm]] for arm in arms if arm in homes]
-    return all(own == found[0] for own in found)
+def _alike(trials: Sequence[Trial]) -> Callable[[str, str], bool]:
+    """Whether two arms' folders have the same settings, so that a difference is one of arms."""
+    known, homes = settings(trials), {t["arm"]: t["folder"] for t in trials}
+    return lambda a, b: a in homes and b in homes and known[homes[a]] == known[homes[b]]
 
 
-def _verdict(arm: str, baseline: str, difference, p, sign: int, diverged: int) -> str:
-    """What the test says, but for an arm whose runs did not all end well: those that did are a selection."""
-    if diverged and arm != baseline:
-        return "diverges"
-    return "baseline" if arm == baseline else statistics.verdict(difference, p, sign=sign)
+def _verdict(difference, p, sign: int, compared: bool, diverged: int) -> str:
+    """What the test says, where the arm's settings are the baseline's and all its runs ended well: those that do are a selection."""
+    if not compared:
+        return OTHER_SETTINGS
+    return "diverges" if diverged else statistics.verdict(difference, p, sign=sign)
 
 
 def _at_edge(value: float | None, grid: Sequence[float]) -> bool:
@@ -191,15 +186,15 @@ def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
     return f"{start}; {'; '.join(parts)} (paired over seeds, Holm-corrected)."
 
 
-def _claims(trials, ablation) -> list[dict[str, Any]]:
+def _claims(trials, ablation, alike) -> list[dict[str, Any]]:
     claims = [named for claim in ablation["claims"] for named in _as_reported(trials, claim)]
     differences, signs = [], []
     for claim in claims:
         metric = claim["metric"] or ablation["metric"]
         signs.append(direction(metric, judged=ablation["metric"], mode=ablation["mode"]))
         a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
-        alike = _alike(trials, claim["better"], claim["than"])
-        differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]) if alike else None)
+        tested = alike(claim["better"], claim["than"])
+        differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]) if tested else None)
     adjusted = statistics.holm([d.p if d else None for d in differences])
     return [
         claim

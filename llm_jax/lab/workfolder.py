@@ -55,7 +55,7 @@ class WorkFolder:
             "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()},
             "corpora": corpora,
         }
-        file, described = self.path / "ablation.json", ablation.described() | {"scale": scale}
+        file, described = self.path / "ablation.json", ablation.described(scale)
         if file.exists():
             known = _read(file)
             found = _differences(known["identity"], identity)

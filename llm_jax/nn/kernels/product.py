@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,8 @@ def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1, result: Any =
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
     rows = x.shape[: x.ndim - contract]
-    multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
-    if result not in (None, x.dtype):
-        multiply = partial(jnp.matmul, preferred_element_type=result)
-    elif traits().transposed_weight_gradient:
-        multiply = _product
+    written_out = traits().transposed_weight_gradient and result in (None, x.dtype)
+    multiply = _product if written_out else partial(jnp.matmul, preferred_element_type=result)
     flat = multiply(x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)
 
