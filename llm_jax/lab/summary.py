@@ -160,7 +160,7 @@ def _alike(trials: Sequence[Trial]) -> Callable[[str, str], bool]:
 
 
 def _verdict(difference, p, sign: int, compared: bool, diverged: int) -> str:
-    """What the test says, where the arm's settings are the baseline's and all its runs ended well: those that do are a selection."""
+    """What the test says, where settings are the baseline's and all runs ended well: else the seeds that did are a selection."""
     if not compared:
         return OTHER_SETTINGS
     return "diverges" if diverged else statistics.verdict(difference, p, sign=sign)
