@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain
-from llm_jax.nn.attention import attend
+from llm_jax.nn.attention import Bias, Places, attend
 from llm_jax.nn.linear import Linear, project
 from llm_jax.nn.position import Position
 
@@ -70,12 +70,15 @@ class MultiHead(nn.Module):
         q_BLHK = self.position.rotate(constrain(q_BLHK, "batch", "length", "heads_act", None), places_1L)
         k_BLGK = self.position.rotate(constrain(k_BLGK, "batch", "length", "kv_heads_act", None), places_1L)
         v_BLGK = constrain(v_BLGK, "batch", "length", "kv_heads_act", None)
+        biased = type(self.position).bias is not Position.bias
+        places = Places(segment=segments_BL)
         out_BLHK = attend(
             q_BLHK,
             k_BLGK,
             v_BLGK,
-            segments_BL=segments_BL,
-            bias=lambda queries, keys: self.position.bias(dict(shared), queries, keys, c.heads),
+            queries=places,
+            keys=places,
+            bias=Bias(lambda params, a, b: self.position.bias(params, a, b, c.heads), dict(shared)) if biased else None,
             rate=rates.get("attention", 0.0),
             key=self.make_rng("dropout") if "attention" in rates else None,
         )
