@@ -18,6 +18,7 @@ from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Tokenizer
 from llm_jax.lab.arms import Arms, Choices, arms_of
 from llm_jax.models.decoder import Decoder
+from llm_jax.models.model import Model
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim.optimizers import AdamW, Optimizer
 from llm_jax.optim.schedules import Cosine, Schedule
@@ -68,7 +69,7 @@ class Experiment(Config):
     seed: int = traced(0)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Bytes)
-    model: Decoder = field(default_factory=Decoder)
+    model: Model = field(default_factory=Decoder)
     objective: NextToken = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)

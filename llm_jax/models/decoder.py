@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from llm_jax.core.sharding import constrain
 from llm_jax.models.heads import Head, LanguageModel
@@ -60,17 +59,16 @@ class Transformer(nn.Module):
         deterministic: no dropout."""
         c = self.config
         rates = {} if deterministic else c.dropout.rates()
-        if index_BL is None:
-            index_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+        places = Places(index_BL, segments_BL, prefix_BL)
         embedding = Embedding(c.embedding, self.vocabulary, c.width, c.precision.dtype, name="embedding")
-        positions_BL = index_BL if positions_BL is None else positions_BL
+        positions_BL = places.written(tokens_BL.shape[1]) if positions_BL is None else positions_BL
         x_BLD, shared = enter(c, embedding(tokens_BL), positions_BL, unit=c.embedding.deviation)
         x_BLD = embedding.finish(x_BLD, types_BL)
         if "embedding" in rates:
             x_BLD = dropout(x_BLD, rates["embedding"], self.make_rng("dropout"))
         x_BLD = constrain(x_BLD, "batch", "length", "embed_act")
         self.sow("intermediates", "stream", x_BLD)
-        context = Context(Places(index_BL, segments_BL, prefix_BL), shared, rates, slots=slots)
+        context = Context(places, shared, rates, slots=slots)
         x_BLD = layers(c, x_BLD, context)
         self.sow("intermediates", "hidden", x_BLD)
         return c.head.build(c, self.vocabulary)(x_BLD, embedding, tokens_BL, context)

@@ -119,7 +119,7 @@ class SequenceToSequence(nn.Module):
         self, inputs_BM: jax.Array, *, segments_BM: jax.Array | None = None, deterministic: bool = True
     ) -> Memory:
         """What the decoder looks at."""
-        places = Places(jnp.arange(inputs_BM.shape[1], dtype=jnp.int32)[None], segments_BM)
+        places = Places(segment=segments_BM)
         rates = {} if deterministic else self.config.encoder.dropout.rates()
         return Memory(self.encoder(self.input_embedding, inputs_BM, Context(places, rates=rates)), places)
 
@@ -134,8 +134,6 @@ class SequenceToSequence(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """`[B, L, V]` float32: the decoder's logits."""
-        if index_BL is None:
-            index_BL = jnp.arange(targets_BL.shape[1], dtype=jnp.int32)[None]
         if segments_BL is None and memory.places.segment is not None:  # one document a row: its inputs are of segment 0
             segments_BL = jnp.zeros(targets_BL.shape, jnp.int32)
         rates = {} if deterministic else self.config.decoder.dropout.rates()
@@ -154,7 +152,7 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, embedding: Embedding, tokens_BL: jax.Array, context: Context) -> jax.Array:
         c = self.config
-        x_BLD, shared = enter(c, embedding(tokens_BL), context.places.index, unit=self.embed.deviation)
+        x_BLD, shared = enter(c, embedding(tokens_BL), context.places.written(tokens_BL.shape[1]), unit=self.embed.deviation)
         x_BLD = embedding.finish(x_BLD, None)
         if "embedding" in context.rates:
             x_BLD = dropout(x_BLD, context.rates["embedding"], self.make_rng("dropout"))

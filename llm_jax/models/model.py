@@ -55,6 +55,11 @@ class Model(Config):
         return None
 
     @property
+    def drops(self) -> bool:
+        """Whether training drops anything at random."""
+        return any(stack.dropout.rates() for stack in self.stacks.values())
+
+    @property
     def causal(self) -> bool:
         """Whether no output sees a later token of its own sequence."""
         return self.final.causal

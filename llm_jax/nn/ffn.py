@@ -27,6 +27,14 @@ class FeedForward(Config):
         """Hidden units of a model of that width."""
         return 0
 
+    def build(self, gain: float, dtype: Any, name: str) -> nn.Module:
+        """The module `(x [B, L, D], dropout rates, valid [B, L] or None) -> [B, L, D]`; gain: of its last matrix's initialisation."""
+        return MLP(self, gain, dtype, name=name)
+
+    def idle(self, width: int) -> int:
+        """Trainable scalars that one token does not use."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Dense(FeedForward):
@@ -76,7 +84,7 @@ class MLP(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, rates: Mapping[str, Any]) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, rates: Mapping[str, Any], valid_BL: jax.Array | None = None) -> jax.Array:
         c, width = self.config, x_BLD.shape[-1]
         hidden = c.hidden(width)
         require(hidden > 0, "ffn.ratio", "leaves no hidden unit: raise it")

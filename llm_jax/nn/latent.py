@@ -93,13 +93,14 @@ class LatentAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
         c, places = self.config, context.places
-        q_BLHN, q_BLHR = self._queries(x_BLD, places)
-        c_BMC, k_BMR = self._latent(x_BLD, places)
+        index_BL = places.written(x_BLD.shape[1])
+        q_BLHN, q_BLHR = self._queries(x_BLD, index_BL)
+        c_BMC, k_BMR = self._latent(x_BLD, index_BL)
         keys = places
         if context.slots is not None:
-            c_BMC = extend(self, "latent", c_BMC, places.index, context.slots)
-            k_BMR = extend(self, "key", k_BMR, places.index, context.slots)
-            keys = Places(jnp.arange(context.slots, dtype=jnp.int32)[None])
+            c_BMC = extend(self, "latent", c_BMC, index_BL, context.slots)
+            k_BMR = extend(self, "key", k_BMR, index_BL, context.slots)
+            keys = Places()
         up = Linear(
             (c.kv_rank,),
             (c.heads, c.nope_dim + c.value_dim),
@@ -123,7 +124,7 @@ class LatentAttention(nn.Module):
         out_BLHV = form(q_BLHN, q_BLHR, c_BMC, k_BMR, up_CHN, up_CHV, **given)
         return output(out_BLHV, x_BLD.shape[-1], gain=self.gain, bias=c.bias, dtype=self.dtype)
 
-    def _queries(self, x_BLD: jax.Array, places: Places) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, x_BLD: jax.Array, index_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The parts without and with position, `[B, L, H, nope_dim]` and `[B, L, H, rope_dim]`."""
         c, width = self.config, x_BLD.shape[-1]
         shape, axes = (c.heads, c.nope_dim + c.rope_dim), ("heads", "head_dim")
@@ -134,14 +135,14 @@ class LatentAttention(nn.Module):
         else:
             q_BLHK = Linear((width,), shape, ("embed", *axes), dtype=self.dtype, name="query")(x_BLD)
         q_BLHN, q_BLHR = jnp.split(constrain(q_BLHK, "batch", "length", "heads_act", None), [c.nope_dim], -1)
-        return q_BLHN, self.position.rotate(q_BLHR, places.index)
+        return q_BLHN, self.position.rotate(q_BLHR, index_BL)
 
-    def _latent(self, x_BLD: jax.Array, places: Places) -> tuple[jax.Array, jax.Array]:
+    def _latent(self, x_BLD: jax.Array, index_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What is cached: the normalized latent vector `[B, L, kv_rank]` and the turned common key `[B, L, rope_dim]`."""
         c, width = self.config, x_BLD.shape[-1]
         down = Linear((width,), (c.kv_rank + c.rope_dim,), ("embed", "latent"), bias=c.bias, dtype=self.dtype, name="kv_down")
         c_BLC, k_BLR = jnp.split(down(x_BLD), [c.kv_rank], -1)
-        turned_BLR = self.position.rotate(k_BLR[:, :, None], places.index)[:, :, 0]
+        turned_BLR = self.position.rotate(k_BLR[:, :, None], index_BL)[:, :, 0]
         return Normalize(c.norm, name="kv_norm")(c_BLC), turned_BLR
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from llm_jax.core.config import require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
@@ -111,13 +110,14 @@ class MultiHead(nn.Module):
             q_BLHK, k_BMGK = Normalize(c.qk_norm, name="query_norm")(q_BLHK), Normalize(c.qk_norm, name="key_norm")(k_BMGK)
         if memory is None:
             # rotations matter by their differences alone, so the places in a row serve every document in it
-            q_BLHK, k_BMGK = self.position.rotate(q_BLHK, places.index), self.position.rotate(k_BMGK, places.index)
+            index_BL = places.written(x_BLD.shape[1])
+            q_BLHK, k_BMGK = self.position.rotate(q_BLHK, index_BL), self.position.rotate(k_BMGK, index_BL)
         keys = places if memory is None else memory.places
         if context.slots is not None:
             if memory is None:
-                k_BMGK = extend(self, "key", k_BMGK, places.index, context.slots)
-                v_BMGK = extend(self, "value", v_BMGK, places.index, context.slots)
-                keys = Places(jnp.arange(context.slots, dtype=jnp.int32)[None])
+                k_BMGK = extend(self, "key", k_BMGK, index_BL, context.slots)
+                v_BMGK = extend(self, "value", v_BMGK, index_BL, context.slots)
+                keys = Places()
             else:  # the first call's, since an encoder's output does not change
                 k_BMGK = self.variable("cache", "key", lambda: k_BMGK).value
                 v_BMGK = self.variable("cache", "value", lambda: v_BMGK).value

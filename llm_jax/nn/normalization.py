@@ -14,7 +14,8 @@ from llm_jax.core.sharding import partitioned
 from llm_jax.nn.kernels.product import row_sum
 
 # pre: x + f(norm(x)); post: norm(x + f(x)), the original of 2017; sandwich: x + norm(f(norm(x)))
-Placement = Literal["pre", "post", "sandwich"]
+# parallel: x + Σ f(norm_f(x)); parallel_shared: x + Σ f(norm(x))
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, require, require_positive, substitute, traced
 from llm_jax.core.types import Batch, Metrics
-from llm_jax.models.decoder import Decoder, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
+from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
@@ -50,7 +50,7 @@ class Recipe(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def model(self) -> Decoder: ...
+    def model(self) -> Model: ...
     @property
     def objective(self) -> NextToken: ...
     @property
@@ -126,7 +126,7 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             chained(given),
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
-            random=bool(given.model.dropout.rates()),
+            random=given.model.drops,
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
         )
         return many_steps(step, state, batches)
