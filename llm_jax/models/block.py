@@ -110,9 +110,9 @@ def layer_parameters(stack: Stack, layer: Layer, cross: Attention | None = None)
     return inside + norms * per_norm + joins * stack.residual.parameters(stack.width)
 
 
-def layer_active(stack: Stack, layer: Layer, cross: Attention | None = None) -> int:
+def layer_entries(stack: Stack, layer: Layer, cross: Attention | None = None) -> int:
     """Entries of its matrices, each of which multiplies every token once."""
-    return sum(part.active(stack.width) for part in _parts(layer, cross) if part is not None)
+    return sum(part.entries(stack.width) for part in _parts(layer, cross) if part is not None)
 
 
 def _parts(layer: Layer, cross: Attention | None) -> tuple[Mixer | FeedForward | None, ...]:

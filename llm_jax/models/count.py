@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_jax.models.block import Layer, layer_active, layer_parameters
+from llm_jax.models.block import Layer, layer_entries, layer_parameters
 from llm_jax.models.model import Model
 from llm_jax.models.stack import Stack
 from llm_jax.nn.multihead import Attention
@@ -29,12 +29,12 @@ def flops_per_token(model: Model, vocabulary: int, length: int) -> float:
     encoder-decoder a token is one of the output, with as many of the input.
     """
     entries = sum(
-        layer_active(stack, layer, cross)
+        layer_entries(stack, layer, cross)
         + ((layer.attention.scores(stack.width) if layer.attention else 0) + (cross.scores(stack.width) if cross else 0)) * length
         for stack, cross in _towers(model)
         for layer in stack.in_full
     )
-    return 6.0 * (entries + _output_active(model, vocabulary))
+    return 6.0 * (entries + _output_entries(model, vocabulary))
 
 
 def training_memory(model: Model, vocabulary: int, batch: int, length: int, slots: int) -> float:
@@ -55,9 +55,9 @@ def _stack_parameters(stack: Stack, cross: Attention | None) -> int:
     return layers + stack.position.parameters(stack.width, stack.heads_for_bias) + final
 
 
-def _output_active(model: Model, vocabulary: int) -> int:
-    tied = model.embedding.active(model.width, vocabulary) if model.head.tied else 0
-    return model.head.active(model.final, vocabulary) + tied
+def _output_entries(model: Model, vocabulary: int) -> int:
+    tied = model.embedding.entries(model.width, vocabulary) if model.head.tied else 0
+    return model.head.entries(model.final, vocabulary) + tied
 
 
 def _kept(stack: Stack, length: int) -> float:

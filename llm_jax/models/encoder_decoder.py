@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -115,9 +114,7 @@ class SequenceToSequence(nn.Module):
         given = {"segments_BL": segments_BL, "index_BL": index_BL, "slots": slots, "deterministic": deterministic}
         return self.decode(memory, targets_BL, **given)
 
-    def encode(
-        self, inputs_BM: jax.Array, *, segments_BM: jax.Array | None = None, deterministic: bool = True
-    ) -> Memory:
+    def encode(self, inputs_BM: jax.Array, *, segments_BM: jax.Array | None = None, deterministic: bool = True) -> Memory:
         """What the decoder looks at."""
         places = Places(segment=segments_BM)
         rates = {} if deterministic else self.config.encoder.dropout.rates()

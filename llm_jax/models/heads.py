@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.sharding import constrain, partitioned
-from llm_jax.models.block import Block, layer_active, layer_parameters
+from llm_jax.models.block import Block, layer_entries, layer_parameters
 from llm_jax.nn.activations import ACTIVATIONS, Activation
 from llm_jax.nn.context import Context
 from llm_jax.nn.embedding import Embedding
@@ -38,7 +38,7 @@ class Head(Config):
         """Trainable scalars, without a tied table."""
         raise NotImplementedError
 
-    def active(self, stack: Stack, vocabulary: int) -> int:
+    def entries(self, stack: Stack, vocabulary: int) -> int:
         """Entries of matrices that multiply every token, without a tied table."""
         raise NotImplementedError
 
@@ -67,9 +67,9 @@ class LanguageModel(Head):
     def parameters(self, stack, vocabulary):
         bias = vocabulary * self.bias
         transform = stack.width * (1 + len(stack.norm.vectors())) if self.transform else 0
-        return self.active(stack, vocabulary) + bias + transform
+        return LanguageModel.entries(self, stack, vocabulary) + bias + transform
 
-    def active(self, stack, vocabulary):
+    def entries(self, stack, vocabulary):
         return (0 if self.tied else stack.width * vocabulary) + (stack.width**2 if self.transform else 0)
 
 
@@ -125,10 +125,10 @@ class MultiToken(LanguageModel):
         layer = layer_parameters(stack, stack.in_full[-1]) + 2 * stack.width**2 + norms
         return super().parameters(stack, vocabulary) + self.ahead * layer
 
-    def active(self, stack, vocabulary):
-        once = super().active(stack, vocabulary)
+    def entries(self, stack, vocabulary):
+        once = super().entries(stack, vocabulary)
         words = once + (stack.width * vocabulary if self.tied else 0)
-        return once + self.ahead * (layer_active(stack, stack.in_full[-1]) + 2 * stack.width**2 + words)
+        return once + self.ahead * (layer_entries(stack, stack.in_full[-1]) + 2 * stack.width**2 + words)
 
 
 class WordsAhead(nn.Module):
@@ -184,7 +184,7 @@ class TokenClassifier(Head):
     def parameters(self, stack, vocabulary):
         return (stack.width + self.bias) * self.labels
 
-    def active(self, stack, vocabulary):
+    def entries(self, stack, vocabulary):
         return stack.width * self.labels
 
 
@@ -201,8 +201,8 @@ class SequenceClassifier(TokenClassifier):
     def parameters(self, stack, vocabulary):
         return super().parameters(stack, vocabulary) + (stack.width * (stack.width + 1) if self.transform else 0)
 
-    def active(self, stack, vocabulary):
-        return super().active(stack, vocabulary) + (stack.width**2 if self.transform else 0)
+    def entries(self, stack, vocabulary):
+        return super().entries(stack, vocabulary) + (stack.width**2 if self.transform else 0)
 
 
 class Labels(nn.Module):
@@ -249,7 +249,7 @@ class Scalar(Head):
     def parameters(self, stack, vocabulary):
         return stack.width + self.bias
 
-    def active(self, stack, vocabulary):
+    def entries(self, stack, vocabulary):
         return stack.width
 
 

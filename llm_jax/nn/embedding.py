@@ -48,7 +48,7 @@ class Embed(Config):
         table = vocabulary * columns + (columns * width if self.rank else 0)
         return table + self.types * width + (width * len(self.norm.vectors()) if self.norm else 0)
 
-    def active(self, width: int, vocabulary: int) -> int:
+    def entries(self, width: int, vocabulary: int) -> int:
         """Entries of matrices that multiply every token when the table is the output layer too."""
         return vocabulary * (self.rank or width) + (self.rank * width if self.rank else 0)
 

@@ -53,9 +53,9 @@ class MLA(Mixer):
     def parameters(self, width):
         norms = len(self.norm.vectors()) * (self.kv_rank + (self.q_rank or 0))
         biases = ((self.q_rank or 0) + self.kv_rank + self.rope_dim + width) * self.bias
-        return self.active(width) + norms + biases
+        return self.entries(width) + norms + biases
 
-    def active(self, width):
+    def entries(self, width):
         query = self.heads * (self.nope_dim + self.rope_dim)
         queries = (width + query) * self.q_rank if self.q_rank else width * query
         keys = width * (self.kv_rank + self.rope_dim) + self.kv_rank * self.heads * (self.nope_dim + self.value_dim)
@@ -162,4 +162,3 @@ def absorbed(q_BLHN, q_BLHR, c_BMC, k_BMR, up_CHN, up_CHV, **given) -> jax.Array
     k_BM1K = jnp.concatenate([c_BMC, k_BMR], -1)[:, :, None]
     out_BLHC = attend(q_BLHK, k_BM1K, c_BMC[:, :, None], **given)
     return jnp.einsum("blhc,chv->blhv", out_BLHC, up_CHV)
-

@@ -25,7 +25,7 @@ class Mixer(Config):
         """Trainable scalars."""
         return 0
 
-    def active(self, width: int) -> int:
+    def entries(self, width: int) -> int:
         """Entries of matrices, each of which multiplies every token once."""
         return 0
 

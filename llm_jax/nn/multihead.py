@@ -62,9 +62,9 @@ class Attention(Mixer):
         size = self.size(width)
         biases = (self.heads + 2 * self.groups) * size * self.bias + width * self.biased_output
         norms = 2 * size * len(self.qk_norm.vectors()) if self.qk_norm else 0
-        return self.active(width) + biases + norms + self.heads * self.sinks
+        return self.entries(width) + biases + norms + self.heads * self.sinks
 
-    def active(self, width):
+    def entries(self, width):
         return width * 2 * (self.heads + self.groups) * self.size(width)
 
     def scores(self, width):

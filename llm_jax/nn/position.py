@@ -37,6 +37,11 @@ class Position(Config):
         """Queries or keys turned by their positions."""
         return x_BLHK
 
+    @property
+    def score_factor(self) -> float:
+        """What scores are multiplied by besides 1/√K where only a part of each head is turned (MLA)."""
+        return 1.0
+
     def shared(self, heads: int, *, param: Param) -> dict[str, jax.Array]:
         """Parameters that all layers share, made once."""
         return {}

@@ -38,9 +38,9 @@ class LSTM(Mixer):
         return Recurrence(self, gain, dtype, name=name)
 
     def parameters(self, width):
-        return self.active(width) + 4 * self.size(width)
+        return self.entries(width) + 4 * self.size(width)
 
-    def active(self, width):
+    def entries(self, width):
         units = self.size(width)
         return 4 * units * (width + units) + (units * width if units != width else 0)
 
@@ -65,7 +65,9 @@ class Recurrence(nn.Module):
 
         recurrent = gates("recurrent", units, "hidden_in").weights()[0].astype(jnp.float32)
         start = jnp.zeros((4, units)).at[1].set(c.forget)
-        bias = self.param("bias", partitioned(lambda key, shape, dtype: start.astype(dtype), ("gates", "hidden")), (4, units), jnp.float32)
+        bias = self.param(
+            "bias", partitioned(lambda key, shape, dtype: start.astype(dtype), ("gates", "hidden")), (4, units), jnp.float32
+        )
         s_BLGU = project(x_BLD, gates("input", width, "embed"))[0].astype(jnp.float32) + bias[None, None]
         first = self.variable("cache", "state", jnp.zeros, (2, batch, units)) if context.slots is not None else None
         state = jnp.zeros((2, batch, units)) if first is None else first.value
