@@ -29,6 +29,7 @@ class Traits:
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
+    expert_blocks: bool  # products with experts' matrices by blocks of rows: XLA:CPU's ragged_dot does the work of all experts
 
 
 CPU = Traits(
@@ -40,6 +41,7 @@ CPU = Traits(
     attention_row_block=128,
     flat_gradient_sums=True,
     population_in_turn=True,
+    expert_blocks=True,
 )
 ACCELERATOR = Traits(
     scan_layers=True,
@@ -50,6 +52,7 @@ ACCELERATOR = Traits(
     attention_row_block=None,
     flat_gradient_sums=False,
     population_in_turn=False,
+    expert_blocks=False,
 )
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)

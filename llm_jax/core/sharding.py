@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("kv_heads_act", "tensor"),
     ("hidden_act", "tensor"),
     ("vocab_act", "tensor"),
+    ("expert_act", None),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -34,6 +35,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("gates", None),
     ("hidden_in", None),
     ("hidden", "tensor"),
+    # whole: an expert's hidden units take the tensor axis, its width fsdp; a mesh axis for experts goes here and in expert_act
+    ("expert", None),
     ("vocab", "tensor"),
     ("position", None),
     ("norm", None),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Layer(Config):
     """What some layers do differently from the rest of their stack; None: nothing.
 
-    position: only how it turns queries and keys and biases scores, by its own numbers; parameters that layers share are the stack's.
+    position: how it turns queries and keys and biases scores, by its own numbers; what layers share is the stack's.
     """
 
     attention: Mixer | None = None

@@ -53,8 +53,8 @@ class Transformer(nn.Module):
         slots: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """positions: in the document, default the places in the row. segments: a number a document, and attention stays within it; a
-        negative one is padding. prefix: the tokens that a `Prefix` mask shows to all. types: kinds of tokens (`Embed.types`).
+        """positions: in the document, default the places in the row. segments: a number a document, and attention stays within
+        it; a negative one is padding. prefix: the tokens that a `Prefix` mask shows to all. types: kinds of tokens (`Embed.types`).
         index: places in the row, default 0 … L-1; slots: length of the cache that holds what stood before (the collection "cache").
         deterministic: no dropout."""
         c = self.config

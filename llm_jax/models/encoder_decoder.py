@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer (Vaswani et al. 2017): two stacks of the same blocks, the second of which also looks at the first."""
+"""The encoder-decoder Transformer (Vaswani et al. 2017): two stacks of the same blocks; the second also looks at the first."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ class SequenceToSequence(nn.Module):
         slots: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """targets: the decoder's input, each row beginning with a start token. Segments, index and slots as a `Transformer`'s: a target
-        sees the inputs of its own segment."""
+        """targets: the decoder's input, each row beginning with a start token. Segments, index and slots as a `Transformer`'s: a
+        target sees the inputs of its own segment."""
         memory = self.encode(inputs_BM, segments_BM=input_segments_BM, deterministic=deterministic)
         given = {"segments_BL": segments_BL, "index_BL": index_BL, "slots": slots, "deterministic": deterministic}
         return self.decode(memory, targets_BL, **given)

@@ -48,8 +48,8 @@ class Head(Config):
 class LanguageModel(Head):
     """A score for every token id, `[B, L, V]` float32.
 
-    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. soft_cap c: logits become c·tanh(logit / c)
-    (Gemma 2). transform: a square matrix with bias, this activation and a norm come first (BERT).
+    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. soft_cap c: logits become
+    c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this activation and a norm come first (BERT).
     """
 
     tied: bool = True

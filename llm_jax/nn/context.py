@@ -26,7 +26,7 @@ class Memory:
 class Context:
     """The same for all layers of a stack.
 
-    shared: parameters of the positional scheme that the layers share. rates: site → dropout rate; a site that is absent drops nothing.
+    shared: parameters of the positional scheme that the layers share. rates: site → dropout rate; absent sites drop nothing.
     memory: an encoder's output. slots: length of the key-value cache, or None for none.
     """
 

@@ -22,9 +22,9 @@ SMALL = 0.02  # deviation of entries that are not scaled, Radford et al. 2019
 class Embed(Config):
     """How token ids become vectors.
 
-    scaled: the table is stored divided by √width and multiplied by it on the way in (Vaswani et al. 2017, §3.4), so that tokens enter with
-    deviation 1, as the branches that are added to them have; without it they enter at 0.02, and the first branches drown
-    them. rank: the table has so many columns, and a matrix takes them to the width (Lan et al. 2020, ALBERT). norm: of what
+    scaled: the table is stored divided by √width and multiplied by it on the way in (Vaswani et al. 2017, §3.4), so that tokens
+    enter with deviation 1, as the branches that are added to them have; without it they enter at 0.02, and the first branches
+    drown them. rank: the table has so many columns, and a matrix takes them to the width (Lan et al. 2020, ALBERT). norm: of what
     enters (BLOOM, BERT). types: kinds of tokens with a learned vector each (BERT's segments).
     """
 

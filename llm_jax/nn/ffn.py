@@ -29,7 +29,7 @@ class FeedForward(Config):
         return 0
 
     def build(self, gain: float, dtype: Any, name: str) -> nn.Module:
-        """The module `(x [B, L, D], dropout rates, valid [B, L] or None) -> [B, L, D]`; gain: of its last matrix's initialisation."""
+        """The module `(x [B, L, D], dropout rates, valid [B, L] or None) -> [B, L, D]`; gain: of its last matrix."""
         return MLP(self, gain, dtype, name=name)
 
     def idle(self, width: int) -> int:

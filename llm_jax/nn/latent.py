@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values from one narrow vector a token, which is all that is cached (DeepSeek-V2, 2024, §2.1)."""
+"""Multi-head latent attention (DeepSeek-V2, 2024, §2.1): keys and values from one narrow vector a token, all that is cached."""
 
 from __future__ import annotations
 
