@@ -116,8 +116,8 @@ class Stack(Config):
 
     @property
     def causal(self) -> bool:
-        """Whether no token sees a later one."""
-        return all(kind.attention is None or kind.attention.causal for kind in self.in_full)
+        """Whether no token's output depends on a later one."""
+        return all(part.causal for kind in self.in_full for part in (kind.attention, kind.ffn) if part)
 
     @property
     def heads_for_bias(self) -> int:

@@ -23,6 +23,7 @@ class FeedForward(Config):
     abstract = True
     branches = 0
     bias = False
+    causal = True  # whether a token's output depends on no later token
 
     def hidden(self, width: int) -> int:
         """Hidden units of a model of that width; of them those that one token uses."""

@@ -97,9 +97,9 @@ def _scalar(parameter: Parameter, value: float, x: jax.Array) -> jax.Array:
 class HyperConnections(Residual):
     """n copies of the stream: a branch reads one mixture of them, adds its result to each by a weight, and mixes them.
 
-    With H `[n, D]`: the branch sees αᵀH and H becomes β·branch + MᵀH (Zhu et al. 2025, "Hyper-Connections", eq. 2–5). All start so that
-    every branch reads one copy in turn and adds to all, which is the plain residual. dynamic: α, β and M also depend on H,
-    by tanh of a projection of the normalized copies (ibid., eq. 10–13).
+    With H `[n, D]`: the branch sees αᵀH and H becomes β·branch + MᵀH (Zhu et al. 2025, "Hyper-Connections", eq. 2–5). All start
+    so that every branch reads one copy in turn and adds to all, which is the plain residual. dynamic: α, β and M also depend
+    on H, by tanh of a projection of the normalized copies (ibid., eq. 10–13).
     """
 
     rate: int = 4
