@@ -25,8 +25,8 @@ def angles(positions_BL: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.
 
     A float32 product is not enough: at index 131,071 its cosines are off by 0.006 to 0.009 (θ from 10,000 to 500,000, 128 channels,
     against float64; PyTorch's float32, which Hugging Face's models use, is as far off). Known frequencies are therefore counted in
-    2^-32 of a turn: int32 products wrap, which drops whole turns and nothing else, and cosines are off by less than 5e-7 at every index.
-    Traced ones are multiplied plainly: they are rounded to float32 before they arrive here.
+    2^-32 of a turn: int32 products wrap, which drops whole turns and nothing else, and the cosines of every int32 index are off by
+    less than 5e-7. Traced frequencies are multiplied plainly: they are rounded to float32 before they arrive here.
     """
     places_BL1 = jnp.asarray(positions_BL, jnp.int32)[..., None]
     if isinstance(frequencies, jax.Array):

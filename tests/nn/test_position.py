@@ -1,4 +1,4 @@
-"""Positional schemes: one contract for all of them, the papers' formulas written a second time and plainly, and transformers' numbers."""
+"""Positional schemes: one contract for all, the papers' formulas written a second time and plainly, and transformers' numbers."""
 
 import cmath
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from llm_jax.core.config import ConfigError, components
+from llm_jax.core.config import ConfigError, components, from_json, parse, to_json
 from llm_jax.core.sharding import unbox
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Position, Positions, Rope, Sinusoidal, T5Bias
 from llm_jax.nn.rope import (
@@ -161,6 +161,12 @@ def test_a_scheme_keeps_the_contract(row, clause):
 def test_every_scheme_has_a_row(base, present):
     ours = {cls for cls in components(base).values() if cls.__module__.startswith("llm_jax.")}
     assert ours == {type(component) for component in present if component is not None}
+
+
+def test_schemes_are_read_from_flags_and_files():
+    for row in ROWS:
+        assert parse(str(row.scheme), Position, "model.position") == row.scheme
+        assert from_json(to_json(row.scheme), Position) == row.scheme
 
 
 # ── embeddings ───────────────────────────────────────────────────────────────────────────────────────────────────────
