@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.platform import traits
+from llm_jax.nn.kernels.blockwise import BLOCKWISE
 from llm_jax.nn.kernels.call import Bias, Call, Kernel
+from llm_jax.nn.kernels.cudnn import CUDNN
 from llm_jax.nn.kernels.dense import DENSE
 from llm_jax.nn.masks import Bidirectional, Causal, Chunked, Mask, Places, Prefix, SlidingWindow
 
@@ -16,7 +20,21 @@ __all__ = ["Backend", "Bias", "Bidirectional", "Causal", "Chunked", "Mask", "Pla
 
 Backend = Literal["auto", "dense", "blockwise", "cudnn", "splash"]
 
-KERNELS: dict[str, Kernel] = {"dense": DENSE}
+CAUSAL = Causal()
+
+
+def _splash() -> Kernel:
+    from llm_jax.nn.kernels.splash import SPLASH  # Pallas takes a third of a second to import
+
+    return SPLASH
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "dense": lambda: DENSE,
+    "blockwise": lambda: BLOCKWISE,
+    "cudnn": lambda: CUDNN,
+    "splash": _splash,
+}
 
 
 def attend(
@@ -24,7 +42,7 @@ def attend(
     k_BMGK: jax.Array,
     v_BMGV: jax.Array,
     *,
-    mask: Mask = Causal(),
+    mask: Mask = CAUSAL,
     queries: Places | None = None,
     keys: Places | None = None,
     bias: Bias | None = None,
@@ -60,10 +78,22 @@ def attend(
 
 def _kernel(backend: str, call: Call) -> Kernel:
     if backend == "auto":
-        return DENSE
+        return _choice(call)
     if backend not in KERNELS:
         raise ConfigError(f"must be one of auto, {', '.join(KERNELS)}, got {backend!r}", "backend")
-    why = KERNELS[backend].refusal(call)
+    kernel = KERNELS[backend]()
+    why = kernel.refusal(call)
     if why is not None:
         raise ConfigError(f"{backend!r} {why}: use 'blockwise', which can do everything, or 'auto'", "backend")
-    return KERNELS[backend]
+    return kernel
+
+
+def _choice(call: Call) -> Kernel:
+    """The platform's own kernel where it can and writes nothing large out, else by size."""
+    small = call.lengths[0] * call.lengths[1] <= traits().dense_attention
+    name = traits().fused_attention
+    if name is not None:
+        fused = KERNELS[name]()
+        if fused.refusal(call) is None and (small or not fused.quadratic(call)):
+            return fused
+    return DENSE if small else BLOCKWISE

@@ -1,6 +1,7 @@
 """Which keys a query may see: masks as configurations, and where tokens stand.
 
-To add a mask: a frozen dataclass below `Mask` with `visible`, `span` where keys can be skipped, and a row in `tests/nn/test_attention.py`.
+To add a mask: a frozen dataclass below `Mask` with `visible`, with `span` where keys can be skipped, and a row in
+`tests/nn/test_attention.py`.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _same_document(queries_BL: jax.Array | None, keys_BM: jax.Array | None) -> j
     if queries_BL is None and keys_BM is None:
         return None
     if queries_BL is None:
-        return (keys_BM >= 0)[:, None]  # type: ignore[operator]
+        return (keys_BM >= 0)[:, None]  # type: ignore[operator,index]
     if keys_BM is None:
         return (queries_BL >= 0)[:, :, None]
     return (queries_BL[:, :, None] == keys_BM[:, None]) & (keys_BM >= 0)[:, None]

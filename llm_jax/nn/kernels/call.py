@@ -77,7 +77,11 @@ class Call:
 
 
 class Kernel(NamedTuple):
-    """A way to compute attention: `[B, L, H, V]` of a call, and a sentence's end that names what it cannot do, or None."""
+    """A way to compute attention, `[B, L, H, V]` of a call.
+
+    refusal: the end of a sentence that says what it cannot do, or None. quadratic: whether it writes a mask or a bias out.
+    """
 
     attend: Callable[[Call], jax.Array]
-    refusal: Callable[[Call], str | None]
+    refusal: Callable[[Call], str | None] = lambda call: None
+    quadratic: Callable[[Call], bool] = lambda call: False

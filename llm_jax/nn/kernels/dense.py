@@ -68,4 +68,4 @@ def _weights(s_BGRLM: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
     return softmax(jnp.concatenate([s_BGRLM, sinks], -1))[..., :-1]
 
 
-DENSE = Kernel(attend, lambda call: None)
+DENSE = Kernel(attend)
