@@ -66,7 +66,7 @@ def step(name: str, config, width: int):
         return jnp.square(module.apply({"params": params}, x, {})).sum()
 
     both = jax.jit(sum_over_data(lambda params, x: _gradients(total, params, x)))
-    x = jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec("data")))
+    x = jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data")))
     jax.block_until_ready(both(params, x))
     return lambda: jax.block_until_ready(both(params, x))
 

@@ -14,7 +14,7 @@ def batched_product(x_MD: jax.Array, kernels_EDF: jax.Array) -> jax.Array:
 
 
 def grouped_product(x_MD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array, *, block: int | None) -> jax.Array:
-    """`[M, D] · [E, D, F] -> [M, F]`: the first sizes[0] rows times the first matrix, the next sizes[1] times the second, and so on.
+    """`[M, D] · [E, D, F] -> [M, F]`: the first sizes[0] rows by the first matrix, the next sizes[1] by the second, and so on.
 
     Rows after the last group are undefined. block: rows that are multiplied at a time, one matrix a block, and as many rows must
     follow the last group; None is `jax.lax.ragged_dot`, which on XLA:CPU multiplies every row by every matrix: 8 experts of
