@@ -84,7 +84,7 @@ def _boundaries(context: Context, x_BLD: jax.Array) -> tuple[jax.Array, jax.Arra
     """For every step `[L, B, 1]`: whether a document starts there, and whether there is a token at all."""
     segment_BL = context.places.segment
     if segment_BL is None:
-        batch, length = x_BLD.shape[:2]
+        length = x_BLD.shape[1]
         return jnp.zeros((length, 1, 1), bool), jnp.ones((length, 1, 1), bool)
     before_BL = jnp.concatenate([segment_BL[:, :1], segment_BL[:, :-1]], 1)
     return (segment_BL != before_BL).T[..., None], (segment_BL >= 0).T[..., None]
