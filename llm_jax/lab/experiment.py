@@ -20,6 +20,7 @@ from llm_jax.lab.arms import Arms, Choices, arms_of
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.model import Model
 from llm_jax.objectives.next_token import NextToken
+from llm_jax.objectives.objective import Objective
 from llm_jax.optim.optimizers import AdamW, Optimizer
 from llm_jax.optim.schedules import Cosine, Schedule
 from llm_jax.train.pretrain import Train
@@ -70,7 +71,7 @@ class Experiment(Config):
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Bytes)
     model: Model = field(default_factory=Decoder)
-    objective: NextToken = field(default_factory=NextToken)
+    objective: Objective = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     train: Train = field(default_factory=Train)
@@ -82,6 +83,7 @@ class Experiment(Config):
         require(0 <= self.seed < LARGEST_SEED, "seed", f"must be >= 0 and < {LARGEST_SEED}, got {self.seed}")
         rows, parts = self.data.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", f"must divide data.batch_size={rows}, got {parts}")
+        self.objective.check(self.model)
         every, log = self.evaluation.every, self.train.log_every
         whole = every % log == 0 or every >= self.train.steps
         require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")

@@ -29,6 +29,9 @@ class Decoder(Stack, Model):
         """The network over so many token ids."""
         return Transformer(self, vocabulary)
 
+    def arguments(self, batch):
+        return (batch.tokens, batch.positions, batch.segments), {"prefix_BL": batch.prefix}
+
     @property
     def stacks(self):
         return {"": self}

@@ -53,6 +53,10 @@ class EncoderDecoder(Model):
         assert isinstance(self.decoder.attention, Attention)
         return replace(self.decoder.attention, mask=Bidirectional(), sinks=False)
 
+    def arguments(self, batch):
+        given = {"input_segments_BM": batch.input_segments, "segments_BL": batch.segments}
+        return (batch.inputs, batch.tokens), given
+
     @property
     def tables(self):
         return 1 if self.shared_embedding else 2

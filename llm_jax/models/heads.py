@@ -29,6 +29,7 @@ class Head(Config):
 
     abstract = True
     tied = False
+    words = False  # whether it scores token ids
 
     def build(self, stack: Stack, vocabulary: int, name: str | None = "head") -> nn.Module:
         """The module `(x [B, L, D], embedding, tokens [B, L], Context) -> output`."""
@@ -51,6 +52,8 @@ class LanguageModel(Head):
     tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. soft_cap c: logits become
     c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this activation and a norm come first (BERT).
     """
+
+    words = True
 
     tied: bool = True
     bias: bool = False

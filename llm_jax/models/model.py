@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, substitute
 from llm_jax.core.sharding import unbox
+from llm_jax.core.types import Batch
 from llm_jax.models.stack import Stack
 from llm_jax.nn.multihead import Attention
 
@@ -28,6 +29,10 @@ class Model(Config):
 
     def build(self, vocabulary: int) -> nn.Module:
         """The network over so many token ids."""
+        raise NotImplementedError
+
+    def arguments(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
+        """What the network takes of a batch: positional and named arguments."""
         raise NotImplementedError
 
     def example(self) -> tuple[jax.Array, ...]:
@@ -58,6 +63,11 @@ class Model(Config):
     def drops(self) -> bool:
         """Whether training drops anything at random."""
         return any(stack.dropout.rates() for stack in self.stacks.values())
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it reads an input besides the sequence that it continues."""
+        return len(self.stacks) > 1
 
     @property
     def causal(self) -> bool:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import Config, require, require_positive, substitute
+from llm_jax.core.config import Config, require, require_positive, substitute, traced_values
 from llm_jax.core.platform import traits
 from llm_jax.models.block import Block, Layer
 from llm_jax.nn.context import Context
@@ -109,6 +109,12 @@ class Stack(Config):
         pattern = self.pattern or (Layer(),)
         return [*self.first, *(pattern[i % len(pattern)] for i in range(self.depth - len(self.first)))]
 
+    def place(self, index: int) -> tuple[str, ...]:
+        """Where in the stack's parameters a layer lies; those of a scanned pattern lie together, along a leading axis."""
+        start = len(self.first)
+        together = self.scanned and start <= index < start + self.repeats * self.period
+        return ("layers", f"step_{(index - start) % self.period}") if together else (f"layers_{index}",)
+
     @property
     def in_full(self) -> list[Layer]:
         """What each layer is, from the first to the last."""
@@ -136,7 +142,7 @@ def enter(config: Stack, x_BLD: jax.Array, positions_BL: jax.Array, *, unit: flo
 def layers(config: Stack, x_BLD: jax.Array, context: Context, *, cross: Attention | None = None) -> jax.Array:
     """`[B, L, D] -> [B, L, D]` through all blocks and, unless they end with one, a norm; submodules of the calling module."""
     # rates reach the layers in the context: a module's fields must not hold tracers where Linen lifts it
-    plain = substitute(config, {"dropout": Dropout()})
+    plain = substitute(config, dict.fromkeys(traced_values(config, kinds=object), 0.0))
     x, first, end = config.residual.open(x_BLD), len(config.first), len(config.first) + config.repeats * config.period
     for index, kind in enumerate(config.kinds):
         if config.scanned and first <= index < end:
