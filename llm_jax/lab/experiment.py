@@ -17,9 +17,8 @@ from llm_jax.core.mesh import Mesh
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Tokenizer
 from llm_jax.lab.arms import Arms, Choices, arms_of
-from llm_jax.models.decoder import Decoder
+from llm_jax.lab.components import Decoder, NextToken  # so that all choices are known
 from llm_jax.models.model import Model
-from llm_jax.objectives.next_token import NextToken
 from llm_jax.objectives.objective import Objective
 from llm_jax.optim.optimizers import AdamW, Optimizer
 from llm_jax.optim.schedules import Cosine, Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,6 @@ from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import Normalize
 from llm_jax.nn.position import NoPosition, Position
 from llm_jax.nn.residual import Connection
-
-if TYPE_CHECKING:
-    from llm_jax.models.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Block(nn.Module):
     config: the stack's; layer: what this one does differently; cross: attention to the memory between the two branches.
     """
 
-    config: Stack
+    config: Any
     layer: Layer = Layer()
     cross: Attention | None = None
 
@@ -100,7 +97,7 @@ class Block(nn.Module):
         return Normalize(self.config.norm, name=name)(x)
 
 
-def layer_parameters(stack: Stack, layer: Layer, cross: Attention | None = None) -> int:
+def layer_parameters(stack: Any, layer: Layer, cross: Attention | None = None) -> int:
     """Trainable scalars of a layer described in full."""
     branches = [part for part in _parts(layer, cross) if part is not None]
     norms = {"sandwich": 2 * len(branches), "parallel_shared": 1}.get(stack.placement, len(branches))
@@ -110,7 +107,7 @@ def layer_parameters(stack: Stack, layer: Layer, cross: Attention | None = None)
     return inside + norms * per_norm + joins * stack.residual.parameters(stack.width)
 
 
-def layer_entries(stack: Stack, layer: Layer, cross: Attention | None = None) -> int:
+def layer_entries(stack: Any, layer: Layer, cross: Attention | None = None) -> int:
     """Entries of its matrices, each of which multiplies every token once."""
     return sum(part.entries(stack.width) for part in _parts(layer, cross) if part is not None)
 

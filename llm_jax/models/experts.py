@@ -1,8 +1,9 @@
-"""What layers with experts add to training: their auxiliary losses, the biases that no loss trains, and statistics of their loads."""
+"""What layers with experts add to training: auxiliary losses, biases that no loss trains, and statistics of their loads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,7 +37,8 @@ def penalty(model: Model, sown: Tree) -> Weighted | None:
 def settle(model: Model, params: Tree, sown: Tree) -> tuple[Tree, Metrics]:
     """After a step: parameters with the loss-free biases moved by what a whole batch chose, and metrics for the log.
 
-    "moe/max_load": choices of the most chosen expert over the mean, averaged over layers; "moe/dropped": choices not carried out, of all.
+    "moe/max_load": choices of the most chosen expert over the mean, averaged over layers; "moe/dropped": the part of all choices
+    that was not carried out.
     """
     loads, dropped = [], []
     for path, config in expert_layers(model).items():
@@ -44,10 +46,8 @@ def settle(model: Model, params: Tree, sown: Tree) -> tuple[Tree, Metrics]:
         loads.append((load_E.max(-1) / jnp.maximum(load_E.mean(-1), 1e-30)).reshape(-1))
         dropped.append(jax.tree.map(jnp.sum, lost))
         if isinstance(config.router, Sigmoid) and config.router.bias:
-            rate = config.router.bias_rate
-            params = _replaced(
-                params, (*path, "router", "bias"), lambda bias, load=load_E, rate=rate: updated_bias(bias, load, rate)
-            )
+            moved = partial(updated_bias, load_E=load_E, rate=config.router.bias_rate)
+            params = _replaced(params, (*path, "router", "bias"), moved)
     if not loads:
         return params, {}
     lost = Weighted(sum(d.total for d in dropped), sum(d.weight for d in dropped))

@@ -58,7 +58,7 @@ class MoE(FeedForward):
         return self.expert.branches
 
     @property
-    def causal(self) -> bool:
+    def causal(self) -> bool:  # type: ignore[override]
         """Whether a token's output depends on no later token; where not, a model cannot generate what it was trained on."""
         return self.router.causal and self.dispatch.causal
 
