@@ -49,7 +49,7 @@ def _padded(x: jax.Array, value: int) -> jax.Array:
 def _segments(call: Call, rows: int) -> splash.SegmentIds | None:
     """Documents, with padding that meets nothing; None where there is only one and nothing is padded."""
     given = call.queries.segment, call.keys.segment
-    if given == (None, None) and not any(length % LANES for length in call.lengths):
+    if all(s is None for s in given) and not any(length % LANES for length in call.lengths):
         return None
     filled = (jnp.zeros((rows, n), jnp.int32) if s is None else s for s, n in zip(given, call.lengths, strict=True))
     return splash.SegmentIds(*(_padded(jnp.where(s < 0, pad, s), pad) for s, pad in zip(filled, NOWHERE, strict=True)))
@@ -137,12 +137,12 @@ def _arithmetic(call: Call) -> str | None:
 
 
 def _places(call: Call) -> str | None:
-    (L, M), given = call.lengths, (call.queries.segment, call.keys.segment)
+    L, M = call.lengths
     if not call.counted:
         return "must know its mask before the program runs, so places must be counted from 0 (no index)"
     if isinstance(call.mask, Prefix) and call.keys.prefix is not None:
         return "must know its mask before the program runs, and prefixes come with the data"
-    if given != (None, None) and given[0] is not given[1]:
+    if call.queries.segment is not call.keys.segment:
         return "cannot tell which queries see nothing where queries and keys have documents of their own"
     if L > M and not isinstance(call.mask, (Bidirectional, Causal)):
         return f"leaves queries past the last key undefined, got {L} queries and {M} keys"
