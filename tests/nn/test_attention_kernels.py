@@ -1,4 +1,4 @@
-"""Kernels that run here against float64 NumPy, forward and gradient: masks × biases, with head ratios, dtypes, documents, places."""
+"""Kernels that run here against float64 NumPy, forward and gradient: masks × biases, with head ratios, dtypes, documents."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def options(bias, rng):
 
 
 def results(given, mask, backend, dtype, queries, keys, extra):
-    """(out, gradients of q, k, v, bias parameters and sinks), compiled without LLVM's optimizations: they take longer than the run."""
+    """(out, gradients of q, k, v, bias parameters and sinks), compiled without LLVM's optimizations, which outlast the run."""
     *arrays, g = (jnp.asarray(x, dtype) for x in given)
 
     def run(q, k, v, extra):
