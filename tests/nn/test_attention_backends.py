@@ -186,6 +186,25 @@ def test_older_gpus_have_smaller_heads(monkeypatch, gpu):
         attend(*arrays(size=256, width=256), backend="cudnn")
 
 
+@pytest.mark.parametrize(
+    "mask, size, width, dtype",
+    [(SlidingWindow(100, sinks=2), 64, 64, "bfloat16"), (Causal(), 192, 128, "bfloat16"), (Chunked(96), 80, 80, "float32")],
+)
+def test_splash_lowers_for_tpus(mask, size, width, dtype):
+    """Forward, dq and dkv become TPU kernels, for a machine without one."""
+    shapes = [jax.ShapeDtypeStruct((2, 256, h, n), dtype) for h, n in ((4, size), (2, size), (2, width))]
+    places = Places(segment=np.zeros((2, 256), np.int32))
+
+    def total(q, k, v, sinks):
+        rest = {"mask": mask, "soft_cap": 30.0, "sinks_H": sinks, "queries": places, "keys": places}
+        return attend(q, k, v, **rest).astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(total, (0, 1, 2, 3)))
+    with platform.targeting("tpu"):
+        exported = jax.export.export(step, platforms=["tpu"])(*shapes, jax.ShapeDtypeStruct((4,), "float32"))
+    assert exported.mlir_module().count("tpu_custom_call") == 3
+
+
 # ── one meaning for all ──────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("backend", ["dense", "blockwise"])
 def test_documents_of_one_side_hide_only_padding(backend):
