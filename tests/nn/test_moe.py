@@ -38,9 +38,9 @@ def small(**fields):
     return MoE(**({"experts": EXPERTS, "expert": Gated(units=UNITS)} | fields))
 
 
-def tokens(seed=1):
+def tokens(seed=1, common=2.0):
     """Tokens with something in common, so that some experts get many of them and some none."""
-    return normal(ROWS, LENGTH, WIDTH, seed=seed) + 2 * normal(1, 1, WIDTH, seed=seed + 1)
+    return normal(ROWS, LENGTH, WIDTH, seed=seed) + np.float32(common) * normal(1, 1, WIDTH, seed=seed + 1)
 
 
 def parameters(config, seed=3):
@@ -149,9 +149,13 @@ def test_dropless_is_the_sum_over_the_chosen_experts(dispatch, expert):
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_capacity_drops_what_comes_too_late(over, priority, padded):
     config = small(dispatch=Capacity(factor=1.0, over=over, priority=priority))
-    params, x, valid = parameters(config), tokens(), valid_mask() if padded else np.ones((ROWS, LENGTH), bool)
+    params, x, valid = parameters(config), tokens(common=0.5), valid_mask() if padded else np.ones((ROWS, LENGTH), bool)
     expert_TK, weight_TK = choices(params, x)
-    kept = admitted(config, expert_TK, valid.reshape(-1))
+    kept, otherwise = (
+        admitted(replace(config, dispatch=replace(config.dispatch, priority=p)), expert_TK, valid.reshape(-1))
+        for p in (priority, {"choice": "position", "position": "choice"}[priority])
+    )
+    assert (kept != otherwise).any(), "a test of the order"
     y, sown = run(config, params, x, valid if padded else None)
     close(y, mixture(config, params, x, spread_out(expert_TK, weight_TK * kept)))
     asked = 2 * valid.sum()
@@ -205,12 +209,13 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 @every_way
 def test_padding_is_as_if_it_were_not_there(way):
-    config = small(**way, shared=Gated(units=2))
+    config = small(**way)
     params, x, valid = parameters(config), tokens(), np.ones((ROWS, LENGTH), bool)
     valid[:, -2:] = False
     y, sown = run(config, params, np.where(valid[..., None], x, 1e6 * x), valid)
     alone, expected = run(config, params, x[:, :-2])
     close(y[:, :-2], alone)
+    np.testing.assert_array_equal(y[:, -2:], 0)
     close(sown, expected)
 
 
@@ -454,6 +459,28 @@ def test_devices_together_compute_what_one_does(axes, name, target):
             split = jax.device_put(params, specs), jax.device_put(x, rows), jax.device_put(valid, rows)
             got = jax.jit(jax.value_and_grad(lambda *given: value(*given), has_aux=True))(*split)
     close(got, expected, 1e-3)
+
+
+def test_trials_on_devices_of_their_own_share_rows_with_more():
+    config, axes = small(dispatch=BLOCKS), jax.P("population")
+    both, x = [parameters(config, seed) for seed in (3, 30)], np.stack([tokens(1), tokens(5)])
+
+    def slope(params, x):
+        return jax.grad(lambda p: jnp.square(Experts(config, 1.0, jnp.float32).apply({"params": p}, x, {})).sum())(params)
+
+    mesh = Mesh(population=2, data=2, fsdp=2).build()
+    with jax.set_mesh(mesh):
+        trials = jax.shard_map(
+            lambda *given: jax.lax.map(lambda one: slope(*one), given),
+            mesh=mesh,
+            in_specs=axes,
+            out_specs=axes,
+            axis_names={"population"},
+            check_vma=False,
+        )
+        got = jax.jit(trials)(jax.tree.map(lambda *p: jnp.stack(p), *both), x)
+    for i, params in enumerate(both):
+        close(jax.tree.map(lambda leaf: leaf[i], got), jax.jit(slope)(params, x[i]), 1e-3)
 
 
 def test_each_device_sorts_its_own_rows():
