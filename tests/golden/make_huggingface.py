@@ -15,6 +15,7 @@ from typing import Any
 FOLDER = pathlib.Path(__file__).with_name("huggingface")
 VOCABULARY, LENGTH, TARGETS = 23, 13, 6
 REAL = ((0, LENGTH), (0, 7), (LENGTH - 5, LENGTH))  # where the tokens of each row stand; the rest is padding
+FIRST = ((0, LENGTH), (0, 7), (0, 5))  # for models that look at the first token
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -126,7 +127,7 @@ CASES: dict[str, Case] = {
     "gemma2": (
         "Gemma2ForCausalLM",
         GROUPED
-        | {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 5, "num_hidden_layers": 3}
+        | {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
         | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0},
     ),
     "gemma2-uncapped": (
@@ -138,7 +139,7 @@ CASES: dict[str, Case] = {
     "gemma3": (
         "Gemma3ForCausalLM",
         GROUPED
-        | {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 5, "num_hidden_layers": 5}
+        | {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 24, "num_hidden_layers": 5}
         | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]}
         | {"rope_parameters": GEMMA3_ROPE},
     ),
@@ -196,7 +197,7 @@ def build(name: str, seed: int = 0):
         for key, weight in weights.items():
             noise = torch.randn(weight.shape, generator=generator)
             is_scale = weight.ndim == 1 and key.endswith("weight")
-            weight.copy_(1 + 0.3 * noise if is_scale else (0.25 if weight.ndim == 1 else 0.5) * noise)
+            weight.copy_(1 + 0.3 * noise if is_scale else (0.25 if weight.ndim == 1 else 0.4) * noise)
     if model_class.startswith("T5") and settings.get("tie_word_embeddings") is False:
         untie(model, generator)
     return model
@@ -206,7 +207,7 @@ def untie(model, generator) -> None:
     """T5 1.1 has an output layer of its own, although the present configuration class ties it in memory."""
     import torch
 
-    model.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn(model.lm_head.weight.shape, generator=generator))
     model.config.tie_word_embeddings = False
 
 
@@ -215,7 +216,8 @@ def inputs(name: str, seed: int = 0) -> dict[str, Any]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    mask = np.array([[start <= place < stop for place in range(LENGTH)] for start, stop in REAL], np.int32)
+    rows = FIRST if CASES[name][0] == "BertForSequenceClassification" else REAL
+    mask = np.array([[start <= place < stop for place in range(LENGTH)] for start, stop in rows], np.int32)
     found = {"tokens": rng.integers(3, VOCABULARY, mask.shape, dtype=np.int32) * mask, "mask": mask}
     if CASES[name][0].startswith("T5"):
         target_mask = (np.arange(TARGETS)[None] < np.array([[TARGETS], [4], [2]])).astype(np.int32)

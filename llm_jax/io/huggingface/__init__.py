@@ -8,6 +8,7 @@ A family is a preset and a table of names (`family.py`); `FAMILIES` has them all
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import shutil
@@ -95,6 +96,7 @@ def load(
     return model, vocabulary, arrays.nested({p: arrays.read(tensors, plan, places.get(p), number) for p, plan in found.items()})
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(model: Model, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Path → shape of every parameter."""
     return {path: leaf.shape for path, leaf in arrays.flatten(unbox(abstract_parameters(model, vocabulary))).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from llm_jax.io.huggingface.names import Plan
 from llm_jax.io.huggingface.weights import Folder
 
 Tree = Mapping[str, Any]
+SMALL = 1 << 24  # bytes up to which an array is put together on the host, in one transfer instead of one a piece
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -54,9 +56,12 @@ class Renamed:
     def check_tied(self, output: str, embedding: str) -> None:
         """Raises `ConfigError` where the output matrix is there, and is not the embedding that config.json says it is tied to."""
         if output in self.shapes and embedding in self.shapes:
-            rows = range(0, self.shapes[embedding][0], 4096)
-            pairs = ([self.fetch(name)((slice(row, row + 4096), slice(None))) for name in (output, embedding)] for row in rows)
-            if self.shapes[output] != self.shapes[embedding] or not all(np.array_equal(*pair) for pair in pairs):
+            size = self.shapes[embedding][0]
+            blocks = [(slice(row, min(row + 4096, size)), slice(None)) for row in range(0, size, 4096)]
+            same = self.shapes[output] == self.shapes[embedding] and all(
+                np.array_equal(self.fetch(output)(block), self.fetch(embedding)(block)) for block in blocks
+            )
+            if not same:
                 raise ConfigError(f"is true, but {output} is not {embedding} ({self._folder.path})", "tie_word_embeddings")
 
     def check(self, plans: Mapping[str, Plan], ignored: Iterable[str]) -> None:
@@ -82,7 +87,7 @@ def _some(names: list[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more tensors" if len(names) > count else "")
 
 
-def read(tensors: Renamed, plan: Plan, sharding: jax.sharding.Sharding | None, dtype: Any) -> jax.Array:
+def read(tensors: Renamed, plan: Plan, sharding: jax.sharding.Sharding | None, dtype: np.dtype) -> jax.Array:
     """One array, of which only the parts that this process' devices hold are read, piece by piece."""
     if sharding is None:
         return _part(tensors, plan, tuple(slice(0, n) for n in plan.shape), [None], dtype)[0]
@@ -98,7 +103,7 @@ def read(tensors: Renamed, plan: Plan, sharding: jax.sharding.Sharding | None, d
     return jax.make_array_from_single_device_arrays(plan.shape, sharding, parts)
 
 
-def _part(tensors: Renamed, plan: Plan, index: Index, devices: list[Any], dtype: Any) -> list[jax.Array]:
+def _part(tensors: Renamed, plan: Plan, index: Index, devices: list[Any], dtype: np.dtype) -> list[jax.Array]:
     """The array's part at `index`, on each of the devices (None: where JAX puts it)."""
     lead, rest = index[: len(plan.lead)], index[len(plan.lead) :]
 
@@ -110,11 +115,17 @@ def _part(tensors: Renamed, plan: Plan, index: Index, devices: list[Any], dtype:
         block = piece(())
         return [jax.device_put(block, device) for device in devices]
     shape = tuple(part.stop - part.start for part in index)
+    places = itertools.product(*(range(part.start, part.stop) for part in lead))
+    local = lambda place: tuple(at - part.start for at, part in zip(place, lead, strict=True))  # noqa: E731
+    if dtype.itemsize * math.prod(shape) <= SMALL:
+        whole = np.empty(shape, dtype)
+        for place in places:
+            whole[local(place)] = piece(place)
+        return [jax.device_put(whole, device) for device in devices]
     parts = [jnp.zeros(shape, dtype, device=device) for device in devices]
-    for place in itertools.product(*(range(part.start, part.stop) for part in lead)):
-        block, local = piece(place), np.array([at - part.start for at, part in zip(place, lead, strict=True)], np.int32)
-        # on the device, so that the host holds one piece only
-        parts = [_insert(part, jax.device_put(block, device), local) for part, device in zip(parts, devices, strict=True)]
+    for place in places:  # put together on the device, so that the host holds one piece
+        block, at = piece(place), np.array(local(place), np.int32)
+        parts = [_insert(part, jax.device_put(block, device), at) for part, device in zip(parts, devices, strict=True)]
     return parts
 
 
@@ -143,7 +154,12 @@ class Tensors:
         parts = self._parts[name]
         tensor = np.empty(self.shapes[name], self._leaves[parts[0][0]].dtype)
         for path, place, layout in parts:
-            layout.write(tensor, np.asarray(_piece(self._leaves[path], np.array(place, np.int32)) if place else self._leaves[path]))
+            leaf = self._leaves[path]
+            if leaf.nbytes > SMALL and place:
+                ours = np.asarray(_piece(leaf, np.array(place, np.int32)))
+            else:
+                ours = np.asarray(leaf)[place]
+            layout.write(tensor, ours)
         return tensor
 
 

@@ -126,7 +126,7 @@ NEOX = Family(
     Decoder(
         attention=Attention(bias=True),
         ffn=Dense(bias=True),
-        position=Rope(fraction=0.25),
+        position=Rope(),
         norm=LayerNorm(),
         placement="parallel",
         embedding=PLAIN,

@@ -50,7 +50,10 @@ class Key:
 
     def write(self, model: Model) -> dict[str, Any]:
         """The key with its value."""
-        value = functools.reduce(getattr, self.paths[0].split("."), model)
+        try:
+            value = functools.reduce(getattr, self.paths[0].split("."), model)
+        except AttributeError:
+            raise Unlike(f"is what {self.name} says, and the model has no such field", self.paths[0]) from None
         if self.table is None:
             return {self.name: value}
         inverse = {here: there for there, here in self.table.items()} | dict(self.back)
@@ -107,6 +110,7 @@ class Family:
     def config(self, model: Model) -> dict[str, Any]:
         """The config.json of a model. Raises `Unlike` unless it describes the model, and nothing else."""
         self._check_kinds(model)
+        model = _based(model, self.preset)
         found = {"model_type": self.kind, "architectures": [self._architecture(model.head)]}
         for entry in self.keys:
             found |= {} if entry.words and not isinstance(model.head, LanguageModel) else entry.write(model)
@@ -146,6 +150,16 @@ class Family:
 def _require_kind(component: Any, kinds: tuple[type, ...], path: str, family: str) -> None:
     if type(component) not in kinds:
         raise Unlike(f"is a {type(component).__name__}, {family} has {' or '.join(k.__name__ for k in kinds)}", path)
+
+
+def _based(model: Any, preset: Any) -> Any:
+    """The same model, in which what layers have in common is the stack's: components of the preset's classes, if any layer has one."""
+    if isinstance(model, EncoderDecoder):
+        across = model.across
+        return replace(model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across)
+    layers = model.in_full
+    ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
+    return replace(model, attention=layers[0].attention, ffn=ffn, first=(), pattern=tuple(layers))
 
 
 def _labels(fields: Fields) -> int:

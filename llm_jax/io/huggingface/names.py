@@ -42,7 +42,7 @@ def plans(
     rows: Iterable[Row], model: Model, shapes: Mapping[str, tuple[int, ...]], present: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Plan]:
     """The plan of every array, by its path in the parameters. present: whether a tensor is there, to choose between places."""
-    table = [(re.compile(re.escape(row.ours).replace(r"\{i\}", r"(?P<i>\d+)") + r"(?:/(?P<leaf>\w+))?"), row) for row in rows]
+    table = [(re.compile(re.escape(row.ours).replace(r"\{i\}", r"(?P<i>\d+)") + r"(?:/\w+)?"), row) for row in rows]
     return {path: _plan(path, shape, table, model, present) for path, shape in shapes.items()}
 
 
@@ -87,12 +87,12 @@ def _found(path: str, table: list[tuple[re.Pattern, Row]], present: Callable[[st
 
 
 def _spelt(row: Row, path: str, match: re.Match) -> tuple[str, Arrange]:
-    groups = match.groupdict()
     leaf = path.rsplit("/", 1)[1]
-    name = row.theirs.replace("{i}", groups.get("i") or "")
+    name = row.theirs.replace("{i}", match.groupdict().get("i") or "")
     usual: Arrange = same
     if leaf == "kernel":
         usual = transposed(2 if "/output/" in path else 1)
     elif leaf == "bias":
         usual = flat(0)
-    return (f"{name}.{SUFFIXES[leaf]}" if groups["leaf"] else name), row.layouts.get(leaf, usual)
+    is_module = row.ours.count("/") < path.count("/")
+    return (f"{name}.{SUFFIXES[leaf]}" if is_module else name), row.layouts.get(leaf, usual)

@@ -15,11 +15,12 @@ THETA = 10_000.0
 
 def read_rope(fields: Fields, *, theta: float = THETA, fraction: float | None = None) -> Rope:
     """The scheme of all layers. fraction: the default part of a head that is turned, for families in which that may be a part."""
-    scaling = _older_scaling(fields)
-    if scaling is None and fields.get("rope_parameters", None) is None:
-        return Rope(theta=_theta(fields, theta), fraction=_fraction(fields, fraction))
-    inside = scaling or fields.inside("rope_parameters")
-    return rope_of(inside, fields, theta=_theta(fields, theta), fraction=None if fraction is None else _fraction(fields, fraction))
+    theta, part = _theta(fields, theta), _fraction(fields, fraction)
+    inside = _older_scaling(fields)
+    if inside is None and fields.get("rope_parameters", None) is None:
+        return Rope(theta=theta, fraction=part)
+    inside = inside or fields.inside("rope_parameters")
+    return rope_of(inside, fields, theta=theta, fraction=None if fraction is None else part)
 
 
 def rope_of(inside: Fields, fields: Fields, *, theta: float, fraction: float | None = None) -> Rope:
