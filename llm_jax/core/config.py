@@ -281,9 +281,9 @@ def walk(config: Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
             yield path, field, value
 
 
-def traced_values(config: Config) -> dict[str, Any]:
-    """Path → value of every field declared with `traced` whose value is a number."""
-    return {path: value for path, field, value in walk(config) if field.metadata.get("traced") and isinstance(value, (int, float))}
+def traced_values(config: Config, kinds: Any = (int, float)) -> dict[str, Any]:
+    """Path → value of every field declared with `traced` whose value is of these kinds: a number, unless told otherwise."""
+    return {path: value for path, field, value in walk(config) if field.metadata.get("traced") and isinstance(value, kinds)}
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

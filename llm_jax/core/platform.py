@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_jax.core.config import ConfigError
 
@@ -27,8 +27,14 @@ class Traits:
     products_together: bool  # several products of one input as a single wider one
     row_sums_by_product: bool  # sums over the last axis as products with ones
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
+    attention_block: int  # queries and keys of a block of blockwise attention, at most: 128 is 1.2–1.7× as fast as 512 on CPU
+    # queries × keys up to which attention writes its scores out; by blocks its gradient takes, with written out = 1, 0.78–1.18 of
+    # the time at 512 tokens on CPU, 0.71–0.84 at 1,024, 0.78 at 2,048 (`tests/benchmarks/attention.py`)
+    dense_attention: int
+    fused_attention: str | None  # the platform's own kernel, tried first
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
+    expert_blocks: bool  # products with experts' matrices by blocks of rows: XLA:CPU's ragged_dot does the work of all experts
 
 
 CPU = Traits(
@@ -38,8 +44,12 @@ CPU = Traits(
     products_together=True,
     row_sums_by_product=True,
     attention_row_block=128,
+    attention_block=128,
+    dense_attention=512 * 512,
+    fused_attention=None,
     flat_gradient_sums=True,
     population_in_turn=True,
+    expert_blocks=True,
 )
 ACCELERATOR = Traits(
     scan_layers=True,
@@ -48,9 +58,16 @@ ACCELERATOR = Traits(
     products_together=False,
     row_sums_by_product=False,
     attention_row_block=None,
+    attention_block=512,
+    dense_attention=1024 * 1024,
+    fused_attention=None,
     flat_gradient_sums=False,
     population_in_turn=False,
+    expert_blocks=False,
 )
+
+GPU = replace(ACCELERATOR, fused_attention="cudnn")
+TPU = replace(ACCELERATOR, fused_attention="splash")
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -70,11 +87,16 @@ PEAK_FLOPS = {
 }
 
 
-def traits() -> Traits:
-    """The traits of the platform that programs are being written for: the default backend, or `targeting`'s."""
+def name() -> str:
+    """The platform that programs are being written for ("cpu", "gpu", "tpu"): the default backend, or `targeting`'s."""
     import jax
 
-    return CPU if (_target.get() or jax.default_backend()) == "cpu" else ACCELERATOR
+    return _target.get() or jax.default_backend()
+
+
+def traits() -> Traits:
+    """The traits of that platform."""
+    return {"cpu": CPU, "gpu": GPU, "tpu": TPU}.get(name(), ACCELERATOR)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""The two values that travel through the whole system: a batch of tokens, and a weighted sum."""
+"""The values that travel through the whole system: a batch of tokens, what a model says of it, and a weighted sum."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ class Batch:
     """Token sequences and what is to be predicted from them; every array is `[..., B, L]`.
 
     `None` stands for the cheap common case, so that nothing is moved or masked for it: `weights=None` counts every target
-    once, `segments=None` is one document a row, `positions=None` is 0 … L-1.
+    once, `segments=None` is one document a row, `positions=None` is 0 … L-1. inputs `[..., B, M]`: what an encoder reads, with
+    input_segments; prefix: bool, tokens that all others of their document may see.
     """
 
     tokens: jax.Array
@@ -20,6 +22,9 @@ class Batch:
     weights: jax.Array | None = None
     segments: jax.Array | None = None
     positions: jax.Array | None = None
+    inputs: jax.Array | None = None
+    input_segments: jax.Array | None = None
+    prefix: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -43,3 +48,18 @@ class Weighted:
 
 
 Metrics = dict[str, Weighted]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a batch.
+
+    logits `[B, L, V]`; ahead: those of the tokens after the next one, one array each. penalty: what training adds to the loss.
+    routing: what layers with experts counted, as `models.experts` reads it.
+    """
+
+    logits: jax.Array
+    ahead: tuple[jax.Array, ...] = ()
+    penalty: Weighted | None = None
+    routing: Any = field(default_factory=dict)

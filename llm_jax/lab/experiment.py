@@ -17,8 +17,9 @@ from llm_jax.core.mesh import Mesh
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Tokenizer
 from llm_jax.lab.arms import Arms, Choices, arms_of
-from llm_jax.models.decoder import Decoder
-from llm_jax.objectives.next_token import NextToken
+from llm_jax.lab.components import Decoder, NextToken  # so that all choices are known
+from llm_jax.models.model import Model
+from llm_jax.objectives.objective import Objective
 from llm_jax.optim.optimizers import AdamW, Optimizer
 from llm_jax.optim.schedules import Cosine, Schedule
 from llm_jax.train.pretrain import Train
@@ -68,8 +69,8 @@ class Experiment(Config):
     seed: int = traced(0)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Bytes)
-    model: Decoder = field(default_factory=Decoder)
-    objective: NextToken = field(default_factory=NextToken)
+    model: Model = field(default_factory=Decoder)
+    objective: Objective = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Cosine)
     train: Train = field(default_factory=Train)
@@ -81,6 +82,7 @@ class Experiment(Config):
         require(0 <= self.seed < LARGEST_SEED, "seed", f"must be >= 0 and < {LARGEST_SEED}, got {self.seed}")
         rows, parts = self.data.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", f"must divide data.batch_size={rows}, got {parts}")
+        self.objective.check(self.model)
         every, log = self.evaluation.every, self.train.log_every
         whole = every % log == 0 or every >= self.train.steps
         require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")

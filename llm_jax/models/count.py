@@ -1,54 +1,76 @@
-"""Analytic parameters, FLOPs and memory of a decoder; tests hold them against the real tree and XLA's own counts."""
+"""Analytic parameters, FLOPs and memory of a model; tests hold them against the real tree and XLA's own counts."""
 
 from __future__ import annotations
 
-from llm_jax.models.decoder import Decoder
+from llm_jax.models.block import Layer, layer_entries, layer_parameters
+from llm_jax.models.model import Model
+from llm_jax.models.stack import Stack
+from llm_jax.nn.multihead import Attention
 
 
-def parameters(model: Decoder, vocabulary: int) -> int:
+def parameters(model: Model, vocabulary: int) -> int:
     """Trainable scalars."""
-    per_norm = model.width * len(model.norm.vectors())
-    branches = 1 + (model.ffn.branches > 0)
-    norms = branches * per_norm * (2 if model.placement == "sandwich" else 1)
-    layer = _layer_products(model) + _layer_biases(model) + norms + branches * model.residual.parameters()
-    position = model.position.parameters(model.width, model.attention.heads)
-    final = per_norm if model.placement != "post" else 0
-    return model.depth * layer + position + final + vocabulary * model.width * (1 if model.tied else 2)
+    towers = sum(_stack_parameters(stack, cross) for stack, cross in _towers(model))
+    tables = model.tables * model.embedding.parameters(model.width, vocabulary)
+    return towers + tables + model.head.parameters(model.final, vocabulary)
 
 
-def _layer_products(model: Decoder) -> int:
-    """Entries of a layer's matrices, each of which multiplies every token once."""
-    attention, width = model.attention, model.width
-    heads = 2 * attention.heads + 2 * attention.groups
-    return width * heads * attention.size(width) + (model.ffn.branches + 1) * width * model.ffn.hidden(width) * (
-        model.ffn.branches > 0
-    )
+def active_parameters(model: Model, vocabulary: int) -> int:
+    """The same without the experts that a token does not visit."""
+    layers = [layer for stack in model.stacks.values() for layer in stack.in_full]
+    return parameters(model, vocabulary) - sum(layer.ffn.idle(model.width) for layer in layers if layer.ffn)
 
 
-def _layer_biases(model: Decoder) -> int:
-    attention, width = model.attention, model.width
-    count = (attention.heads + 2 * attention.groups) * attention.size(width) + width if attention.bias else 0
-    return count + (model.ffn.branches * model.ffn.hidden(width) + width if model.ffn.branches and model.ffn.bias else 0)
-
-
-def flops_per_token(model: Decoder, vocabulary: int, length: int) -> float:
+def flops_per_token(model: Model, vocabulary: int, length: int) -> float:
     """FLOPs of matrix products to train on one token of a sequence of `length`: 2 forward and 4 backward a multiply-add.
 
     Attention is counted over all `length` keys, as is the custom (Chowdhery et al. 2022, appendix B), although a causal
-    model needs half; recomputation under remat is not counted: these are the model's FLOPs, not the machine's.
+    model needs half; recomputation under remat is not counted: these are the model's FLOPs, not the machine's. Of an
+    encoder-decoder a token is one of the output, with as many of the input.
     """
-    attention = 2 * model.attention.heads * model.attention.size(model.width) * length
-    return 6.0 * (model.depth * (_layer_products(model) + attention) + vocabulary * model.width)
+    entries = sum(
+        layer_entries(stack, layer, cross)
+        + ((layer.attention.scores(stack.width) if layer.attention else 0) + (cross.scores(stack.width) if cross else 0)) * length
+        for stack, cross in _towers(model)
+        for layer in stack.in_full
+    )
+    return 6.0 * (entries + _output_entries(model, vocabulary))
 
 
-def training_memory(model: Decoder, vocabulary: int, batch: int, length: int, slots: int) -> float:
+def training_memory(model: Model, vocabulary: int, batch: int, length: int, slots: int) -> float:
     """Bytes at the peak of a step, estimated: parameters, gradients and `slots` float32 moments each, and what the
     backward pass keeps: with remat the layer boundaries and one layer, without it every product's operands."""
     states = 4.0 * parameters(model, vocabulary) * (2 + slots)
-    tokens, size = batch * length, 2 if model.precision.compute == "bfloat16" else 4
-    scores = model.attention.heads * length
-    width, hidden = model.width, model.ffn.hidden(model.width) * (model.ffn.branches + 1)
-    inner = (model.attention.heads + 2 * model.attention.groups) * model.attention.size(width)
-    layer = size * (4 * width + inner + hidden) + 4 * 2 * scores
-    kept = model.depth * size * width + layer if model.remat != "none" else model.depth * layer
-    return states + tokens * (kept + 4.0 * 2 * vocabulary)
+    return states + batch * length * (sum(_kept(stack, length) for stack in model.stacks.values()) + 4.0 * 2 * vocabulary)
+
+
+def _towers(model: Model) -> list[tuple[Stack, Attention | None]]:
+    """Each stack with the cross-attention of its layers, which the last has if any."""
+    return [(stack, model.across if stack is model.final else None) for stack in model.stacks.values()]
+
+
+def _stack_parameters(stack: Stack, cross: Attention | None) -> int:
+    layers = sum(layer_parameters(stack, layer, cross) for layer in stack.in_full)
+    final = stack.width * len(stack.norm.vectors()) if stack.placement != "post" else 0
+    return layers + stack.position.parameters(stack.width, stack.heads_for_bias) + final
+
+
+def _output_entries(model: Model, vocabulary: int) -> int:
+    tied = model.embedding.entries(model.width, vocabulary) if model.head.tied else 0
+    return model.head.entries(model.final, vocabulary) + tied
+
+
+def _kept(stack: Stack, length: int) -> float:
+    """Bytes for each token."""
+    size, width = (2 if stack.precision.compute == "bfloat16" else 4), stack.width
+    layers = [_layer_kept(stack, layer, length) for layer in stack.in_full]
+    return stack.depth * size * width + max(layers) if stack.remat != "none" else sum(layers)
+
+
+def _layer_kept(stack: Stack, layer: Layer, length: int) -> float:
+    size, width = (2 if stack.precision.compute == "bfloat16" else 4), stack.width
+    hidden = layer.ffn.hidden(width) * (layer.ffn.branches + 1) if layer.ffn else 0
+    mixer = layer.attention
+    inner = mixer.inner(width) if mixer else 0
+    scores = mixer.heads_for_bias * length if mixer and mixer.scores(width) else 0
+    return size * (4 * width + inner + hidden) + 4 * 2 * scores

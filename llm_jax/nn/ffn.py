@@ -22,34 +22,57 @@ class FeedForward(Config):
 
     abstract = True
     branches = 0
+    bias = False
+    causal = True  # whether a token's output depends on no later token
 
     def hidden(self, width: int) -> int:
-        """Hidden units of a model of that width."""
+        """Hidden units of a model of that width; of them those that one token uses."""
         return 0
+
+    def build(self, gain: float, dtype: Any, name: str) -> nn.Module:
+        """The module `(x [B, L, D], dropout rates, valid [B, L] or None) -> [B, L, D]`; gain: of its last matrix."""
+        return MLP(self, gain, dtype, name=name)
+
+    def idle(self, width: int) -> int:
+        """Trainable scalars that one token does not use."""
+        return 0
+
+    def entries(self, width: int) -> int:
+        """Entries of matrices that multiply one token."""
+        return (self.branches + 1) * width * self.hidden(width)
+
+    def parameters(self, width: int) -> int:
+        """Trainable scalars."""
+        return self.entries(width) + (self.branches * self.hidden(width) + width if self.bias else 0)
 
 
 @dataclass(frozen=True)
 class Dense(FeedForward):
-    """W₂ f(W₁ x), with ratio × width hidden units."""
+    """W₂ f(W₁ x), with ratio × width hidden units, or exactly so many `units`."""
 
     ratio: float = 4.0
+    units: int | None = None
     activation: Activation = "gelu"
     bias: bool = False
 
     branches = 1
 
     def validate(self):
-        require_positive(self, "ratio")
+        require_positive(self, "ratio", "units")
 
     def hidden(self, width: int) -> int:
-        return max(round(self.ratio * width), 1)
+        return self.units or max(round(self.ratio * width), 1)
 
 
 @dataclass(frozen=True)
 class Gated(FeedForward):
-    """W₂ (f(W x) ⊙ V x): GLU with sigmoid, ReGLU, GEGLU, SwiGLU with silu. Ratio 8/3 has the parameters of a plain 4."""
+    """W₂ (f(W x) ⊙ V x): GLU with sigmoid, ReGLU, GEGLU, SwiGLU with silu. Ratio 8/3 has the parameters of a plain 4.
+
+    units: hidden units, exactly so many whatever ratio and multiple say.
+    """
 
     ratio: float = 8 / 3
+    units: int | None = None
     activation: Activation = "silu"
     bias: bool = False
     multiple: int = 1  # hidden units are rounded up to a multiple
@@ -57,10 +80,10 @@ class Gated(FeedForward):
     branches = 2
 
     def validate(self):
-        require_positive(self, "ratio", "multiple")
+        require_positive(self, "ratio", "units", "multiple")
 
     def hidden(self, width: int) -> int:
-        return -(-round(self.ratio * width) // self.multiple) * self.multiple
+        return self.units or -(-round(self.ratio * width) // self.multiple) * self.multiple
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ class MLP(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, rates: Mapping[str, Any]) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, rates: Mapping[str, Any], valid_BL: jax.Array | None = None) -> jax.Array:
         c, width = self.config, x_BLD.shape[-1]
         hidden = c.hidden(width)
         require(hidden > 0, "ffn.ratio", "leaves no hidden unit: raise it")

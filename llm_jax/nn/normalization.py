@@ -14,7 +14,8 @@ from llm_jax.core.sharding import partitioned
 from llm_jax.nn.kernels.product import row_sum
 
 # pre: x + f(norm(x)); post: norm(x + f(x)), the original of 2017; sandwich: x + norm(f(norm(x)))
-Placement = Literal["pre", "post", "sandwich"]
+# parallel: x + Σ f(norm_f(x)); parallel_shared: x + Σ f(norm(x))
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,23 @@ class LayerNorm(Norm):
 
 @dataclass(frozen=True)
 class RMSNorm(Norm):
-    """x / √(mean(x²) + ε) · scale. Zhang & Sennrich 2019."""
+    """x / √(mean(x²) + ε) · scale. Zhang & Sennrich 2019.
+
+    offset: multiplies by 1 + scale, and the scale starts at 0, so that weight decay pulls towards the plain norm (Gemma).
+    """
 
     epsilon: float = 1e-6
+    offset: bool = False
 
     def validate(self):
         require_positive(self, "epsilon")
 
     def vectors(self):
-        return {"scale": 1.0}
+        return {"scale": 0.0 if self.offset else 1.0}
 
     def apply(self, x, vectors):
-        return x * jax.lax.rsqrt(row_sum(jnp.square(x)) / x.shape[-1] + self.epsilon) * vectors["scale"]
+        scale = 1 + vectors["scale"] if self.offset else vectors["scale"]
+        return x * jax.lax.rsqrt(row_sum(jnp.square(x)) / x.shape[-1] + self.epsilon) * scale
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Positional schemes. A scheme may add to the embeddings, rotate queries and keys, or bias the attention scores.
 
-To add one: a frozen dataclass here that overrides what it needs, and a row in `tests/nn/test_position.py`.
+To add one: a frozen dataclass here that overrides what it needs, and a row in `tests/nn/test_position.py` (CONTRIBUTING.md shows
+one). Rotary embeddings' scalings to longer texts are in `nn/rope.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, require, require_positive
 from llm_jax.core.sharding import partitioned
+from llm_jax.nn.rope import Scaling, angles, inverse_frequencies
 
 Param = Callable[..., jax.Array]  # (name, initializer, shape, logical axes) -> array
 
@@ -37,6 +41,11 @@ class Position(Config):
         """Queries or keys turned by their positions."""
         return x_BLHK
 
+    @property
+    def score_factor(self) -> float:
+        """What scores are multiplied by besides 1/√K where only a part of each head is turned (MLA)."""
+        return 1.0
+
     def shared(self, heads: int, *, param: Param) -> dict[str, jax.Array]:
         """Parameters that all layers share, made once."""
         return {}
@@ -53,60 +62,97 @@ class NoPosition(Position):
 
 @dataclass(frozen=True)
 class Sinusoidal(Position):
-    """Fixed waves added to the embeddings: PE(p, 2i) = sin(p / θ^(2i/D)), PE(p, 2i+1) = cos. Vaswani et al. 2017, §3.5."""
+    """Fixed waves added to the embeddings: PE(p, 2i) = sin(p / θ^(2i/D)), PE(p, 2i+1) = cos. Vaswani et al. 2017, §3.5.
+
+    interleaved: False has all sines first, then all cosines, of p / θ^(i / (D/2 - 1)): so in the paper's code (tensor2tensor)
+    and in Whisper, where the slowest wave is exactly θ.
+    """
 
     theta: float = 10_000.0
+    interleaved: bool = True
 
     def validate(self):
         require_positive(self, "theta")
 
     def embed(self, x_BLD, positions_BL, *, unit, param):
         width = x_BLD.shape[-1]
-        angles = _angles(positions_BL, (width + 1) // 2, 2 / width, self.theta)
-        waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions_BL.shape, -1)[..., :width]
-        return x_BLD + (unit * waves).astype(x_BLD.dtype)
+        waves_BLD = self._interleaved(positions_BL, width) if self.interleaved else self._halves(positions_BL, width)
+        return x_BLD + (unit * waves_BLD).astype(x_BLD.dtype)
+
+    def _interleaved(self, positions_BL: jax.Array, width: int) -> jax.Array:
+        angles_BLW = angles(positions_BL, inverse_frequencies(self.theta, width))
+        waves_BLW2 = jnp.stack([jnp.sin(angles_BLW), jnp.cos(angles_BLW)], -1)
+        return waves_BLW2.reshape(*positions_BL.shape, -1)[..., :width]
+
+    def _halves(self, positions_BL: jax.Array, width: int) -> jax.Array:
+        count = width // 2
+        angles_BLW = angles(positions_BL, self.theta ** (-np.arange(count) / max(count - 1, 1)))
+        waves_BLD = jnp.concatenate([jnp.sin(angles_BLW), jnp.cos(angles_BLW)], -1)
+        return jnp.pad(waves_BLD, [(0, 0), (0, 0), (0, width % 2)])  # an odd channel has no wave
 
 
 @dataclass(frozen=True)
 class Learned(Position):
-    """A table of `max_length` learned embeddings; longer sequences are an error. Gehring et al. 2017."""
+    """A table of `max_length` learned embeddings; longer sequences are an error. Gehring et al. 2017.
+
+    offset: rows of the table before that of index 0 (BART and OPT have 2, which padding was to use).
+    """
 
     max_length: int = 1024
+    offset: int = 0
 
     def validate(self):
         require_positive(self, "max_length")
+        require(self.offset >= 0, "offset", f"must be >= 0, got {self.offset}")
 
     def parameters(self, width, heads):
-        return self.max_length * width
+        return (self.max_length + self.offset) * width
 
     def embed(self, x_BLD, positions_BL, *, unit, param):
         length = positions_BL.shape[-1]
         if length > self.max_length:
             raise ConfigError(f"must be at least the sequence length {length}, got {self.max_length}", "model.position.max_length")
-        table = param("embedding", nn.initializers.normal(unit), (self.max_length, x_BLD.shape[-1]), ("position", "embed"))
-        return x_BLD + table.astype(x_BLD.dtype)[positions_BL]
+        shape = (self.max_length + self.offset, x_BLD.shape[-1])
+        table = param("embedding", nn.initializers.normal(unit), shape, ("position", "embed"))
+        return x_BLD + table.astype(x_BLD.dtype)[positions_BL + self.offset]
 
 
 @dataclass(frozen=True)
 class Rope(Position):
     """Pairs (i, i + K/2) of a head turned by the angle p·θ^(-2i/K), so scores depend on distances. Su et al. 2021.
 
-    fraction: the part of each head that is turned (GPT-NeoX turns a quarter).
+    fraction: the part of each head that is turned (GPT-NeoX turns a quarter). scaling: how it is stretched to longer texts.
     """
 
     theta: float = 10_000.0
     fraction: float = 1.0
+    scaling: Scaling | None = None
 
     def validate(self):
         require_positive(self, "theta", "fraction")
         require(self.fraction <= 1, "fraction", f"must be <= 1, got {self.fraction}")
+        require(
+            self.scaling is None or self.theta > 1, "theta", f"must be > 1 for a scaling to tell fast from slow, got {self.theta}"
+        )
+
+    @property
+    def score_factor(self):
+        return 1.0 if self.scaling is None else self.scaling.score_factor
 
     def rotate(self, x_BLHK, positions_BL):
         turned = int(x_BLHK.shape[-1] * self.fraction) // 2 * 2
-        angles = _angles(positions_BL, turned // 2, 2 / turned, self.theta)[:, :, None]
-        cos, sin = jnp.cos(angles).astype(x_BLHK.dtype), jnp.sin(angles).astype(x_BLHK.dtype)
+        require(turned > 0, "fraction", f"turns no pair of a head of {x_BLHK.shape[-1]}: use a larger one than {self.fraction}")
+        cos_BL1W, sin_BL1W = (wave[:, :, None].astype(x_BLHK.dtype) for wave in self._waves(turned, positions_BL))
         first, second, rest = jnp.split(x_BLHK, [turned // 2, turned], -1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
+        return jnp.concatenate([first * cos_BL1W - second * sin_BL1W, second * cos_BL1W + first * sin_BL1W, rest], -1)
+
+    def _waves(self, size: int, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of every pair's angle, `[B, L, size / 2]` float32."""
+        if self.scaling is None:
+            angles_BLW = angles(positions_BL, inverse_frequencies(self.theta, size))
+            return jnp.cos(angles_BLW), jnp.sin(angles_BLW)
+        angles_BLW = angles(positions_BL, self.scaling.frequencies(self.theta, size, positions_BL))
+        return self.scaling.amplitude * jnp.cos(angles_BLW), self.scaling.amplitude * jnp.sin(angles_BLW)
 
 
 @dataclass(frozen=True)
@@ -127,18 +173,25 @@ class Alibi(Position):
 
 @dataclass(frozen=True)
 class T5Bias(Position):
-    """A learned bias for each head and bucket of distance, exact when near and logarithmic when far. Raffel et al. 2020, §2.1."""
+    """A learned bias for each head and bucket of distance, exact when near and logarithmic when far. Raffel et al. 2020, §2.1.
+
+    bidirectional: the second half of the buckets is for keys to the right (encoders); otherwise they are all in bucket 0.
+    """
 
     buckets: int = 32
     max_distance: int = 128
+    bidirectional: bool = False
 
     def validate(self):
-        require(self.buckets >= 2, "buckets", f"must be >= 2, got {self.buckets}")
-        require(
-            self.max_distance > self.buckets // 2,
-            "max_distance",
-            f"must be > buckets / 2 = {self.buckets // 2}, got {self.max_distance}",
-        )
+        require(self.one_way >= 2, "buckets", f"must be >= 2 in each direction, got {self.buckets}")
+        require(not self.bidirectional or self.buckets % 2 == 0, "buckets", f"must be even for two directions, got {self.buckets}")
+        exact = self.one_way // 2
+        require(self.max_distance > exact, "max_distance", f"must be > {exact}, the exact buckets, got {self.max_distance}")
+
+    @property
+    def one_way(self) -> int:
+        """Buckets of one direction."""
+        return self.buckets // 2 if self.bidirectional else self.buckets
 
     def parameters(self, width, heads):
         return self.buckets * heads
@@ -146,22 +199,30 @@ class T5Bias(Position):
     def shared(self, heads, *, param):
         return {"embedding": param("embedding", nn.initializers.normal(0.02), (self.buckets, heads), ("buckets", "heads"))}
 
+    def edges(self) -> list[int]:
+        """The smallest distance in each bucket of one direction but the first; exact · (max_distance / exact)^(k / far) when far.
+
+        Compared as whole numbers, so that no logarithm's last digit moves a distance to another bucket.
+        """
+        exact = self.one_way // 2
+        far = self.one_way - exact
+
+        def first(k: int) -> int:
+            near = int(exact * (self.max_distance / exact) ** (k / far))
+            return next(d for d in itertools.count(near - 1) if d**far >= exact ** (far - k) * self.max_distance**k)
+
+        return [*range(1, exact), *(first(k) for k in range(far))]
+
     def bucket(self, distance: jax.Array) -> jax.Array:
-        """The bucket of a non-negative distance to the left; what lies to the right is in bucket 0."""
-        exact = self.buckets // 2
-        distance = jnp.maximum(distance, 0)
-        far = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(self.max_distance / exact) * (self.buckets - exact)
-        return jnp.where(distance < exact, distance, jnp.minimum(exact + far.astype(jnp.int32), self.buckets - 1))
+        """The bucket of each distance (query - key): positive to the left."""
+        one_way = jnp.abs(distance) if self.bidirectional else jnp.maximum(distance, 0)
+        bucket = jnp.searchsorted(jnp.asarray(self.edges(), jnp.int32), one_way, side="right", method="compare_all")
+        return bucket + self.one_way * (distance < 0) if self.bidirectional else bucket
 
     def bias(self, shared, queries_BL, keys_BM, heads):
         bucket_BLM = self.bucket(queries_BL[:, :, None] - keys_BM[:, None, :])
         # the gather's gradient scatters; a product with one-hot rows is as fast and its gradient is a product too
         return jnp.einsum("blmn,nh->bhlm", jax.nn.one_hot(bucket_BLM, self.buckets), shared["embedding"].astype(jnp.float32))
-
-
-def _angles(positions_BL: jax.Array, count: int, step: float, theta: float) -> jax.Array:
-    """`[B, L, count]` float32: position × θ^(-i·step)."""
-    return positions_BL[..., None].astype(jnp.float32) * theta ** (-step * jnp.arange(count, dtype=jnp.float32))[None, None]
 
 
 class Positions(nn.Module):

@@ -1,54 +1,75 @@
-"""Next-token prediction with teacher forcing."""
+"""Next-token prediction with teacher forcing, and several tokens ahead where the model has a head for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import Config, require, traced
-from llm_jax.core.types import Batch, Metrics, Weighted
+from llm_jax.core.config import require, traced
+from llm_jax.core.types import Batch, Predictions, Weighted
 from llm_jax.nn.losses import cross_entropy
-
-Apply = Callable[[Any, Batch, jax.Array], jax.Array]  # (params, batch, rng) -> logits [B, L, V]
+from llm_jax.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
-class NextToken(Config):
+class NextToken(Objective):
     """The mean negative log-likelihood of each token after those before it.
 
     z_loss: weight of (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5); never evaluated.
+    ahead: weight of the mean loss of the tokens after the next one, where the head predicts them (DeepSeek-V3 2024, eq. 25).
     """
 
     z_loss: float = traced(0.0)
+    ahead: float = traced(0.3)
 
-    scores = ("loss", "bits_per_byte", "accuracy")  # what evaluation reports
+    scores = ("loss", "bits_per_byte", "accuracy")
 
     def validate(self):
         require(self.z_loss >= 0, "z_loss", f"must be >= 0, got {self.z_loss}")
+        require(self.ahead >= 0, "ahead", f"must be >= 0, got {self.ahead}")
 
-    def loss(
-        self, apply: Apply, params: Any, batch: Batch, *, rng: jax.Array, byte_lengths: jax.Array, train: bool
-    ) -> tuple[Weighted, Metrics]:
-        """The summed loss over its weight, and metrics. byte_lengths `[V]`: bytes of text that each id stands for.
+    def check(self, model):
+        require(model.head.words, "model.head", "must score token ids to predict the next one: take LanguageModel()")
+        require(not model.encodes, "objective", "has no input for an encoder: take Continuation(), or a Decoder as the model")
+        sentence = "lets a token see those it is to predict: take a causal mask, or the objective Continuation()"
+        require(model.causal, "model", sentence)
 
-        Evaluation reports "loss" (nats a token), "bits_per_byte" = Σ nll / (ln 2 · Σ bytes), which compares across tokenizers
+    def loss(self, apply, params, batch, *, model, rng, byte_lengths, train):
+        """Evaluation reports "loss" (nats a token), "bits_per_byte" = Σ nll / (ln 2 · Σ bytes), which compares across tokenizers
         (ids that stand for no text, such as the end of a document, cost bits but count no byte), and "accuracy".
         """
-        logits_BLV = apply(params, batch, rng)
-        nll_BL, log_sum_BL = cross_entropy(logits_BLV, batch.targets)
+        said = apply(params, batch, rng)
+        nll_BL, log_sum_BL = cross_entropy(said.logits, batch.targets)
         if train:
             elided = isinstance(self.z_loss, (int, float)) and self.z_loss == 0
-            return _weighted(nll_BL if elided else nll_BL + self.z_loss * jnp.square(log_sum_BL), batch.weights), {}
+            main = _weighted(nll_BL if elided else nll_BL + self.z_loss * jnp.square(log_sum_BL), batch.weights)
+            metrics = {"routing": said.routing} if said.routing else {}
+            return Weighted(main.total + self._later(said, batch) + _penalty(said, main.weight), main.weight), metrics
         loss = _weighted(nll_BL, batch.weights)
         bytes_BL = byte_lengths[batch.targets].astype(jnp.float32)
-        hits = _weighted((logits_BLV.argmax(-1) == batch.targets).astype(jnp.float32), batch.weights)
+        hits = _weighted((said.logits.argmax(-1) == batch.targets).astype(jnp.float32), batch.weights)
         bits = Weighted(loss.total / math.log(2), _weighted(bytes_BL, batch.weights).total)
         return loss, {"loss": loss, "bits_per_byte": bits, "accuracy": hits}
+
+    def _later(self, said: Predictions, batch: Batch) -> jax.Array | float:
+        """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing."""
+        total = 0.0
+        for step, logits_BLV in enumerate(said.ahead, 1):
+            inside = jnp.arange(batch.targets.shape[1])[None] < batch.targets.shape[1] - step
+            if batch.segments is not None:
+                inside = inside & (jnp.roll(batch.segments, -step, 1) == batch.segments)
+            weights_BL = 1.0 if batch.weights is None else jnp.roll(batch.weights, -step, 1)
+            nll_BL = cross_entropy(logits_BLV, jnp.roll(batch.targets, -step, 1))[0]
+            total = total + self.ahead / len(said.ahead) * (nll_BL * inside * weights_BL).sum()
+        return total
+
+
+def _penalty(said: Predictions, weight: jax.Array) -> jax.Array | float:
+    """The model's own losses as if each counted token had its share."""
+    return 0.0 if said.penalty is None else said.penalty.mean * weight
 
 
 def _weighted(values_BL: jax.Array, weights_BL: jax.Array | None) -> Weighted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -13,8 +14,10 @@ import numpy as np
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, require, require_positive, substitute, traced
 from llm_jax.core.types import Batch, Metrics
-from llm_jax.models.decoder import Decoder, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
-from llm_jax.objectives.next_token import NextToken
+from llm_jax.models import experts
+from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
+from llm_jax.models.predict import predict
+from llm_jax.objectives.objective import Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
@@ -50,9 +53,9 @@ class Recipe(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def model(self) -> Decoder: ...
+    def model(self) -> Model: ...
     @property
-    def objective(self) -> NextToken: ...
+    def objective(self) -> Objective: ...
     @property
     def optimizer(self) -> Optimizer: ...
     @property
@@ -103,19 +106,11 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
         return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
 
     def loss(given: Recipe, *, train: bool):
-        network = given.model.build(vocabulary)
         table = jnp.asarray(byte_lengths)
 
         def call(params, batch: Batch, rng):
-            apply = lambda params, batch, rng: network.apply(  # noqa: E731
-                {"params": params},
-                batch.tokens,
-                batch.positions,
-                batch.segments,
-                deterministic=not train,
-                rngs={"dropout": rng} if train else None,
-            )
-            return given.objective.loss(apply, params, batch, rng=rng, byte_lengths=table, train=train)
+            apply = partial(predict, given.model, vocabulary, train=train)
+            return given.objective.loss(apply, params, batch, model=given.model, rng=rng, byte_lengths=table, train=train)
 
         return call
 
@@ -126,8 +121,9 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             chained(given),
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
-            random=bool(given.model.dropout.rates()),
+            random=given.model.drops,
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
+            settle=partial(experts.settle, given.model),
         )
         return many_steps(step, state, batches)
 

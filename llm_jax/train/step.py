@@ -38,6 +38,7 @@ def make_train_step(
     average: float | None = None,
     random: bool = True,
     averaged: Callable[[Any, Any], Any] = lambda opt_state, params: params,
+    settle: Callable[[Any, Any], tuple[Any, Metrics]] = lambda params, routing: (params, {}),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
@@ -45,7 +46,8 @@ def make_train_step(
     whose sums are added before the division, so the result is that of the whole batch however targets are spread.
     average: decay of the exponential moving average of the parameters (Polyak & Juditsky 1992), or None for none.
     random: the loss draws random numbers, which must not depend on how many devices share the rows. averaged:
-    `(opt_state, params) -> parameters` that the average is of.
+    `(opt_state, params) -> parameters` that the average is of. settle: `(params, routing) -> (params, metrics)` after the update,
+    where the loss reports "routing", which it has summed over the batch.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
     """
 
@@ -64,6 +66,9 @@ def make_train_step(
             loss_fn=lambda params: loss(params, *last)[0].mean,
         )
         params = optax.apply_updates(state.params, updates)
+        if "routing" in metrics:
+            params, found = settle(params, metrics.pop("routing"))
+            metrics |= found
         mean = state.average
         if average is not None:
             mean = gradients.average(mean, averaged(opt_state, params), average)

@@ -8,7 +8,7 @@ from scipy import special
 
 from llm_jax.core import platform
 from llm_jax.nn.activations import ACTIVATIONS
-from llm_jax.nn.attention import attend
+from llm_jax.nn.attention import Bias, Places, attend
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.kernels.product import product
 from llm_jax.nn.losses import cross_entropy
@@ -43,11 +43,11 @@ def test_attention_is_dense_softmax(monkeypatch, block, groups, masked, biased):
     monkeypatch.setattr(platform, "CPU", replace(platform.CPU, attention_row_block=block))
     q, k, v = (RNG.normal(size=(2, 9, h, 4)).astype(np.float32) for h in (4, groups, groups))
     segments = np.array([[0] * 4 + [1] * 5, [0] * 9], np.int32) if masked else None
-    places = np.arange(9)
+    documents, places = Places(segment=segments), np.arange(9)
     slopes = np.array(Alibi.slopes(4))
     bias = -slopes[:, None, None] * np.abs(places[:, None] - places) if biased else None
-    hook = (lambda a, b: Alibi().bias({}, a, b, 4)) if biased else (lambda a, b: None)
-    got = attend(q, k, v, segments_BL=segments, bias=hook)
+    hook = Bias(lambda params, a, b: Alibi().bias({}, a, b, 4)) if biased else None
+    got = attend(q, k, v, queries=documents, keys=documents, bias=hook)
     np.testing.assert_allclose(got, dense(q, k, v, bias, segments), atol=2e-6)
 
 

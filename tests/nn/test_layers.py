@@ -117,6 +117,7 @@ NORMS = [
     (LayerNorm(epsilon=0.5), layer_norm, 0.5),
     (RMSNorm(), rms_norm, 1e-6),
     (RMSNorm(epsilon=0.5), rms_norm, 0.5),
+    (RMSNorm(offset=True), lambda x, epsilon, scale: rms_norm(x, epsilon, 1 + scale), 1e-6),
 ]
 INPUTS = {
     "normal": normal(2, 3, 24),
@@ -144,7 +145,7 @@ def test_a_norm(norm, formula, epsilon, x, dtype):
 
 
 @pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("norm", [LayerNorm(), LayerNorm(bias=False), RMSNorm()], ids=str)
+@pytest.mark.parametrize("norm", [LayerNorm(), LayerNorm(bias=False), RMSNorm(), RMSNorm(offset=True)], ids=str)
 def test_a_norms_gradients(norm):
     with jax.enable_x64(True):
         learned = {name: jnp.asarray(v, jnp.float64).reshape(1, 1, -1) for name, v in vectors(norm).items()}
@@ -153,10 +154,11 @@ def test_a_norms_gradients(norm):
 
 def test_norms_start_as_the_plain_formula_and_no_norm_is_the_identity():
     x = normal(2, 3, 24)
-    for norm, formula, epsilon in NORMS:
+    for norm, _, epsilon in NORMS:
+        plain = layer_norm if isinstance(norm, LayerNorm) else rms_norm
         params = unbox(Normalize(norm).init(jax.random.key(0), x))
         assert {name: v.shape for name, v in params["params"].items()} == dict.fromkeys(norm.vectors(), (24,))
-        np.testing.assert_allclose(Normalize(norm).apply(params, x), formula(f64(x), epsilon, 1.0), atol=1e-5)
+        np.testing.assert_allclose(Normalize(norm).apply(params, x), plain(f64(x), epsilon, 1.0), atol=1e-5)
     assert not Normalize(NoNorm()).init(jax.random.key(0), x)
     np.testing.assert_array_equal(Normalize(NoNorm()).apply({}, x), x)
 

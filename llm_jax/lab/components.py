@@ -1,0 +1,35 @@
+"""Every component that a configuration or a flag may name, in one place to import from."""
+
+from llm_jax.models.block import Layer
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.encoder import Encoder
+from llm_jax.models.encoder_decoder import EncoderDecoder
+from llm_jax.models.heads import LanguageModel, MultiToken, Scalar, SequenceClassifier, TokenClassifier
+from llm_jax.models.stack import Stack
+from llm_jax.nn.attention import Bidirectional, Causal, Chunked, Prefix, SlidingWindow
+from llm_jax.nn.dispatch import Capacity, Dropless
+from llm_jax.nn.dropout import Dropout
+from llm_jax.nn.embedding import Embed
+from llm_jax.nn.ffn import Dense, Gated, NoFeedForward
+from llm_jax.nn.latent import MLA
+from llm_jax.nn.linear import Precision
+from llm_jax.nn.mixer import NoMixing
+from llm_jax.nn.moe import MoE
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.normalization import LayerNorm, NoNorm, RMSNorm
+from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
+from llm_jax.nn.recurrent import LSTM
+from llm_jax.nn.residual import HyperConnections, NoResidual, Residual, ReZero, Scaled
+from llm_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
+from llm_jax.nn.routing import ExpertChoice, Sigmoid, Softmax
+from llm_jax.objectives.continuation import Continuation
+from llm_jax.objectives.next_token import NextToken
+
+__all__ = [
+    "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder", "Dense",
+    "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Gated", "HyperConnections",
+    "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MultiToken", "NextToken",
+    "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "RMSNorm", "ReZero",
+    "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "Stack",
+    "T5Bias", "TokenClassifier", "YarnScaling",
+]  # fmt: skip

@@ -1,0 +1,20 @@
+"""The key-value cache: what earlier calls computed of a sequence, kept in Linen's collection "cache"."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def extend(module: nn.Module, name: str, new_BL: jax.Array, index_BL: jax.Array, slots: int) -> jax.Array:
+    """`[B, slots, …]`: what `module` has kept under `name`, with the new entries `[B, L, …]` written to their places in the row.
+
+    A token's slot is its index. So right-padded rows need no mask: a query sees no slot after its own, and padding there is
+    overwritten as the row grows. Entries beyond the last slot are dropped.
+    """
+    batch = new_BL.shape[0]
+    kept = module.variable("cache", name, jnp.zeros, (batch, slots, *new_BL.shape[2:]), new_BL.dtype)
+    index_BL = jnp.broadcast_to(index_BL, (batch, new_BL.shape[1]))
+    kept.value = kept.value.at[jnp.arange(batch)[:, None], index_BL].set(new_BL, mode="drop")
+    return kept.value

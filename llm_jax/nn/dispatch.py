@@ -1,0 +1,236 @@
+"""How tokens reach the experts that they chose: with a bound on what an expert takes, or without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core.config import Config, require_positive
+from llm_jax.core.platform import traits
+from llm_jax.nn.kernels.grouped import batched_product, exchange, grouped_product
+
+Over = Literal["batch", "row"]
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows [M, D], kernels [E, D, F]) -> [M, F]
+BLOCK = 256  # rows: at 128 a product is 1.2× slower on XLA:CPU, at 512 the half-empty last blocks cost more than they save
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slots, sorted by expert, and the tokens in them; -1 never occurs: "none" is one past the end of what is pointed to.
+
+    pair_M: the (token, choice) in each slot, counted token by token. slot_TK: where each of them is. weight_TK: f32. sizes_E: slots
+    in use of each expert, which follow one another; None: all experts have M / E, in use or not. load_BE: f32, how many tokens of
+    each row chose an expert. served_T: f32, how many experts took a token.
+    """
+
+    pair_M: jax.Array
+    slot_TK: jax.Array
+    weight_TK: jax.Array
+    load_BE: jax.Array
+    served_T: jax.Array
+    product: Product
+    expert_M: jax.Array
+
+    def spread(self, x_TD: jax.Array) -> jax.Array:
+        """`[T, D] -> [M, D]`: every slot's token, 0 in empty ones."""
+        return exchange(x_TD, self.pair_M // self.slot_TK.shape[1], self.slot_TK)
+
+    def collect(self, y_MD: jax.Array) -> jax.Array:
+        """`[M, D] -> [T, D]`: every token's weighted sum of what its experts returned."""
+        choices = *self.slot_TK.shape, y_MD.shape[1]
+        y_TKD = exchange(y_MD, self.slot_TK.reshape(-1), self.pair_M[:, None]).reshape(choices)
+        return (y_TKD * self.weight_TK[:, :, None]).sum(1).astype(y_MD.dtype)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """As `Plan`, made by experts: token_M in each expert's M / E slots (T: none), with weight_M."""
+
+    token_M: jax.Array
+    weight_M: jax.Array
+    load_BE: jax.Array
+    served_T: jax.Array
+    product: Product
+    expert_M: jax.Array
+
+    def spread(self, x_TD: jax.Array) -> jax.Array:
+        """`[T, D] -> [M, D]`: every slot's token, 0 in empty ones."""
+        return jnp.take(x_TD, self.token_M, axis=0, mode="fill", fill_value=0)
+
+    def collect(self, y_MD: jax.Array) -> jax.Array:
+        """`[M, D] -> [T, D]`: the weighted sum over the experts that took a token."""
+        weighted_MD = y_MD * self.weight_M[:, None]
+        y_TD = jnp.zeros((len(self.served_T), y_MD.shape[1]), weighted_MD.dtype)
+        return y_TD.at[self.token_M].add(weighted_MD, mode="drop").astype(y_MD.dtype)
+
+
+@dataclass(frozen=True)
+class Dispatch(Config):
+    """How many of the tokens that chose an expert it takes, and how its products are computed."""
+
+    abstract = True
+
+    @property
+    def causal(self) -> bool:
+        """Whether what a token receives depends on no later token and no other row."""
+        return True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether rows can be dispatched apart, on the devices that hold them."""
+        return True
+
+    def plan(self, expert_TK: jax.Array, weight_TK: jax.Array, valid_T: jax.Array | None, *, experts: int, rows: int) -> Plan:
+        """Slots for the experts that tokens of so many rows chose, first choice first; tokens that are not valid get none."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dropless(Dispatch):
+    """Every token reaches all the experts that it chose, however uneven the loads: Gale et al. 2023, MegaBlocks.
+
+    form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time; "auto" asks the platform.
+    """
+
+    form: Literal["auto", "blocks", "ragged"] = "auto"
+    block: int = BLOCK
+
+    def validate(self):
+        require_positive(self, "block")
+
+    def plan(self, expert_TK, weight_TK, valid_T, *, experts, rows):
+        blocks = traits().expert_blocks if self.form == "auto" else self.form == "blocks"
+        count = expert_TK.size
+        block = min(self.block, count) if blocks else None
+        segment_TK = expert_TK if valid_T is None else jnp.where(valid_T[:, None], expert_TK, experts)
+        order, place, sizes_E = _sort(segment_TK.reshape(-1), experts)
+        ends_E = jnp.cumsum(sizes_E)
+        slots = count + (block or 0)
+        pair_M = jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order, (0, slots - count)), count)
+        slot_TK = jnp.where(segment_TK < experts, place.reshape(expert_TK.shape), slots)
+        return Plan(
+            pair_M,
+            slot_TK,
+            weight_TK,
+            loads(segment_TK, experts, rows),
+            (segment_TK < experts).sum(1).astype(jnp.float32),
+            lambda x_MD, kernels_EDF: grouped_product(x_MD, kernels_EDF, sizes_E, block=block),
+            jnp.searchsorted(ends_E, jnp.arange(slots), side="right").clip(max=experts - 1),
+        )
+
+
+@dataclass(frozen=True)
+class Capacity(Dispatch):
+    """An expert takes factor × active × tokens / experts tokens, rounded up, and no more: Lepikhin et al. 2021, GShard.
+
+    over: the tokens that compete: each row's for themselves, or the whole batch's. priority: who comes first: "choice", all first
+    choices before any second one, then by place, as in GShard, which lets a later token displace an earlier one's second choice;
+    "position", place alone. Weights of what is left are not renormalized.
+    """
+
+    factor: float = 1.25
+    over: Over = "row"
+    priority: Literal["choice", "position"] = "choice"
+
+    def validate(self):
+        require_positive(self, "factor")
+
+    @property
+    def causal(self):
+        return self.priority == "position" and self.over == "row"
+
+    @property
+    def rowwise(self):
+        return self.over == "row"
+
+    def plan(self, expert_TK, weight_TK, valid_T, *, experts, rows):
+        tokens, active = expert_TK.shape
+        groups = rows if self.over == "row" else 1
+        share = self.factor * active / experts
+        room, bound_G = bounds(share, tokens, groups, valid_T)
+        group_T1 = (jnp.arange(tokens) // (tokens // groups))[:, None]
+        segments, slots = experts * groups, experts * groups * room
+        segment_TK = expert_TK * groups + group_T1
+        if valid_T is not None:
+            segment_TK = jnp.where(valid_T[:, None], segment_TK, segments)
+        arranged = (lambda x_TK: x_TK.T) if self.priority == "choice" else (lambda x_TK: x_TK)
+        order, place, sizes_S = _sort(arranged(segment_TK).reshape(-1), segments)
+        starts_S = jnp.cumsum(sizes_S) - sizes_S
+        place_TK = arranged(place.reshape(arranged(segment_TK).shape))
+        rank_TK = place_TK - starts_S[segment_TK.clip(max=segments - 1)]
+        kept_TK = (segment_TK < segments) & (rank_TK < bound_G[group_T1])
+        pair_N = arranged(jnp.arange(tokens * active).reshape(tokens, active)).reshape(-1)[order]
+        filled_S = jnp.minimum(sizes_S, jnp.tile(bound_G, experts))
+        at_SC = starts_S[:, None] + jnp.arange(room)[None]
+        pair_SC = jnp.where(
+            jnp.arange(room)[None] < filled_S[:, None], pair_N[at_SC.clip(max=tokens * active - 1)], tokens * active
+        )
+        chosen_TK = jnp.where(segment_TK < segments, expert_TK, experts)
+        return Plan(
+            pair_SC.reshape(-1),
+            jnp.where(kept_TK, segment_TK * room + rank_TK, slots),
+            weight_TK,
+            loads(chosen_TK, experts, rows),
+            kept_TK.sum(1).astype(jnp.float32),
+            batched_product,
+            jnp.arange(slots) // (groups * room),
+        )
+
+
+def take(score_TE: jax.Array, valid_T: jax.Array | None, *, share: float, groups: int, rows: int) -> Taken:
+    """Every expert's share × tokens of each group of tokens, those of the highest scores."""
+    tokens, experts = score_TE.shape
+    size = tokens // groups
+    room, bound_G = bounds(share, tokens, groups, valid_T, limit=size)
+    ranking_TE = score_TE if valid_T is None else jnp.where(valid_T[:, None], score_TE, -jnp.inf)
+    ranking_EGS = jax.lax.stop_gradient(ranking_TE).T.reshape(experts, groups, size)
+    index_EGC = jax.lax.top_k(ranking_EGS, room)[1] + (jnp.arange(groups) * size)[None, :, None]
+    filled_EGC = jnp.broadcast_to(jnp.arange(room)[None, None] < bound_G[None, :, None], index_EGC.shape)
+    token_M, filled_M = index_EGC.reshape(-1), filled_EGC.reshape(-1)
+    expert_M = jnp.arange(token_M.size) // (groups * room)
+    count_M = filled_M.astype(jnp.float32)
+    load_BE = jnp.zeros((rows, experts)).at[token_M // (tokens // rows), expert_M].add(count_M)
+    served_T = jnp.zeros(tokens).at[token_M].add(count_M)
+    weight_M = score_TE[token_M, expert_M]
+    return Taken(jnp.where(filled_M, token_M, tokens), weight_M, load_BE, served_T, batched_product, expert_M)
+
+
+def bounds(share: float, tokens: int, groups: int, valid_T: jax.Array | None, limit: int | None = None) -> tuple[int, jax.Array]:
+    """share × tokens of a group, rounded up: at most, and for each group by its valid tokens; `[G]`."""
+
+    def bound(count, ceil):  # a share that rounding put just above a whole number is that number
+        return ceil(count * share * (1 - 1e-6))
+
+    size = tokens // groups
+    room = min(max(bound(size, math.ceil), 1), limit or size)
+    if valid_T is None:
+        return room, jnp.full(groups, room)
+    valid_G = valid_T.reshape(groups, size).sum(1)
+    return room, jnp.minimum(bound(valid_G, jnp.ceil).astype(jnp.int32), room)
+
+
+def loads(expert_TK: jax.Array, experts: int, rows: int) -> jax.Array:
+    """How many tokens of each row chose each expert, `[B, E]` f32; the number `experts` stands for none."""
+    row_T1 = (jnp.arange(len(expert_TK)) // (len(expert_TK) // rows))[:, None]
+    index_TK = jnp.where(expert_TK < experts, row_T1 * experts + expert_TK, rows * experts)
+    return jnp.bincount(index_TK.reshape(-1), length=rows * experts).reshape(rows, experts).astype(jnp.float32)
+
+
+def _sort(segment_N: jax.Array, segments: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The order that sorts by segment and keeps order within, the place of each entry in it, the size of each segment.
+
+    The number `segments` stands for none and comes last.
+    """
+    count = segment_N.size
+    if (segments + 1) * count < 1 << 31:
+        # plain integers: XLA:CPU takes 4× as long to sort if an index goes along
+        order_N = jnp.sort(segment_N * count + jnp.arange(count)) % count
+    else:
+        order_N = jnp.argsort(segment_N, stable=True)
+    place_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(count), unique_indices=True)
+    return order_N, place_N, jnp.bincount(segment_N, length=segments).astype(jnp.int32)

@@ -1,0 +1,152 @@
+"""Splash attention, the flash attention for TPUs in Pallas that skips what a mask hides; interpreted, and slow, elsewhere."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as shapes
+
+from llm_jax.core import platform
+from llm_jax.nn.kernels.call import Call, Kernel
+from llm_jax.nn.masks import Bidirectional, Causal, Chunked, Mask, Places, Prefix, SlidingWindow
+
+LANES = 128  # lengths are padded to whole vector registers
+NOWHERE = -1, -2  # documents of queries and keys that meet nothing
+
+
+def attend(call: Call) -> jax.Array:
+    """`[B, L, H, V]`."""
+    B, L, H, _ = call.q_BLHK.shape
+    q_BLHK = call.q_BLHK * jnp.asarray(call.scale, call.q_BLHK.dtype)
+    q, k, v = (_padded(x, 0).transpose(0, 2, 1, 3) for x in (q_BLHK, call.k_BMGK, call.v_BMGV))
+    segments = _segments(call, B)
+    kernel = splash.make_splash_mha(
+        shapes.MultiHeadMask([_shape(call.mask, q.shape[2], k.shape[2])] * H),
+        block_sizes=_blocks(q.shape[2], k.shape[2]),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=call.soft_cap,
+        interpret=platform.name() != "tpu",
+    )
+    out_BHLV = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, call.sinks_H)
+    out_BLHV = out_BHLV[:, :, :L].transpose(0, 2, 1, 3)
+    if segments is None or call.queries.segment is None:
+        return out_BLHV
+    return jnp.where((segments.q[:, :L] >= 0)[:, :, None, None], out_BLHV, 0)  # the kernel averages over what it cannot see
+
+
+def _padded(x: jax.Array, value: int) -> jax.Array:
+    """The second axis filled up to whole registers."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % LANES)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _segments(call: Call, rows: int) -> splash.SegmentIds | None:
+    """Documents, with padding that meets nothing; None where there is only one and nothing is padded."""
+    given = call.queries.segment, call.keys.segment
+    if given == (None, None) and not any(length % LANES for length in call.lengths):
+        return None
+    filled = (jnp.zeros((rows, n), jnp.int32) if s is None else s for s, n in zip(given, call.lengths, strict=True))
+    return splash.SegmentIds(*(_padded(jnp.where(s < 0, pad, s), pad) for s, pad in zip(filled, NOWHERE, strict=True)))
+
+
+def _blocks(queries: int, keys: int) -> splash.BlockSizes:
+    q, k = (_block(length) for length in (queries, keys))
+    back = {"block_q_dkv": q, "block_kv_dkv": k, "block_kv_dkv_compute": k, "block_q_dq": q, "block_kv_dq": k}
+    return splash.BlockSizes(block_q=q, block_kv=k, block_kv_compute=k, **back)
+
+
+def _block(length: int) -> int:
+    """The greatest multiple of `LANES` that divides the length and is at most the platform's block."""
+    most = max(platform.traits().attention_block, LANES)
+    return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
+
+
+# ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Shown(shapes.Mask):
+    """A mask as splash reads it where it has no name for it."""
+
+    def __init__(self, mask: Mask, shape: tuple[int, int]):
+        self.mask, self._shape = mask, shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of queries and keys."""
+        return self._shape
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = (Places(np.arange(n)[s][None]) for n, s in zip(self._shape, index, strict=True))  # type: ignore[arg-type]
+        return np.asarray(self.mask.visible(queries, keys))[0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shown) and (self.mask, self._shape) == (other.mask, other._shape)
+
+    def __hash__(self) -> int:
+        return hash((self.mask, self._shape))
+
+
+@functools.singledispatch
+def _shape(mask: Mask, queries: int, keys: int) -> shapes.Mask:
+    """The mask in splash's terms."""
+    return Shown(mask, (queries, keys))
+
+
+@_shape.register
+def _(mask: Causal, queries: int, keys: int) -> shapes.Mask:
+    return shapes.CausalMask((queries, keys))
+
+
+@_shape.register
+def _(mask: Bidirectional, queries: int, keys: int) -> shapes.Mask:
+    return shapes.FullMask((queries, keys))
+
+
+@_shape.register
+def _(mask: Chunked, queries: int, keys: int) -> shapes.Mask:
+    return shapes.ChunkedCausalMask((queries, keys), mask.size)
+
+
+@_shape.register
+def _(mask: SlidingWindow, queries: int, keys: int) -> shapes.Mask:
+    if mask.sinks:
+        return Shown(mask, (queries, keys))
+    return shapes.LocalMask((queries, keys), (mask.window - 1, 0 if mask.causal else mask.window - 1), offset=0)
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def refusal(call: Call) -> str | None:
+    """Why splash cannot."""
+    return _arithmetic(call) or _places(call)
+
+
+def _arithmetic(call: Call) -> str | None:
+    if call.bias is not None:
+        return "adds no bias to scores, neither ALiBi's nor T5's"
+    if call.key is not None:
+        return "has no dropout of attention weights"
+    if call.soft_cap is not None and not isinstance(call.soft_cap, (int, float)):
+        return "needs a soft cap that is a plain number"
+    if call.dtype != jnp.float32:
+        return f"sums in float32, and was given {call.q_BLHK.dtype}"
+    return None
+
+
+def _places(call: Call) -> str | None:
+    (L, M), given = call.lengths, (call.queries.segment, call.keys.segment)
+    if not call.counted:
+        return "must know its mask before the program runs, so places must be counted from 0 (no index)"
+    if isinstance(call.mask, Prefix) and call.keys.prefix is not None:
+        return "must know its mask before the program runs, and prefixes come with the data"
+    if given != (None, None) and given[0] is not given[1]:
+        return "cannot tell which queries see nothing where queries and keys have documents of their own"
+    if L > M and not isinstance(call.mask, (Bidirectional, Causal)):
+        return f"leaves queries past the last key undefined, got {L} queries and {M} keys"
+    return None
+
+
+SPLASH = Kernel(attend, refusal)

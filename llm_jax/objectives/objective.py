@@ -1,0 +1,59 @@
+"""What every objective is: a batch and a model in, weighted sums out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from llm_jax.core.config import Config
+from llm_jax.core.types import Batch, Metrics, Predictions, Weighted
+
+Apply = Callable[[Any, Batch, jax.Array], Predictions]  # (params, batch, rng)
+
+
+class Says(Protocol):
+    """What an objective must know of a model's head."""
+
+    words: bool  # it scores token ids
+
+
+class Predicts(Protocol):
+    """What an objective must know of a model."""
+
+    @property
+    def causal(self) -> bool: ...  # no output depends on a later token
+    @property
+    def encodes(self) -> bool: ...  # it reads an input besides
+    @property
+    def head(self) -> Says: ...
+
+
+@dataclass(frozen=True)
+class Objective(Config):
+    """What a model is trained for."""
+
+    abstract = True
+    scores: tuple[str, ...] = ()  # what evaluation reports
+
+    def check(self, model: Predicts) -> None:
+        """Raises `ConfigError` unless the model can be trained for it."""
+
+    def loss(
+        self,
+        apply: Apply,
+        params: Any,
+        batch: Batch,
+        *,
+        model: Predicts,
+        rng: jax.Array,
+        byte_lengths: jax.Array,
+        train: bool,
+    ) -> tuple[Weighted, Metrics]:
+        """The summed loss over its weight, and metrics. byte_lengths `[V]`: bytes of text that each id stands for.
+
+        In training a metric "routing" is what `Predictions.routing` holds.
+        """
+        raise NotImplementedError

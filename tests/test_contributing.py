@@ -1,0 +1,82 @@
+"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, and a training run."""
+
+import importlib.util
+import pathlib
+import re
+import sys
+import textwrap
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.core.config import ConfigError, components, override_text
+from llm_jax.core.sharding import unbox
+from llm_jax.core.types import Batch
+from llm_jax.lab import presets
+from llm_jax.nn.position import Position, Positions
+from llm_jax.train.pretrain import trial
+from tests.nn import test_position
+
+TEXT = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+SECTION = re.search(r"## Add a position scheme\n(.*?)\n## ", TEXT, re.DOTALL)[1]
+CODE, FLAG, ROW = (textwrap.dedent(block) for block in re.findall(r"```(?:python|sh)\n(.*?)```", SECTION, re.DOTALL))
+SMALL = ["model.width=16", "model.depth=2", "model.attention.heads=2", "train.steps=4", "optimizer.learning_rate=0.01"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> ModuleType:
+    """The recipe's code in a file of its own, imported as an experiment's is."""
+    path = tmp_path_factory.mktemp("recipe") / "a_readers_scheme.py"
+    path.write_text(CODE)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def experiment(written):
+    return override_text(presets.nano(), [FLAG.strip().removeprefix("--set="), *SMALL])
+
+
+def test_the_flag_chooses_it(written, experiment):
+    assert components(Position)["KerpleLog"] is written.KerpleLog
+    assert experiment.model.position == written.KerpleLog(spread=0.5)
+    with pytest.raises(ConfigError, match=r"model\.position\.spread must be > 0, got -1"):
+        override_text(presets.nano(), ["model.position=KerpleLog(spread=-1.0)"])
+    with pytest.raises(ConfigError, match=r"model\.position has no choice 'KerpelLog': did you mean KerpleLog"):
+        override_text(presets.nano(), ["model.position=KerpelLog"])
+
+
+@pytest.mark.parametrize("clause", test_position.CONTRACT, ids=lambda f: f.__name__)
+def test_its_row_keeps_the_contract(written, clause):
+    clause(eval(ROW.strip(), vars(test_position) | vars(written)))
+
+
+def test_it_is_the_papers_formula(written):
+    scheme, index = written.KerpleLog(), np.array([[0, 3, 50]])
+    params = unbox(Positions(scheme).init(jax.random.key(0), np.zeros((1, 3, 4)), index, unit=1.0, heads=2))["params"]
+    r1, r2 = (np.exp(np.asarray(params[name], np.float64)) for name in ("log_r1", "log_r2"))
+    bias = scheme.bias(params, index, index, 2)
+    for h in range(2):
+        for at, query in enumerate(index[0]):
+            expected = -r1[h] * np.log(1 + r2[h] * abs(query - index[0]))
+            np.testing.assert_allclose(bias[0, h, at], expected, rtol=1e-5)
+
+
+def test_a_model_trains_with_it(experiment):
+    vocabulary, steps = 11, 4
+    parts = trial(experiment, vocabulary=vocabulary, byte_lengths=np.ones(vocabulary, np.int32))
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, 4, 13)).repeat(steps, 0).astype(np.int32)
+    state = jax.jit(parts.init)({})
+    before = jax.tree.map(np.asarray, state.params["position"])
+    batches = Batch(ids[..., :-1], ids[..., 1:])
+    losses = [jax.jit(parts.evaluate)({}, state, batches)]
+    state, _ = jax.jit(parts.steps)({}, state, batches)
+    losses.append(jax.jit(parts.evaluate)({}, state, batches))
+    assert set(before) == {"log_r1", "log_r2"}
+    assert all((before[name] != state.params["position"][name]).all() for name in before), "every head should learn its own"
+    assert losses[1]["loss"].mean < losses[0]["loss"].mean
