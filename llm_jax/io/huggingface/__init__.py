@@ -26,7 +26,8 @@ from llm_jax.io.huggingface.encoders import BERT, T5
 from llm_jax.io.huggingface.experts import DEEPSEEK_V3, MIXTRAL, QWEN3_MOE
 from llm_jax.io.huggingface.family import Family
 from llm_jax.io.huggingface.fields import Fields, harmless, read_json
-from llm_jax.io.huggingface.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
+from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from llm_jax.io.huggingface.names import Plan, plans
 from llm_jax.models.model import Model, Params, abstract_parameters
 

@@ -155,11 +155,8 @@ class Tensors:
         tensor = np.empty(self.shapes[name], self._leaves[parts[0][0]].dtype)
         for path, place, layout in parts:
             leaf = self._leaves[path]
-            if leaf.nbytes > SMALL and place:
-                ours = np.asarray(_piece(leaf, np.array(place, np.int32)))
-            else:
-                ours = np.asarray(leaf)[place]
-            layout.write(tensor, ours)
+            is_large = place and leaf.nbytes > SMALL
+            layout.write(tensor, np.asarray(_piece(leaf, np.array(place, np.int32)) if is_large else np.asarray(leaf)[place]))
         return tensor
 
 

@@ -153,10 +153,12 @@ def _require_kind(component: Any, kinds: tuple[type, ...], path: str, family: st
 
 
 def _based(model: Any, preset: Any) -> Any:
-    """The same model, in which what layers have in common is the stack's: components of the preset's classes, if any layer has one."""
+    """The same model, with what layers have in common in the stack: components of the preset's classes, if any layer has one."""
     if isinstance(model, EncoderDecoder):
         across = model.across
-        return replace(model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across)
+        return replace(
+            model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across
+        )
     layers = model.in_full
     ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
     return replace(model, attention=layers[0].attention, ffn=ffn, first=(), pattern=tuple(layers))
@@ -169,7 +171,7 @@ def _labels(fields: Fields) -> int:
 
 # ── what computes the same ───────────────────────────────────────────────────────────────────────────────────────────
 def normal(model: Model) -> Model:
-    """The model that computes the same, written in one way: layers in full, defaults written out, nothing of training only."""
+    """The model that computes the same, written in one way: layers in full, defaults written out, no training."""
     if isinstance(model, EncoderDecoder):
         across = _plain(model.across, model.width)
         return replace(model, encoder=_plain_stack(model.encoder), decoder=_plain_stack(model.decoder), cross=across)

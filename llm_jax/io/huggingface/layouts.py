@@ -76,7 +76,7 @@ class Layout:
 
 
 def _contiguous(sizes: tuple[int, ...], wanted: list[slice]) -> tuple[slice, list[tuple[int, slice]]]:
-    """The slice of a tensor's axis that holds what is wanted of its factors; and of each factor its extent in there and what to cut."""
+    """The slice of a tensor's axis that holds what is wanted of its factors; of each factor its extent in there and the cut."""
     start, inner, last = 0, math.prod(sizes), len(sizes) - 1
     lead = next((f for f, part in enumerate(wanted) if part.stop - part.start != 1), last)
     for size, part in zip(sizes[: lead + 1], wanted, strict=False):
@@ -114,7 +114,7 @@ def transposed(inputs: int) -> Callable[[tuple[int, ...]], Layout]:
 
 
 def part(layout: Callable[[tuple[int, ...]], Layout], axis: int, place: int, count: int, before: int = 0):
-    """Like `layout`, but the tensor's `axis` holds `count` arrays, of which ours is number `place`, after `before` of its factors."""
+    """Like `layout`, but the tensor's `axis` holds `count` arrays, ours being number `place`, after `before` of its factors."""
 
     def fused(shape: tuple[int, ...]) -> Layout:
         plain = layout(shape)

@@ -16,7 +16,7 @@ SUFFIXES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias"
 
 @dataclass(frozen=True)
 class Row:
-    """A module of ours, as a path in which {i} is a layer, and the module on disk; or one array and one tensor by their whole names.
+    """A module of ours, as a path in which {i} is a layer, and the module on disk; or one array and one tensor by whole names.
 
     {e} in `theirs` is an expert: the first axis of our array. layouts: by the array's name, where it is not the usual: matrices
     transposed, and everything else as it is. instead: another place where older or newer files have it.

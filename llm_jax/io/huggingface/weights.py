@@ -119,7 +119,7 @@ def write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder under a temporary name, which takes its own once everything is in it. Raises `ConfigError` where one is in the way."""
+    """A folder under a temporary name until everything is in it. Raises `ConfigError` where one is in the way."""
     target = pathlib.Path(path).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError("exists already: give the name of a new folder, or remove it first", str(path))
