@@ -1,0 +1,178 @@
+"""Models of Hugging Face's transformers: folders of config.json and safetensors, read and written.
+
+    model, vocabulary, params = load("folder")
+    export(model, vocabulary, params, "other")
+
+A family is a preset and a table of names (`family.py`); `FAMILIES` has them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from llm_jax.core.config import ConfigError, nearest
+from llm_jax.core.sharding import unbox
+from llm_jax.io.huggingface import arrays, weights
+from llm_jax.io.huggingface.classic import BLOOM, GPT2, NEOX
+from llm_jax.io.huggingface.encoders import BERT, T5
+from llm_jax.io.huggingface.experts import DEEPSEEK_V3, MIXTRAL, QWEN3_MOE
+from llm_jax.io.huggingface.family import Family
+from llm_jax.io.huggingface.fields import Fields, harmless, read_json
+from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
+from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llm_jax.io.huggingface.names import Plan, plans
+from llm_jax.models.model import Model, Params, abstract_parameters
+
+FAMILIES: dict[str, Family] = {
+    family.kind: family
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        NEOX,
+        BLOOM,
+        MIXTRAL,
+        QWEN3_MOE,
+        DEEPSEEK_V3,
+        T5,
+        BERT,
+    )
+}
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def read_config(path: str | os.PathLike) -> tuple[Model, int]:
+    """The model that a folder's (or its config.json's) configuration describes, and its vocabulary. Raises `ConfigError`."""
+    file = pathlib.Path(path).expanduser()
+    file = file / weights.CONFIG if file.is_dir() else file
+    return _model(_fields(file))[:2]
+
+
+def settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The keys of a folder's config.json that leave the arithmetic alone (token ids, labels' names …): for `export(settings=)`."""
+    return harmless(read_json(pathlib.Path(path).expanduser() / weights.CONFIG))
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    shardings: Any = None,
+    dtype: Dtype = "float32",
+    layers: Literal["auto", "unrolled", "scanned"] = "auto",
+) -> tuple[Model, int, Params]:
+    """Model, vocabulary and parameters of a folder. Raises `ConfigError`.
+
+    shardings: a tree like the parameters, of shardings; each process then reads only what its devices hold. None: all on the
+    default device. dtype: of the parameters. layers: as in the model's configuration.
+    """
+    folder = weights.Folder(path)
+    fields = _fields(folder.path / weights.CONFIG, folder.shapes)
+    model, vocabulary, family = _model(fields)
+    model = model if layers == "auto" else model.with_layers(layers)
+    tensors = arrays.Renamed(folder, family.renames)
+    shapes = parameter_shapes(model, vocabulary)
+    rows = family.rows(model, fields.values)
+    found = plans(rows, model, shapes, tensors.shapes.__contains__)
+    ignored = [pattern.replace("{depth}", str(model.final.depth)) for pattern in family.ignored]
+    if model.head.tied:
+        output = next(row.theirs for row in rows if row.ours == "head/words") + ".weight"
+        tensors.check_tied(output, found["embedding/embedding"].pieces[()][0])
+        ignored.append(output.replace(".", r"\."))
+    tensors.check(found, ignored)
+    places = arrays.flatten(shardings) if shardings is not None else {}
+    number = np.dtype(jax.numpy.dtype(dtype))
+    return model, vocabulary, arrays.nested({p: arrays.read(tensors, plan, places.get(p), number) for p, plan in found.items()})
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: Model, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Path → shape of every parameter."""
+    return {path: leaf.shape for path, leaf in arrays.flatten(unbox(abstract_parameters(model, vocabulary))).items()}
+
+
+def _fields(file: pathlib.Path, tensors: Iterable[str] | None = None) -> Fields:
+    if tensors is None and file.with_name(weights.INDEX).is_file() | file.with_name(weights.WHOLE).is_file():
+        tensors = weights.Folder(file.parent).shapes
+    return Fields(read_json(file), str(file), None if tensors is None else frozenset(tensors))
+
+
+def _model(fields: Fields) -> tuple[Model, int, Family]:
+    family = _family(fields.get("model_type"), fields.where)
+    vocabulary = fields.get("vocab_size")
+    return family.model(fields), vocabulary, family
+
+
+def _family(kind: str, where: str) -> Family:
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"{kind!r} is no family that is known here: did you mean {nearest(kind, sorted(FAMILIES))}? ({where})", "model_type"
+        )
+    return FAMILIES[kind]
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def export(
+    model: Model,
+    vocabulary: int,
+    params: Params,
+    path: str | os.PathLike,
+    *,
+    family: str | None = None,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_files: Iterable[str | os.PathLike] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """A new folder that transformers loads: config.json, safetensors and the tokenizer's files. Raises `ConfigError`.
+
+    family: a `model_type`; None is the first that computes what the model computes. max_shard_bytes: of one file. settings: further
+    keys of config.json, of those that leave the arithmetic alone.
+    """
+    kind, values = _described(model, family)
+    extra = dict(settings or {})
+    unknown = sorted(set(extra) - set(harmless(extra)))
+    if unknown:
+        raise ConfigError(f"has {', '.join(unknown)}: only keys that leave the arithmetic alone can be added", "settings")
+    values = extra | {"vocab_size": vocabulary, "torch_dtype": dtype} | values
+    leaves = arrays.flatten(params)
+    found = _matching(plans(FAMILIES[kind].rows(model, values), model, parameter_shapes(model, vocabulary)), leaves)
+    tensors = arrays.Tensors(found, leaves)
+    with weights.new_folder(path) as folder:
+        weights.write(folder, tensors.shapes, tensors, dtype=dtype, limit=max_shard_bytes)
+        for file in tokenizer_files:
+            shutil.copy(file, folder)
+        weights.write_json(folder / weights.CONFIG, values)
+
+
+def _described(model: Model, family: str | None) -> tuple[str, dict[str, Any]]:
+    """The family and its config.json."""
+    if family is not None:
+        return family, _family(family, "export").config(model)
+    for kind, candidate in FAMILIES.items():
+        try:
+            return kind, candidate.config(model)
+        except ConfigError:
+            continue
+    raise ConfigError(f"is like no family of {', '.join(FAMILIES)}: name one with family= to see what differs", "model")
+
+
+def _matching(found: dict[str, Plan], leaves: Mapping[str, Any]) -> dict[str, Plan]:
+    """The plans. Raises `ConfigError` unless the parameters are those of the model."""
+    for path, plan in found.items():
+        if path not in leaves or tuple(leaves[path].shape) != plan.shape:
+            got = list(leaves[path].shape) if path in leaves else "nothing"
+            raise ConfigError(f"must have the shape {list(plan.shape)} that the model says, got {got}", f"params {path}")
+    return found

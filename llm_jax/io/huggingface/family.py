@@ -1,0 +1,219 @@
+"""What a family is: a preset, the keys of its config.json as fields of the model, and the names of its tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llm_jax.core.config import Config, ConfigError, differences, override
+from llm_jax.io.huggingface.fields import REQUIRED, Fields
+from llm_jax.io.huggingface.names import Row
+from llm_jax.models.block import Layer
+from llm_jax.models.encoder_decoder import EncoderDecoder
+from llm_jax.models.heads import Head, LanguageModel, TokenClassifier
+from llm_jax.models.model import Model
+from llm_jax.nn.dropout import Dropout
+from llm_jax.nn.ffn import Dense, Gated
+from llm_jax.nn.latent import MLA
+from llm_jax.nn.linear import Precision
+from llm_jax.nn.moe import MoE
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.position import Rope
+
+
+class Unlike(ConfigError):
+    """The model has something that the family has not."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json and the fields of the model that say the same.
+
+    default: where the key is absent. table: value there → value here, where the two differ; `back` prefers one way back where
+    several lead there. words: only of models with a language-model head; others ignore it.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    default: Any = REQUIRED
+    table: Mapping[Any, Any] | None = None
+    back: Mapping[Any, Any] = field(default_factory=dict)
+    words: bool = False
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Changes to the preset."""
+        if self.table is not None:
+            return dict.fromkeys(self.paths, fields.choose(self.name, self.table, self.default))
+        return dict.fromkeys(self.paths, fields.get(self.name, self.default))
+
+    def write(self, model: Model) -> dict[str, Any]:
+        """The key with its value."""
+        try:
+            value = functools.reduce(getattr, self.paths[0].split("."), model)
+        except AttributeError:
+            raise Unlike(f"is what {self.name} says, and the model has no such field", self.paths[0]) from None
+        if self.table is None:
+            return {self.name: value}
+        inverse = {here: there for there, here in self.table.items()} | dict(self.back)
+        if value not in inverse:
+            raise Unlike(f"is {value!r}, for which {self.name} has no value", self.paths[0])
+        return {self.name: inverse[value]}
+
+
+def key(name: str, *paths: str, **more: Any) -> Key:
+    """A `Key` with its paths written one after another."""
+    return Key(name, paths, **more)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers.
+
+    heads: architecture → head; the first is the usual one. read: what takes more than a table of keys, from the model so far;
+    write: its inverse. rows: for the model and its config.json. ignored: patterns of tensors without use ({depth}: of layers);
+    renames: (pattern, replacement) from names that other versions
+    write to those of `rows`. layers: classes of feed-forward networks that layers may have besides the preset's.
+    """
+
+    kind: str
+    preset: Model
+    heads: Mapping[str, Head]
+    keys: tuple[Key, ...]
+    rows: Callable[[Model, Mapping[str, Any]], tuple[Row, ...]]
+    read: Callable[[Fields, Any], Any] = lambda fields, model: model
+    write: Callable[[Any], dict[str, Any]] = lambda model: {}
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    layers: tuple[type, ...] = ()
+
+    def model(self, fields: Fields) -> Model:
+        """The configuration that a config.json describes. Raises `ConfigError`."""
+        architecture = (fields.get("architectures", None) or [next(iter(self.heads))])[0]
+        if architecture not in self.heads:
+            raise ConfigError(f"must be one of {', '.join(self.heads)}, got {architecture!r} ({fields.where})", "architectures")
+        head = self.heads[architecture]
+        if isinstance(head, TokenClassifier):
+            head = replace(head, labels=_labels(fields))
+        changes: dict[str, Any] = {"head": head}
+        for entry in self.keys:
+            found = entry.read(fields)
+            changes |= {} if entry.words and not isinstance(head, LanguageModel) else found
+        try:
+            model = self.read(fields, override(self.preset, changes))
+        except ConfigError as error:
+            raise error if fields.where in error.problem else ConfigError(f"{error} ({fields.where})") from None
+        fields.finish()
+        return model
+
+    def config(self, model: Model) -> dict[str, Any]:
+        """The config.json of a model. Raises `Unlike` unless it describes the model, and nothing else."""
+        self._check_kinds(model)
+        model = _based(model, self.preset)
+        found = {"model_type": self.kind, "architectures": [self._architecture(model.head)]}
+        for entry in self.keys:
+            found |= {} if entry.words and not isinstance(model.head, LanguageModel) else entry.write(model)
+        if isinstance(model.head, TokenClassifier):
+            names = [f"LABEL_{i}" for i in range(model.head.labels)]
+            found |= {
+                "id2label": {str(i): name for i, name in enumerate(names)},
+                "label2id": {name: i for i, name in enumerate(names)},
+            }
+        found |= self.write(model)
+        again = self.model(Fields(found, "config.json"))
+        unlike = differences(normal(again), normal(model))
+        if unlike:
+            path, (there, here) = next(iter(unlike.items()))
+            raise Unlike(f"is {here!r}, which {self.kind} cannot say: it would be {there!r}", path)
+        return found
+
+    def _architecture(self, head: Head) -> str:
+        found = next((name for name, own in self.heads.items() if type(own) is type(head)), None)
+        if found is None:
+            raise Unlike(f"is {head!r}, and {self.kind} has only {', '.join(self.heads)}", "head")
+        return found
+
+    def _check_kinds(self, model: Model) -> None:
+        """Raises `Unlike` where a component is of another class than the preset's."""
+        if type(model) is not type(self.preset):
+            raise Unlike(f"is a {type(model).__name__}, {self.kind} is a {type(self.preset).__name__}", "model")
+        for (path, ours), theirs in zip(model.stacks.items(), self.preset.stacks.values(), strict=True):
+            for name in ("norm", "position", "residual"):
+                _require_kind(getattr(ours, name), (type(getattr(theirs, name)),), f"{path}.{name}" if path else name, self.kind)
+            for layer in ours.in_full:
+                _require_kind(layer.attention, (type(theirs.attention),), "attention", self.kind)
+                _require_kind(layer.ffn, (type(theirs.ffn), *self.layers), "ffn", self.kind)
+                _require_kind(layer.position, (type(theirs.position),), "position", self.kind)
+
+
+def _require_kind(component: Any, kinds: tuple[type, ...], path: str, family: str) -> None:
+    if type(component) not in kinds:
+        raise Unlike(f"is a {type(component).__name__}, {family} has {' or '.join(k.__name__ for k in kinds)}", path)
+
+
+def _based(model: Any, preset: Any) -> Any:
+    """The same model, with what layers have in common in the stack: components of the preset's classes, if any layer has one."""
+    if isinstance(model, EncoderDecoder):
+        across = model.across
+        return replace(
+            model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across
+        )
+    layers = model.in_full
+    ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
+    return replace(model, attention=layers[0].attention, ffn=ffn, first=(), pattern=tuple(layers))
+
+
+def _labels(fields: Fields) -> int:
+    names = fields.get("id2label", None)
+    return len(names) if names else fields.get("num_labels", 2)
+
+
+# ── what computes the same ───────────────────────────────────────────────────────────────────────────────────────────
+def normal(model: Model) -> Model:
+    """The model that computes the same, written in one way: layers in full, defaults written out, no training."""
+    if isinstance(model, EncoderDecoder):
+        across = _plain(model.across, model.width)
+        return replace(model, encoder=_plain_stack(model.encoder), decoder=_plain_stack(model.decoder), cross=across)
+    return _plain_stack(model)  # type: ignore[type-var]
+
+
+def _plain_stack(stack: Any) -> Any:
+    layers = tuple(
+        Layer(_plain(layer.attention, stack.width), _plain(layer.ffn, stack.width), layer.position) for layer in stack.in_full
+    )
+    position = layers[0].position if isinstance(stack.position, Rope) else stack.position
+    return replace(
+        stack,
+        attention=layers[0].attention,
+        ffn=layers[0].ffn,
+        position=position,
+        first=(),
+        pattern=layers,
+        layers="auto",
+        remat="none",
+        precision=Precision(),
+        dropout=Dropout(),
+    )
+
+
+def _plain(part: Any, width: int) -> Any:
+    """A mixer or feed-forward network with its defaults written out."""
+    if isinstance(part, Attention):
+        written = {"kv_heads": part.groups, "head_dim": part.size(width), "output_bias": part.biased_output}
+        return replace(part, **written, scale=part.scale or part.size(width) ** -0.5, backend="auto")
+    if isinstance(part, MLA):
+        return replace(part, backend="auto")
+    if isinstance(part, MoE):
+        alike = MoE(experts=part.experts, active=part.active, router=_plain_router(part.router))
+        shared = part.shared and _plain(part.shared, width)
+        return replace(alike, expert=_plain(part.expert, width), shared=shared)
+    if isinstance(part, Dense):
+        return Dense(units=part.hidden(width), activation=part.activation, bias=part.bias)
+    if isinstance(part, Gated):
+        return Gated(units=part.hidden(width), activation=part.activation, bias=part.bias)
+    return part
+
+
+def _plain_router(router: Config) -> Any:
+    return replace(router, bias_rate=0.0) if hasattr(router, "bias_rate") else router
