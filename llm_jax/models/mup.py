@@ -1,4 +1,4 @@
-"""Maximal update parametrization: learning rates tuned on a narrow model serve a wide one (Yang et al. 2022, "Tensor Programs V")."""
+"""Maximal update parametrization (Yang et al. 2022, "Tensor Programs V"): rates tuned on a narrow model serve a wide one."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from llm_jax.objectives.objective import Objective
 class NextToken(Objective):
     """The mean negative log-likelihood of each token after those before it.
 
-    smoothing: this part of a target's probability is spread evenly over all ids (Vaswani et al. 2017, §5.4); never
-    evaluated. z_loss: weight of (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5); never evaluated.
+    smoothing: this part of a target's probability is spread evenly over all ids (Vaswani et al. 2017, §5.4). z_loss: weight of
+    (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5). Neither is ever evaluated.
     ahead: weight of the mean loss of the tokens after the next one, where the head predicts them (DeepSeek-V3 2024, eq. 25).
     """
 

@@ -23,8 +23,8 @@ from llm_jax.optim.second_order import branching, hutchinson, scale_by_soap
 
 @dataclass(frozen=True)
 class Optimizer(Config):
-    """An update rule. slots: float32 numbers it keeps for each parameter, for memory estimates. scale_free: an entry's update does not
-    grow with its gradient, as Adam's."""
+    """An update rule. slots: float32 numbers it keeps for each parameter, for memory estimates. scale_free: an entry's update
+    does not grow with its gradient, as Adam's."""
 
     abstract = True
     slots = 2
