@@ -56,7 +56,7 @@ def keys(groups: int | None, *, epsilon: float = 1e-6, tied: bool = False, activ
         key("num_hidden_layers", "depth"),
         key("num_attention_heads", "attention.heads"),
         key("num_key_value_heads", "attention.kv_heads", default=groups),
-        key("head_dim", "attention.head_dim", default=None),
+        key("head_dim", "attention.head_dim", default=None, spare=True),
         key("rms_norm_eps", "norm.epsilon", default=epsilon),
         key("tie_word_embeddings", "head.tied", default=tied, words=True),
         *((key("hidden_act", "ffn.activation", default="silu", table=ACTIVATIONS, back=NAMES),) if activation else ()),
