@@ -75,9 +75,9 @@ class Family:
 
     heads: architecture → head; the first is the usual one. read: what takes more than a table of keys, from the model so far;
     write: its inverse. rows: for the model and its config.json. ignored: patterns of tensors without use ({depth}: of layers);
-    renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of feed-forward
-    networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here. unread: keys in its files
-    that no version of the code reads.
+    renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
+    feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
+    unread: keys in its files that no version of the code reads.
     """
 
     kind: str
