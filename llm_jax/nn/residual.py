@@ -72,7 +72,8 @@ class Scaled(Residual):
 
     def connect(self, x, *, depth, place, parameter):
         factor = 1 / math.sqrt(2 * depth)
-        return x, lambda branch: x + branch * (_scalar(parameter, factor, x) if self.learned else factor)
+        scale = _scalar(parameter, factor, x) if self.learned else factor
+        return x, lambda branch: x + branch * scale
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class ReZero(Residual):
         return 1.0
 
     def connect(self, x, *, depth, place, parameter):
-        return x, lambda branch: x + branch * _scalar(parameter, 0.0, x)
+        scale = _scalar(parameter, 0.0, x)
+        return x, lambda branch: x + branch * scale
 
 
 def _scalar(parameter: Parameter, value: float, x: jax.Array) -> jax.Array:

@@ -29,7 +29,8 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kernel, in turn.
 WINDOW = flags.DEFINE_integer("window", None, "A sliding window of so many tokens instead of all before.")
 BLOCK = flags.DEFINE_integer("block", None, "attention_block instead of the platform's.")
 PATIENCE = flags.DEFINE_float("patience", 20.0, "Seconds to wait for the machine to be quiet, before each round.")
-KERNELS = ("dense", "blockwise")
+LABELS = {"dense": "written out at once", "blockwise": "by blocks"}
+KERNELS = tuple(LABELS)
 GIB = 2**30
 
 
@@ -72,7 +73,7 @@ def memory(length: int) -> None:
         print(
             f"{length} tokens, {backend}: {compiled.memory_analysis().temp_size_in_bytes / GIB:.2f} GiB of temporaries", flush=True
         )
-    print(f"{length} tokens, blockwise: one step takes {timer('blockwise', length)():.1f} s", flush=True)
+    print(f"{length} tokens, by blocks: one step takes {timer('blockwise', length)():.1f} s of one core", flush=True)
 
 
 def times(length: int) -> None:

@@ -5,6 +5,7 @@ from shapes import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY, Shape
 from llm_jax.data.pipeline import Data
 from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
+from llm_jax.nn.embedding import Embed
 from llm_jax.nn.ffn import Dense
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Learned
@@ -23,7 +24,7 @@ def gpt2(shape: Shape, *, steps: int, log_every: int) -> Experiment:
             attention=Attention(heads=shape.heads, bias=True),
             ffn=Dense(activation="gelu", bias=True),
             position=Learned(max_length=shape.length),
-            embedding_scale=False,
+            embedding=Embed(scaled=False),
         ),
         optimizer=AdamW(learning_rate=LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY),
         schedule=Constant(warmup=0.0),

@@ -77,7 +77,7 @@ def test_evaluation_costs_a_forward_pass_of_what_it_scores():
         {},
         {"model.remat": "full"},
         {"model.depth": 4, "data.sequence_length": 256},
-        {"model.ffn": Gated(), "model.tied": False},
+        {"model.ffn": Gated(), "model.head.tied": False},
         {"optimizer": SGD()},
     ],
     ids=lambda c: ",".join(c) or "plain",

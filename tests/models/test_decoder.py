@@ -10,7 +10,8 @@ import pytest
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
 from llm_jax.models import count
-from llm_jax.models.decoder import Decoder, abstract_parameters, initial_parameters, stack_layers, unstack_layers
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.model import abstract_parameters, initial_parameters, stack_layers, unstack_layers
 from llm_jax.nn.ffn import Dense, Gated, NoFeedForward
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, NoNorm, RMSNorm
@@ -78,10 +79,10 @@ def test_scanned_and_recomputed_layers_equal_plain_ones(remat):
         return jnp.square(logits(model, params, TOKENS)).mean()
 
     expected, got = (
-        jax.value_and_grad(lambda p, m=m: loss(m, p))(p) for m, p in ((plain, params), (scanned, stack_layers(params)))
+        jax.value_and_grad(lambda p, m=m: loss(m, p))(p) for m, p in ((plain, params), (scanned, stack_layers(params, scanned)))
     )
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), unstack_layers(got[1]), expected[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), unstack_layers(got[1], scanned), expected[1])
 
 
 COMPONENTS = [
@@ -100,7 +101,7 @@ COMPONENTS = [
     "norm, placement, ffn, residual, tied", COMPONENTS, ids=lambda c: str(c) if isinstance(c, (str, bool)) else name(c)
 )
 def test_parameters_are_counted(norm, placement, ffn, residual, tied):
-    model = base(norm=norm, placement=placement, ffn=ffn, residual=residual, tied=tied)
+    model = base(norm=norm, placement=placement, ffn=ffn, residual=residual, **{"head.tied": tied})
     tree = jax.eval_shape(model.build(VOCABULARY).init, jax.random.key(0), TOKENS)
     assert sum(leaf.size for leaf in jax.tree.leaves(unbox(tree))) == count.parameters(model, VOCABULARY)
 
@@ -150,10 +151,10 @@ def test_a_sequence_longer_than_the_learned_table_is_refused():
 
 
 def test_scanned_and_unrolled_layers_start_alike():
-    changes = {"attention.bias": True, "position": Learned(max_length=LENGTH), "residual": ReZero(), "tied": False, "depth": 3}
+    changes = {"attention.bias": True, "position": Learned(max_length=LENGTH), "residual": ReZero(), "head.tied": False, "depth": 3}
     unrolled, scanned = (base(layers=layers, **changes) for layers in ("unrolled", "scanned"))
     ours, theirs = (initial_parameters(model, VOCABULARY, jax.random.key(0)) for model in (unrolled, scanned))
-    jax.tree.map(np.testing.assert_array_equal, ours, unstack_layers(theirs))
+    jax.tree.map(np.testing.assert_array_equal, ours, unstack_layers(theirs, scanned))
     for model, params in ((unrolled, ours), (scanned, theirs)):
         shapes = unbox(abstract_parameters(model, VOCABULARY))
         jax.tree.map(lambda a, p: (a.shape, a.dtype) == (p.shape, p.dtype) or pytest.fail(f"{a} {p.shape}"), shapes, params)

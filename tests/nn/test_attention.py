@@ -1,4 +1,4 @@
-"""Attention, norms, products and losses against float64 numpy."""
+"""Norms, products, activations, losses and dropout against float64 numpy; attention is in test_attention_*.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,49 +6,13 @@ import numpy as np
 import pytest
 from scipy import special
 
-from llm_jax.core import platform
 from llm_jax.nn.activations import ACTIVATIONS
-from llm_jax.nn.attention import Bias, Places, attend
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.kernels.product import product
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.nn.normalization import LayerNorm, RMSNorm
-from llm_jax.nn.position import Alibi
 
 RNG = np.random.default_rng(0)
-
-
-def dense(q, k, v, bias=None, segments=None):
-    """softmax(QKᵀ/√K + bias) V in float64, one head at a time."""
-    B, L, H, K = q.shape
-    out = np.zeros(q.shape)
-    for b in range(B):
-        for h in range(H):
-            g = h // (H // k.shape[2])
-            s = q[b, :, h].astype(np.float64) @ k[b, :, g].T.astype(np.float64) / np.sqrt(K) + (0 if bias is None else bias[h])
-            s[np.triu(np.ones((L, L), bool), 1)] = -np.inf
-            if segments is not None:
-                s[segments[b][:, None] != segments[b][None]] = -np.inf
-            out[b, :, h] = special.softmax(s, -1) @ v[b, :, g]
-    return out
-
-
-@pytest.mark.parametrize("block", [None, 4, 5])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention_is_dense_softmax(monkeypatch, block, groups, masked, biased):
-    from dataclasses import replace
-
-    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, attention_row_block=block))
-    q, k, v = (RNG.normal(size=(2, 9, h, 4)).astype(np.float32) for h in (4, groups, groups))
-    segments = np.array([[0] * 4 + [1] * 5, [0] * 9], np.int32) if masked else None
-    documents, places = Places(segment=segments), np.arange(9)
-    slopes = np.array(Alibi.slopes(4))
-    bias = -slopes[:, None, None] * np.abs(places[:, None] - places) if biased else None
-    hook = Bias(lambda params, a, b: Alibi().bias({}, a, b, 4)) if biased else None
-    got = attend(q, k, v, queries=documents, keys=documents, bias=hook)
-    np.testing.assert_allclose(got, dense(q, k, v, bias, segments), atol=2e-6)
 
 
 @pytest.mark.parametrize("contract", [1, 2])

@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from llm_jax.nn.ffn import MLP, Dense, Gated, NoFeedForward
 from llm_jax.nn.kernels.product import product, products, row_sum, softmax
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.nn.normalization import LayerNorm, NoNorm, Normalize, RMSNorm
-from llm_jax.nn.residual import Join, NoResidual, Residual, ReZero, Scaled
+from llm_jax.nn.residual import Connection, HyperConnections, NoResidual, Residual, ReZero, Scaled
 
 ROUNDED = 2.0**-8  # of one rounding to bfloat16, relative
 BF16 = jnp.bfloat16
@@ -376,24 +377,69 @@ RESIDUALS = [  # factors of the stream and of the branch, at the start and with 
 ]
 
 
+class Joined(nn.Module):
+    """A connection with a branch whose result is given."""
+
+    config: Residual
+    depth: int = DEPTH
+
+    @nn.compact
+    def __call__(self, x, branch, place=0):
+        seen, write = Connection(self.config, self.depth, name="connection")(x, jnp.int32(place))
+        return write(branch), seen
+
+
 @pytest.mark.parametrize("config, start, learned", RESIDUALS, ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (BF16, 4 * ROUNDED)], ids=["float32", "bfloat16"])
 def test_a_residual_connection(config, start, learned, dtype, tolerance):
-    module, x, branch = Join(config, DEPTH), jnp.asarray(X, dtype), jnp.asarray(BRANCH, dtype)
+    module, x, branch = Joined(config), jnp.asarray(X, dtype), jnp.asarray(BRANCH, dtype)
     params = unbox(module.init(jax.random.key(0), x, branch))
     assert [p.shape for p in jax.tree.leaves(params)] == ([(1,)] if learned else [])
-    for factors, given in [(start, params), *([(learned, {"params": {"scale": jnp.array([0.7])}})] if learned else [])]:
-        got = module.apply(given, x, branch)
+    for factors, given in [
+        (start, params),
+        *([(learned, {"params": {"connection": {"scale": jnp.array([0.7])}}})] if learned else []),
+    ]:
+        got, seen = module.apply(given, x, branch)
+        np.testing.assert_array_equal(seen, x)
         assert got.dtype == dtype
         np.testing.assert_allclose(f64(got), factors[0] * f64(x) + factors[1] * f64(branch), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("config", [Scaled(learned=True), ReZero()], ids=str)
 def test_a_learned_scale_has_the_branch_as_its_gradient(config):
-    module = Join(config, DEPTH)
+    module = Joined(config)
     params, g = unbox(module.init(jax.random.key(0), X, BRANCH)), normal(2, 3, 4, seed=2)
-    gradient = jax.grad(lambda params: (g * module.apply(params, X, BRANCH)).sum())(params)["params"]["scale"]
+    gradient = jax.grad(lambda params: (g * module.apply(params, X, BRANCH)[0]).sum())(params)["params"]["connection"]["scale"]
     np.testing.assert_allclose(gradient, [(f64(g) * f64(BRANCH)).sum()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_hyper_connections_start_as_the_plain_residual(dynamic):
+    """Each of the copies is the plain stream, and branch `place` reads copy place mod n (Zhu et al. 2025, eq. 14)."""
+    config, copies = HyperConnections(rate=3, dynamic=dynamic), normal(2, 3, 3, 4)
+    for place in (0, 1, 5):
+        params = unbox(Joined(config).init(jax.random.key(0), copies, BRANCH, place))
+        got, seen = Joined(config).apply(params, copies, BRANCH)
+        np.testing.assert_allclose(seen, copies[:, :, place % 3], atol=1e-6)
+        np.testing.assert_allclose(got, copies + BRANCH[:, :, None], atol=1e-6)
+    assert sum(p.size for p in jax.tree.leaves(params)) == config.parameters(4)
+
+
+def test_hyper_connections_are_their_equations():
+    """Ibid., eq. 2-5 and 10-13 in float64, with every parameter away from its start."""
+    config, copies, n = HyperConnections(rate=3), normal(2, 3, 3, 4), 3
+    start = unbox(Joined(config).init(jax.random.key(0), copies, BRANCH))
+    params = jax.tree.map(lambda p: p + 0.5 * jax.random.normal(jax.random.key(p.size), p.shape), start)
+    got, seen = Joined(config).apply(params, copies, BRANCH)
+    p = {name: f64(value) for name, value in params["params"]["connection"].items()}
+    h = f64(copies)
+    normed = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6)
+    alpha = p["scale_in"] * np.tanh(normed @ p["read_kernel"]) + p["read"]
+    mix = p["scale_in"] * np.tanh(normed @ p["mix_kernel"]) + p["mix"]
+    beta = p["scale_out"] * np.tanh(normed @ p["write_kernel"]) + p["write"]
+    expected = np.stack([sum(mix[:, :, i, j, None] * h[:, :, i] for i in range(n)) for j in range(n)], 2)
+    np.testing.assert_allclose(seen, (alpha * h).sum(2), atol=1e-5)
+    np.testing.assert_allclose(got, expected + beta * f64(BRANCH)[:, :, None], atol=1e-5)
 
 
 # ── dropout ──────────────────────────────────────────────────────────────────────────────────────────────────────────

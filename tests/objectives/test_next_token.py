@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Predictions
+from llm_jax.models.decoder import Decoder
 from llm_jax.objectives.next_token import NextToken
 
 B, L, V = 3, 5, 7
@@ -18,8 +19,8 @@ BYTES = np.array([1, 1, 2, 3, 0, 4, 1], np.int32)  # id 4 stands for no text, as
 
 def scores(weights, *, train, z_loss=0.0):
     batch = Batch(TARGETS, TARGETS, weights)
-    given = {"rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES), "train": train}
-    return NextToken(z_loss=z_loss).loss(lambda params, batch, rng: jnp.asarray(LOGITS), None, batch, **given)
+    given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES), "train": train}
+    return NextToken(z_loss=z_loss).loss(lambda params, batch, rng: Predictions(jnp.asarray(LOGITS)), None, batch, **given)
 
 
 @pytest.mark.parametrize("weights", [None, (RNG.random((B, L)) < 0.6).astype(np.float32)], ids=["whole", "weighted"])

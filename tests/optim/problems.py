@@ -8,9 +8,11 @@ import numpy as np
 import optax
 
 from llm_jax.core.config import substitute, traced_values
-from llm_jax.models.decoder import matrix_axes, parameter_roles, unstack_layers
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.model import matrix_axes, parameter_roles, unstack_layers
 
 LAYERS, WIDTH, HEADS, TOKENS = 2, 8, 2, 6
+SCANNED = Decoder(width=WIDTH, depth=LAYERS, layers="scanned")
 
 
 def tree(seed: int = 0, *, hidden: int = WIDTH) -> dict:
@@ -25,14 +27,14 @@ def tree(seed: int = 0, *, hidden: int = WIDTH) -> dict:
         "ffn": {"up": {"kernel": draw(WIDTH, hidden), "bias": draw(hidden)}, "down": {"kernel": draw(hidden, WIDTH)}},
         "norm_ffn": {"scale": draw(WIDTH)},
     }
-    return {"embedding": {"tokens": {"embedding": draw(TOKENS, WIDTH)}}, "head": {"kernel": draw(WIDTH, TOKENS)}} | {
+    return {"embedding": {"tokens": {"embedding": draw(TOKENS, WIDTH)}}, "head": {"words": {"kernel": draw(WIDTH, TOKENS)}}} | {
         f"layers_{i}": layer() for i in range(LAYERS)
     }
 
 
 def quadratic(params) -> jax.Array:
     """Σ h (p - p*)² / 2, whose Hessian is the diagonal h in [0.5, 2]; unrolled or scanned parameters."""
-    params = unstack_layers(params) if "layers" in params else params
+    params = unstack_layers(params, SCANNED) if "layers" in params else params
     pairs = zip(
         jax.tree.leaves(params), jax.tree.leaves(tree(1, hidden=params["layers_0"]["ffn"]["up"]["kernel"].shape[1])), strict=True
     )
@@ -48,7 +50,7 @@ def network(params) -> jax.Array:
         x_TD = x_TD + jnp.einsum("thk,hkd->td", h_THK, layer["attention"]["output"]["kernel"])
         h_TF = jnp.tanh(layer["norm_ffn"]["scale"][None] * x_TD @ layer["ffn"]["up"]["kernel"] + layer["ffn"]["up"]["bias"][None])
         x_TD = x_TD + h_TF @ layer["ffn"]["down"]["kernel"]
-    logits = x_TD @ params["head"]["kernel"]
+    logits = x_TD @ params["head"]["words"]["kernel"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, (jnp.arange(TOKENS) + 1) % TOKENS).mean()
 
 

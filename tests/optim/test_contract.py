@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, components, from_json, to_json
-from llm_jax.models.decoder import matrix_axes, parameter_roles, stack_layers, unstack_layers
+from llm_jax.models.model import matrix_axes, parameter_roles, stack_layers, unstack_layers
 from llm_jax.optim.optimizers import (
     SGD,
     SOAP,
@@ -146,8 +146,8 @@ def test_zero_gradients_move_nothing(optimizer):
 def test_scanned_layers_equal_unrolled_ones(optimizer):
     params = problems.tree()
     unrolled, _ = jax.jit(lambda p: problems.descend(optimizer, problems.quadratic, p, 8))(params)
-    scanned, _ = jax.jit(lambda p: problems.descend(optimizer, problems.quadratic, p, 8))(stack_layers(params))
-    close(unstack_layers(scanned), unrolled, 1e-5)
+    scanned, _ = jax.jit(lambda p: problems.descend(optimizer, problems.quadratic, p, 8))(stack_layers(params, problems.SCANNED))
+    close(unstack_layers(scanned, problems.SCANNED), unrolled, 1e-5)
 
 
 @every_optimizer
@@ -209,4 +209,7 @@ def test_every_matrix_has_its_axes():
     params = problems.tree(hidden=12)
     axes = matrix_axes(params)["layers_0"]
     assert axes["attention"]["query"]["kernel"] == ((0,), (1, 2)) and axes["attention"]["output"]["kernel"] == ((0, 1), (2,))
-    assert matrix_axes(stack_layers(params))["layers"]["attention"]["output"]["kernel"] == ((1, 2), (3,))
+    assert matrix_axes(stack_layers(params, problems.SCANNED))["layers"]["step_0"]["attention"]["output"]["kernel"] == (
+        (1, 2),
+        (3,),
+    )

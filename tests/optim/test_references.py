@@ -53,7 +53,7 @@ class Leaf:
 
     @property
     def is_matrix(self):
-        return self.name.endswith("kernel") and self.name != "head/kernel"
+        return self.name.endswith("kernel") and self.name != "head/words/kernel"
 
 
 def name_of(path) -> str:

@@ -35,7 +35,8 @@ def _blocks(call: Call) -> Iterator[tuple[int, int, int, int]]:
     for start in range(0, L, block):
         stop = min(start + block, L)
         low, high = bounds(call.mask, start, stop - 1, M) if call.counted else (0, M)
-        yield start, stop, low, max(high, low + 1)  # rows past the last key still need one to be 0 times
+        low = min(low, M - 1)  # rows past the last key they might see still meet one, unseen
+        yield start, stop, low, max(high, low + 1)
 
 
 def _attend_rows(call: Call, block: tuple[int, int, int, int], q_BGRLK, k_BGMK, v_BGMV, key) -> jax.Array:

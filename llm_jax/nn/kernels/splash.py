@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from llm_jax.core import platform
 from llm_jax.nn.kernels.call import Call, Kernel
-from llm_jax.nn.masks import Bidirectional, Causal, Chunked, Mask, Places, Prefix, SlidingWindow
+from llm_jax.nn.masks import Bidirectional, Causal, Mask, Places, Prefix, SlidingWindow
 
 LANES = 128  # lengths are padded to whole vector registers
 NOWHERE = -1, -2  # documents of queries and keys that meet nothing
@@ -47,12 +47,12 @@ def _padded(x: jax.Array, value: int) -> jax.Array:
 
 
 def _segments(call: Call, rows: int) -> splash.SegmentIds | None:
-    """Documents, with padding that meets nothing; None where there is only one and nothing is padded."""
+    """Documents, filled up with what meets nothing; None where there is only one and nothing is filled up."""
     given = call.queries.segment, call.keys.segment
-    if given == (None, None) and not any(length % LANES for length in call.lengths):
+    if all(s is None for s in given) and not any(length % LANES for length in call.lengths):
         return None
     filled = (jnp.zeros((rows, n), jnp.int32) if s is None else s for s, n in zip(given, call.lengths, strict=True))
-    return splash.SegmentIds(*(_padded(jnp.where(s < 0, pad, s), pad) for s, pad in zip(filled, NOWHERE, strict=True)))
+    return splash.SegmentIds(*(_padded(s, pad) for s, pad in zip(filled, NOWHERE, strict=True)))
 
 
 def _blocks(queries: int, keys: int) -> splash.BlockSizes:
@@ -69,7 +69,11 @@ def _block(length: int) -> int:
 
 # ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Shown(shapes.Mask):
-    """A mask as splash reads it where it has no name for it."""
+    """A mask as splash reads it where it cannot compute it in the kernel: its different blocks are kept.
+
+    Chunks are among them, though splash has a name for those: the division asks which chip it is for, which no ahead-of-time
+    compilation can say, and aligned chunks keep one block.
+    """
 
     def __init__(self, mask: Mask, shape: tuple[int, int]):
         self.mask, self._shape = mask, shape
@@ -80,7 +84,7 @@ class Shown(shapes.Mask):
         return self._shape
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        queries, keys = (Places(np.arange(n)[s][None]) for n, s in zip(self._shape, index, strict=True))  # type: ignore[arg-type]
+        queries, keys = (Places(np.arange(n, dtype=np.int32)[s][None]) for n, s in zip(self._shape, index, strict=True))  # type: ignore[arg-type]
         return np.asarray(self.mask.visible(queries, keys))[0]
 
     def __eq__(self, other: object) -> bool:
@@ -104,11 +108,6 @@ def _(mask: Causal, queries: int, keys: int) -> shapes.Mask:
 @_shape.register
 def _(mask: Bidirectional, queries: int, keys: int) -> shapes.Mask:
     return shapes.FullMask((queries, keys))
-
-
-@_shape.register
-def _(mask: Chunked, queries: int, keys: int) -> shapes.Mask:
-    return shapes.ChunkedCausalMask((queries, keys), mask.size)
 
 
 @_shape.register
@@ -137,12 +136,12 @@ def _arithmetic(call: Call) -> str | None:
 
 
 def _places(call: Call) -> str | None:
-    (L, M), given = call.lengths, (call.queries.segment, call.keys.segment)
+    L, M = call.lengths
     if not call.counted:
         return "must know its mask before the program runs, so places must be counted from 0 (no index)"
     if isinstance(call.mask, Prefix) and call.keys.prefix is not None:
         return "must know its mask before the program runs, and prefixes come with the data"
-    if given != (None, None) and given[0] is not given[1]:
+    if call.queries.segment is not call.keys.segment:
         return "cannot tell which queries see nothing where queries and keys have documents of their own"
     if L > M and not isinstance(call.mask, (Bidirectional, Causal)):
         return f"leaves queries past the last key undefined, got {L} queries and {M} keys"

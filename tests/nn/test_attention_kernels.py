@@ -1,0 +1,160 @@
+"""Kernels that run here against float64 NumPy, forward and gradient: masks × biases, with head ratios, dtypes, documents."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.core import platform
+from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, Prefix, SlidingWindow, attend
+from llm_jax.nn.position import Alibi, T5Bias
+from tests.nn.attention_reference import expected, seen
+
+HEADS, SIZE, WIDTH = 4, 8, 6
+MASKS = {
+    "causal": Causal(),
+    "bidirectional": Bidirectional(),
+    "prefix": Prefix(),
+    "window": SlidingWindow(3),
+    "window with sinks": SlidingWindow(3, sinks=2),
+    "window to both sides": SlidingWindow(3, causal=False),
+    "chunked": Chunked(5),
+}
+BIASES = ("none", "alibi", "t5", "soft cap", "sinks")
+T5 = T5Bias(buckets=8, max_distance=16)
+# of the greatest entry of what is compared: f32 sums of some ten terms; bf16 has 8 bits, and weights are rounded to it before V
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+def inputs(seed, lengths, groups, dtype, size=SIZE, width=WIDTH):
+    """q, k, v, cotangent, in float64 but exact in the dtype."""
+    rng, (L, M) = np.random.default_rng(seed), lengths
+    arrays = (rng.normal(size=s) for s in ((2, L, HEADS, size), (2, M, groups, size), (2, M, groups, width), (2, L, HEADS, width)))
+    return [np.asarray(jnp.asarray(x, dtype), np.float64) for x in arrays]
+
+
+def documents(lengths):
+    """Two documents and padding in the first row, one in the second."""
+    return [np.array([[0] * 5 + [3] * (n - 7) + [-1] * 2, [1] * n], np.int32) for n in lengths]
+
+
+def options(bias, rng):
+    """(of `attend`, of the reference, how the gradient of the scores becomes that of the bias's parameters)."""
+    if bias == "alibi":
+        return {"bias": Bias(lambda params, a, b: Alibi().bias({}, a, b, HEADS))}, lambda q, k: Alibi().bias({}, q, k, HEADS)
+    if bias == "t5":
+        table = rng.normal(size=(8, HEADS)).astype(np.float32)
+        hook = Bias(lambda table, a, b: T5.bias({"embedding": table}, a, b, HEADS), table)
+        return {"bias": hook}, lambda q, k: table[T5.bucket(q[:, :, None] - k[:, None])].transpose(0, 3, 1, 2)
+    if bias == "soft cap":
+        return {"soft_cap": 1.5, "scale": 0.5}, None
+    if bias == "sinks":
+        return {"sinks_H": rng.normal(size=HEADS).astype(np.float32)}, None
+    return {}, None
+
+
+def results(given, mask, backend, dtype, queries, keys, extra):
+    """(out, gradients of q, k, v, bias parameters and sinks), compiled without LLVM's optimizations, which outlast the run."""
+    *arrays, g = (jnp.asarray(x, dtype) for x in given)
+
+    def run(q, k, v, extra):
+        out = attend(q, k, v, mask=mask, queries=queries, keys=keys, backend=backend, **extra)
+        return (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(), out
+
+    tunable = {name: extra[name] for name in ("bias", "sinks_H") if name in extra}
+    rest = {name: value for name, value in extra.items() if name not in tunable}
+    step = jax.jit(
+        jax.grad(lambda q, k, v, tuned: run(q, k, v, rest | tuned), (0, 1, 2, 3), has_aux=True),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    (*grads, tuned), out = step(*arrays, tunable)
+    return out, *grads, tuned
+
+
+def compare(got, want, tolerance, what):
+    got, want = np.asarray(got, np.float64), np.asarray(want)
+    assert got.shape == want.shape, what
+    np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-3), rtol=0, err_msg=what)
+
+
+def check(mask, bias, backend, *, groups, dtype, lengths, divided, indexed, size=SIZE, width=WIDTH):
+    rng = np.random.default_rng(hash(bias) % 7)
+    given = inputs(1, lengths, groups, dtype, size, width)
+    query_documents, key_documents = documents(lengths) if divided else (None, None)
+    offsets = (2, 0) if indexed else (0, 0)  # places of their own: the queries start two tokens later
+    places = [np.broadcast_to(np.arange(n) + o, (2, n)).astype(np.int32) for n, o in zip(lengths, offsets, strict=True)]
+    prefix = places[1] < np.array([[4], [9]]) if isinstance(mask, Prefix) else None
+    queries = Places(places[0] if indexed else None, query_documents)
+    same = lengths[0] == lengths[1] and not indexed and prefix is None
+    keys = queries if same else Places(places[1] if indexed else None, key_documents, prefix)
+    extra, added = options(bias, rng)
+    out, *grads, tuned = results(given, mask, backend, dtype, queries, keys, extra)
+    shown = seen(mask, *places, query_documents, key_documents, prefix)
+    want = expected(
+        *given,
+        shown,
+        bias=0.0 if added is None else np.asarray(added(*places), np.float64),
+        soft_cap=extra.get("soft_cap"),
+        scale=extra.get("scale"),
+        sinks=extra.get("sinks_H"),
+    )
+    tolerance = TOLERANCE[dtype]
+    compare(out, want.out, tolerance, "out")
+    for name, got in zip("qkv", grads, strict=True):
+        compare(got, getattr(want, name), tolerance, f"d{name}")
+    if bias == "t5":
+        bucket = np.broadcast_to(T5.bucket(places[0][:, :, None] - places[1][:, None])[:, None], want.scores.shape)
+        table, head = np.zeros((8, HEADS)), np.broadcast_to(np.arange(HEADS)[None, :, None, None], bucket.shape)
+        np.add.at(table, (bucket, head), want.scores)
+        compare(tuned["bias"].params, table, tolerance, "d table")
+    if bias == "sinks":
+        compare(tuned["sinks_H"], want.sinks, tolerance, "d sinks")
+    lonely = ~shown.any(-1)
+    assert (np.asarray(out)[lonely] == 0).all() and (np.asarray(grads[0])[lonely] == 0).all()
+    return lonely.any()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, attention_row_block=4, attention_block=4))
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("name", MASKS)
+def test_kernels_are_the_closed_form(name, bias, backend):
+    """Each mask with each bias; the rest varies from case to case so that every pair of choices occurs."""
+    case = list(MASKS).index(name) + BIASES.index(bias)
+    dtype = "bfloat16" if (list(MASKS).index(name) + 2 * BIASES.index(bias)) % 5 == 4 else "float32"
+    check(
+        MASKS[name],
+        bias,
+        backend,
+        groups=(1, 2, 4)[case % 3],
+        dtype=dtype,
+        lengths=((11, 13), (13, 13), (13, 8))[(case + list(MASKS).index(name)) % 3],
+        divided=case % 2 == 0,
+        indexed=case % 4 == 3,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, bias, lengths, divided, dtype",
+    [
+        ("causal", "sinks", (200, 200), True, "float32"),
+        ("bidirectional", "none", (130, 256), False, "float32"),
+        ("window with sinks", "soft cap", (256, 256), False, "bfloat16"),
+        ("window to both sides", "none", (140, 140), True, "float32"),
+        ("chunked", "soft cap", (256, 256), True, "float32"),
+        ("window", "none", (256, 256), False, "float32"),
+    ],
+)
+def test_interpreted_splash_is_the_closed_form(name, bias, lengths, divided, dtype):
+    check(MASKS[name], bias, "splash", groups=2, dtype=dtype, lengths=lengths, divided=divided, indexed=False)
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_rows_past_the_last_key_see_nothing(backend):
+    assert check(SlidingWindow(3), "none", backend, groups=2, dtype="float32", lengths=(13, 6), divided=False, indexed=False)
