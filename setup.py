@@ -21,7 +21,7 @@ setup(
         "grain>=0.2.18",
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "absl-py>=2",
         "pydantic>=2",
         "numpy>=2",
