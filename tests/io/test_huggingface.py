@@ -22,13 +22,20 @@ from llm_jax.core.sharding import named, parameter_specs
 from llm_jax.io import huggingface
 from llm_jax.io.huggingface import arrays, layouts, weights
 from llm_jax.io.huggingface.family import normal
+from llm_jax.models.block import Layer
+from llm_jax.models.count import parameters
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel
 from llm_jax.models.model import abstract_parameters, unstack_layers
+from llm_jax.nn.attention import Chunked, SlidingWindow
 from llm_jax.nn.embedding import Embed
-from llm_jax.nn.ffn import Gated
-from llm_jax.nn.normalization import RMSNorm
+from llm_jax.nn.ffn import Dense, Gated
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.normalization import LayerNorm, RMSNorm
+from llm_jax.nn.position import Alibi, Learned, Rope
+from llm_jax.nn.rope import NtkScaling
+from tests.io.published import CONFIGS
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -158,9 +165,10 @@ def test_the_host_holds_about_one_tensor(tmp_path, monkeypatch):
     params = arrays.nested({path: jnp.zeros(shape) for path, shape in shapes.items()})
     tensor = 4 * width * 2048
     _, peak = traced(lambda: huggingface.export(model, 64, params, tmp_path / "out", max_shard_bytes=tensor))
-    assert peak < 4 * tensor, peak / tensor
+    assert peak < 3.5 * tensor, peak / tensor
     _, peak = traced(lambda: huggingface.load(tmp_path / "out", layers="scanned"))
-    assert peak < 4 * tensor < 4 * width * 2048 * depth, peak / tensor
+    # as read, transposed, and the one before, which the device lets go of when it is next spoken to
+    assert peak < 3.5 * tensor < tensor * depth, peak / tensor
 
 
 def traced(function):
@@ -471,3 +479,88 @@ UNREAD = {
     "gemma3": ("_sliding_window_pattern",),
     "gemma2": ("sliding_window",),
 }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configurations_are_understood(name, tmp_path):
+    values, count = CONFIGS[name]
+    model, vocabulary = read(values, tmp_path)
+    assert parameters(model, vocabulary) == sum(map(np.prod, huggingface.parameter_shapes(model, vocabulary).values())) == count
+
+
+# ── models of our own ────────────────────────────────────────────────────────────────────────────────────────────────
+def like_llama(**changes):
+    usual = {
+        "width": 8,
+        "depth": 4,
+        "attention": Attention(heads=2),
+        "ffn": Gated(),
+        "norm": RMSNorm(),
+        "embedding": Embed(scaled=False),
+    }
+    return Decoder(**(usual | changes))
+
+
+NEAR = Attention(heads=2, mask=SlidingWindow(4))
+SAME_NETWORK = {
+    "llama": like_llama(),
+    "mistral": like_llama(attention=NEAR, first=(Layer(attention=NEAR, position=Rope()),)),
+    "qwen3": like_llama(
+        attention=Attention(heads=2, kv_heads=1, head_dim=6, mask=SlidingWindow(4), qk_norm=RMSNorm()),
+        pattern=(Layer(), Layer(attention=Attention(heads=2, kv_heads=1, head_dim=6, qk_norm=RMSNorm()))),
+    ),
+    "bloom": like_llama(
+        attention=Attention(heads=2, bias=True),
+        ffn=Dense(activation="gelu_tanh", bias=True),
+        norm=LayerNorm(),
+        position=Alibi(),
+        embedding=Embed(scaled=False, norm=LayerNorm()),
+    ),
+    "gpt2": like_llama(
+        attention=Attention(heads=2, bias=True), ffn=Dense(ratio=3, bias=True), norm=LayerNorm(), position=Learned(32)
+    ),
+}
+
+
+@pytest.mark.parametrize("family, model", SAME_NETWORK.items())
+def test_the_family_of_a_model_is_found(family, model, tmp_path):
+    """The first that computes the same, whatever the model was built from; what comes back computes the same too."""
+    leaves = huggingface.parameter_shapes(model, 12)
+    rng = np.random.default_rng(0)
+    params = arrays.nested({path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in leaves.items()})
+    huggingface.export(model, 12, params, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    again, vocabulary, read = huggingface.load(tmp_path / "out")
+    assert (values["model_type"], vocabulary) == (family, 12) and normal(again) == normal(model)
+    assert_equal_trees(read, params)
+
+
+OTHER_NETWORKS = {
+    "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
+    "scaled": (like_llama(embedding=Embed(scaled=True)), "embedding.scaled is True, which llama cannot say: it would be False"),
+    "mask": (
+        like_llama(attention=Attention(heads=2, mask=Chunked(4))),
+        r"attention.mask is Chunked\(size=4\), which llama cannot say",
+    ),
+    "scaling": (like_llama(position=Rope(scaling=NtkScaling())), "rope_type must be one of .* got 'NtkScaling'"),
+    "head": (like_llama(head=LanguageModel(bias=True)), "head.bias is True, which llama cannot say"),
+    "activation": (
+        like_llama(ffn=Gated(activation="tanh"), placement="sandwich"),
+        "placement is 'sandwich', which llama cannot say",
+    ),
+}
+
+
+@pytest.mark.parametrize("model, sentence", OTHER_NETWORKS.values(), ids=OTHER_NETWORKS)
+def test_a_family_that_cannot_say_it_says_why(model, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        huggingface.export(model, 12, {}, tmp_path / "out", family="llama")
+    with pytest.raises(ConfigError, match="is like no family of gpt2, llama"):
+        huggingface.export(model, 12, {}, tmp_path / "out")
+
+
+def test_only_harmless_keys_can_be_added(tmp_path):
+    model, vocabulary, params = loaded("llama")
+    extra = {"eos_token_id": 3, "rope_theta": 5, "hidden_act": "relu"}
+    with pytest.raises(ConfigError, match="settings has hidden_act, rope_theta: only keys"):
+        huggingface.export(model, vocabulary, params, tmp_path / "out", settings=extra)

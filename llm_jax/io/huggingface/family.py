@@ -33,6 +33,7 @@ class Key:
 
     default: where the key is absent. table: value there → value here, where the two differ; `back` prefers one way back where
     several lead there. words: only of models with a language-model head; others ignore it.
+    spare: left out where the value is None.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Key:
     table: Mapping[Any, Any] | None = None
     back: Mapping[Any, Any] = field(default_factory=dict)
     words: bool = False
+    spare: bool = False
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Changes to the preset."""
@@ -55,7 +57,7 @@ class Key:
         except AttributeError:
             raise Unlike(f"is what {self.name} says, and the model has no such field", self.paths[0]) from None
         if self.table is None:
-            return {self.name: value}
+            return {} if self.spare and value is None else {self.name: value}
         inverse = {here: there for there, here in self.table.items()} | dict(self.back)
         if value not in inverse:
             raise Unlike(f"is {value!r}, for which {self.name} has no value", self.paths[0])
@@ -73,8 +75,9 @@ class Family:
 
     heads: architecture → head; the first is the usual one. read: what takes more than a table of keys, from the model so far;
     write: its inverse. rows: for the model and its config.json. ignored: patterns of tensors without use ({depth}: of layers);
-    renames: (pattern, replacement) from names that other versions
-    write to those of `rows`. layers: classes of feed-forward networks that layers may have besides the preset's.
+    renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
+    feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
+    unread: keys in its files that no version of the code reads.
     """
 
     kind: str
@@ -87,9 +90,14 @@ class Family:
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     layers: tuple[type, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
+        fields.rename(self.synonyms)
+        for name in self.unread:
+            fields.get(name, None)
         architecture = (fields.get("architectures", None) or [next(iter(self.heads))])[0]
         if architecture not in self.heads:
             raise ConfigError(f"must be one of {', '.join(self.heads)}, got {architecture!r} ({fields.where})", "architectures")
@@ -161,7 +169,12 @@ def _based(model: Any, preset: Any) -> Any:
         )
     layers = model.in_full
     ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
-    return replace(model, attention=layers[0].attention, ffn=ffn, first=(), pattern=tuple(layers))
+    attention = layers[0].attention
+    if isinstance(attention, Attention):
+        attention = replace(attention, kv_heads=attention.groups)
+        if preset.attention.head_dim is not None:  # which a file without it would mean
+            attention = replace(attention, head_dim=attention.size(model.width))
+    return replace(model, attention=attention, ffn=ffn, first=(), pattern=tuple(layers))
 
 
 def _labels(fields: Fields) -> int:

@@ -34,6 +34,7 @@ from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import RMSNorm
 from llm_jax.nn.position import Rope
 
+WINDOW = 4096  # the default
 SANDWICH = {
     "input_layernorm": "norm_attention",
     "post_attention_layernorm": "norm_after_attention",
@@ -51,7 +52,7 @@ def _gemma(fields: Fields, model: Decoder, period: int, local: Rope | None = Non
     model = replace(model, attention=replace(model.attention, scale=scale), ffn=replace(model.ffn, activation=activation))
     usual = [SLIDING if (i + 1) % period else FULL for i in range(model.depth)]
     types = fields.get("layer_types", None) or usual
-    return with_windows(model, types, fields.get("sliding_window", 4096), local)
+    return with_windows(model, types, fields.get("sliding_window", WINDOW), local)
 
 
 def _write_gemma(model: Decoder) -> dict[str, Any]:
@@ -61,7 +62,10 @@ def _write_gemma(model: Decoder) -> dict[str, Any]:
     scalar = size if scale is None else round(scale**-2, 6)
     name = next(name for name in (NAMES.get(activation), activation) if name in ACTIVATIONS)
     found = {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar, "hidden_activation": name}
-    return found | {"layer_types": types, "sliding_window": window}
+    return found | {
+        "layer_types": types,
+        "sliding_window": window or WINDOW,
+    }  # transformers wants one, even of a model without windows
 
 
 def _gemma2(fields: Fields, model: Decoder) -> Decoder:
