@@ -63,7 +63,7 @@ class MoE(FeedForward):
         return self.router.causal and self.dispatch.causal
 
     @property
-    def rowwise(self) -> bool:
+    def rowwise(self) -> bool:  # type: ignore[override]
         """Whether a row's outputs and losses are the same without the batch's other rows, however many devices share them."""
         unbalanced = isinstance(self.balance, (int, float)) and self.balance == 0
         return self.router.rowwise and self.dispatch.rowwise and (self.balance_over == "row" or unbalanced)
