@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -153,6 +157,48 @@ def test_a_process_reads_only_what_its_devices_hold(monkeypatch):
     assert name == "model.layers.1.self_attn.q_proj.weight" and block.shape == (4, 4)
     whole = huggingface.load(GOLDEN / "mistral-full", layers="scanned")[2]["layers"]["step_0"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(part, whole[index])
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), heartbeat_timeout_seconds=10)
+from llm_jax.core.mesh import Mesh
+from llm_jax.core.sharding import named, parameter_specs
+from llm_jax.io import huggingface
+from llm_jax.io.huggingface import weights
+from llm_jax.models.model import abstract_parameters
+model, vocabulary = huggingface.read_config(sys.argv[1])
+mesh = Mesh(data=1, fsdp=4).build()
+shardings = named(mesh, parameter_specs(abstract_parameters(model, vocabulary), mesh))
+count, real = 0, weights.Folder.read
+def counted(folder, name, index):
+    global count
+    count += (found := real(folder, name, index)).nbytes
+    return found
+weights.Folder.read = counted
+params = huggingface.load(sys.argv[1], shardings=shardings)[2]
+total = jax.jit(lambda tree: sum(leaf.sum() for leaf in jax.tree.leaves(tree)))(params)
+print(count, float(total))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}
+    folder = str(GOLDEN / "llama-biases")
+    command = [sys.executable, "-c", PROCESS, folder, address]
+    runs = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=os.environ | flags) for rank in range(2)]
+    lines = [run.communicate(timeout=300)[0].splitlines()[-1] for run in runs]
+    reads, totals = zip(*(map(float, line.split()) for line in lines), strict=True)
+    file = load_file(GOLDEN / "llama-biases" / "model.safetensors")
+    whole, once = (sum(t.nbytes for t in file.values() if t.ndim > least) for least in (0, 1))
+    np.testing.assert_allclose(totals, sum(tensor.sum(dtype=np.float64) for tensor in file.values()), rtol=1e-5)
+    assert max(reads) <= whole - once / 2  # vectors are whole on every device
 
 
 def test_the_host_holds_about_one_tensor(tmp_path, monkeypatch):
@@ -392,6 +438,10 @@ def test_older_configurations_say_the_same(case, tmp_path):
     assert read(older(golden(case)), tmp_path) == read(golden(case), tmp_path)
 
 
+WITHOUT_FACTOR = {
+    "max_position_embeddings": 128,
+    "rope_parameters": golden("llama-yarn")["rope_parameters"] | {"factor": None},
+}
 PATTERN = {"layer_types": None, "sliding_window_pattern": 3}
 DEFAULTS = {
     "gpt2": ("gpt2", {"n_inner": None, "activation_function": "gelu_new"}, {"n_inner": 32}),
@@ -402,7 +452,7 @@ DEFAULTS = {
         PATTERN,
         {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2},
     ),
-    "yarn-factor": ("llama-yarn", {}, {"rope_parameters": golden("llama-yarn")["rope_parameters"] | {"factor": None}}),
+    "yarn-factor": ("llama-yarn", {"max_position_embeddings": 128}, WITHOUT_FACTOR),
     "sparse-steps": (
         "qwen3-moe-sparse",
         {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
