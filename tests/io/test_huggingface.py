@@ -33,8 +33,10 @@ from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel
 from llm_jax.models.model import abstract_parameters, unstack_layers
 from llm_jax.nn.attention import Chunked, SlidingWindow
+from llm_jax.nn.dispatch import Capacity
 from llm_jax.nn.embedding import Embed
 from llm_jax.nn.ffn import Dense, Gated
+from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, RMSNorm
 from llm_jax.nn.position import Alibi, Learned, Rope
@@ -595,6 +597,7 @@ def test_the_family_of_a_model_is_found(family, model, tmp_path):
     assert_equal_trees(read, params)
 
 
+EXPERTS = MoE(experts=4, expert=Gated(units=12), dispatch=Capacity())
 OTHER_NETWORKS = {
     "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
     "scaled": (like_llama(embedding=Embed(scaled=True)), "embedding.scaled is True, which llama cannot say: it would be False"),
@@ -617,6 +620,11 @@ def test_a_family_that_cannot_say_it_says_why(model, sentence, tmp_path):
         huggingface.export(model, 12, {}, tmp_path / "out", family="llama")
     with pytest.raises(ConfigError, match="is like no family of gpt2, llama"):
         huggingface.export(model, 12, {}, tmp_path / "out")
+
+
+def test_experts_that_drop_tokens_are_none_of_transformers(tmp_path):
+    with pytest.raises(ConfigError, match=r"ffn.dispatch is Capacity.* which mixtral cannot say: it would be Dropless"):
+        huggingface.export(like_llama(ffn=EXPERTS), 12, {}, tmp_path / "out", family="mixtral")
 
 
 def test_only_harmless_keys_can_be_added(tmp_path):

@@ -118,6 +118,7 @@ GEMMA2 = Family(
     _gemma2,
     lambda model: _write_gemma(model) | rope(model),
     IGNORED,
+    synonyms={"sliding_window_size": "sliding_window"},
 )
 GEMMA3 = Family(
     "gemma3_text",
