@@ -85,7 +85,7 @@ def rope(kind: str, theta: float = 100.0, **more: Any) -> dict[str, Any]:
 
 
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 1.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -179,6 +179,7 @@ CASES: dict[str, Case] = {
         | {"n_shared_experts": 2, "num_hidden_layers": 3, "routed_scaling_factor": 1.5}
         | rope("yarn", **YARN, mscale=0.8, mscale_all_dim=0.5),
     ),
+    "deepseek-v3-mscale": ("DeepseekV3ForCausalLM", DEEPSEEK | rope("yarn", **YARN, mscale_all_dim=0.5)),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": (
         "T5ForConditionalGeneration",

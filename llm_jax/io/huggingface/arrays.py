@@ -111,12 +111,14 @@ def _part(tensors: Renamed, plan: Plan, index: Index, devices: list[Any], dtype:
         name, layout = plan.pieces[place]
         return np.ascontiguousarray(layout.read(tensors.fetch(name), rest), dtype)
 
+    def local(place: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(at - part.start for at, part in zip(place, lead, strict=True))
+
     if not lead:
         block = piece(())
         return [jax.device_put(block, device) for device in devices]
     shape = tuple(part.stop - part.start for part in index)
     places = itertools.product(*(range(part.start, part.stop) for part in lead))
-    local = lambda place: tuple(at - part.start for at, part in zip(place, lead, strict=True))  # noqa: E731
     if dtype.itemsize * math.prod(shape) <= SMALL:
         whole = np.empty(shape, dtype)
         for place in places:

@@ -159,7 +159,8 @@ NEOX = Family(
 
 
 def _with_part(found: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    return found | {"rope_parameters": found["rope_parameters"] | {"partial_rotary_factor": rope.fraction}}
+    older = {"rotary_pct": rope.fraction, "rotary_emb_base": found.pop("rope_theta")}
+    return found | older | {"rope_parameters": found["rope_parameters"] | {"partial_rotary_factor": rope.fraction}}
 
 
 # ── BLOOM ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llm_jax.core.config import Config, ConfigError, differences, override
+from llm_jax.core.config import ConfigError, differences, override
 from llm_jax.io.huggingface.fields import REQUIRED, Fields
 from llm_jax.io.huggingface.names import Row
 from llm_jax.models.block import Layer
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import Head, LanguageModel, TokenClassifier
 from llm_jax.models.model import Model
+from llm_jax.nn.dispatch import Dropless
 from llm_jax.nn.dropout import Dropout
 from llm_jax.nn.ffn import Dense, Gated
 from llm_jax.nn.latent import MLA
@@ -21,6 +22,7 @@ from llm_jax.nn.linear import Precision
 from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Rope
+from llm_jax.nn.routing import Sigmoid
 
 
 class Unlike(ConfigError):
@@ -218,15 +220,12 @@ def _plain(part: Any, width: int) -> Any:
     if isinstance(part, MLA):
         return replace(part, backend="auto")
     if isinstance(part, MoE):
-        alike = MoE(experts=part.experts, active=part.active, router=_plain_router(part.router))
-        shared = part.shared and _plain(part.shared, width)
-        return replace(alike, expert=_plain(part.expert, width), shared=shared)
+        router = replace(part.router, bias_rate=0.0) if isinstance(part.router, Sigmoid) else part.router
+        dispatch = Dropless() if isinstance(part.dispatch, Dropless) else part.dispatch
+        networks = {"expert": _plain(part.expert, width), "shared": part.shared and _plain(part.shared, width)}
+        return MoE(experts=part.experts, active=part.active, router=router, dispatch=dispatch, **networks)
     if isinstance(part, Dense):
         return Dense(units=part.hidden(width), activation=part.activation, bias=part.bias)
     if isinstance(part, Gated):
         return Gated(units=part.hidden(width), activation=part.activation, bias=part.bias)
     return part
-
-
-def _plain_router(router: Config) -> Any:
-    return replace(router, bias_rate=0.0) if hasattr(router, "bias_rate") else router

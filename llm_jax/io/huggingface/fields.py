@@ -98,6 +98,11 @@ class Fields:
         if value not in values:
             raise ConfigError(f"is {value!r}, which changes the arithmetic and is not supported here ({self.where})", name)
 
+    def agree(self, name: str, value: Any, other: Any) -> None:
+        """Raises `ConfigError` unless what a key says is what another has said."""
+        if value != other:
+            raise ConfigError(f"says {value!r}, and rope_parameters says {other!r}: remove one ({self.where})", name)
+
     def finish(self) -> None:
         """Raises `ConfigError` for a key that nobody read, unless it leaves the arithmetic alone."""
         for name in sorted(set(self.values) - self._read):
