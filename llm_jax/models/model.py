@@ -39,6 +39,10 @@ class Model(Config):
         """The smallest inputs that the network takes, to initialise it."""
         return (jnp.zeros((1, 1), jnp.int32),)
 
+    def rates(self, vocabulary: int) -> Any:
+        """For every parameter what the learning rate is multiplied by; None: all alike."""
+        return None
+
     @property
     def stacks(self) -> dict[str, Stack]:
         """Where in the parameters each stack lies ("": at the top), and its configuration."""
@@ -163,13 +167,14 @@ def matrix_axes(params: Any) -> Any:
 
     Axes in neither, such as the layer axis of scanned parameters and the expert axis, count separate matrices.
     """
+    return jax.tree_util.tree_map_with_path(input_output_axes, params)
 
-    def axes(path, leaf):
-        names = [k.key for k in path]
-        if not names[-1].endswith("kernel"):
-            return None
-        first = ("layers" in names) + ("experts" in names)
-        inputs = 2 if names[-2] == "output" else 1
-        return tuple(range(first, first + inputs)), tuple(range(first + inputs, leaf.ndim))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+def input_output_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The same of one leaf, whose path in the tree tells what it is."""
+    names = [key.key for key in path]
+    if not names[-1].endswith("kernel"):
+        return None
+    first = ("layers" in names) + ("experts" in names)
+    inputs = 2 if names[-2] == "output" else 1
+    return tuple(range(first, first + inputs)), tuple(range(first + inputs, leaf.ndim))
