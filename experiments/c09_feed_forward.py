@@ -2,9 +2,9 @@
 
     python -m llm_jax run --experiment=experiments/c09_feed_forward.py --workdir=runs/c09
 
-Hidden units of 1, 2, 4 and 8 times the width with as many layers as keep the parameters of all layers about equal (12·width² a layer
-at 4 times), none at all in four such layers' attention, gated, and the branches side by side. Literature: Vaswani et al. 2017,
-Shazeer 2020, Wang & Komatsuzaki 2021 (parallel), Dong et al. 2021 (attention alone loses rank with depth).
+Hidden units of 1, 2, 4 and 10 times the width, or none, in as many layers as keep the parameters of all layers equal; gated
+ones; and the branches side by side. Literature: Vaswani et al. 2017, Shazeer 2020 (gated), Wang & Komatsuzaki 2021 (parallel),
+Dong et al. 2021 (attention alone loses rank with depth).
 """
 
 from llm_jax.core.config import override
@@ -12,7 +12,7 @@ from llm_jax.lab import Ablation, Claim, log_grid, presets
 from llm_jax.lab.arms import Arms
 from llm_jax.lab.components import Dense, Gated, NoFeedForward
 
-# a layer has (4 + 2·ratio)·width² entries: 6·8 = 8·6 = 12·4 = 48, and 20·2.4, which no whole depth gives
+# a layer has (4 + 2·ratio)·width² entries, all layers 48·width²
 ablation = Ablation(
     question="How wide should the feed-forward part be at equal parameters, and is it needed?",
     base=override(presets.nano(), {"model.depth": 4}),
