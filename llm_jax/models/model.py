@@ -64,9 +64,11 @@ class Model(Config):
         return None
 
     @property
-    def drops(self) -> bool:
-        """Whether training drops anything at random."""
-        return any(stack.dropout.rates() for stack in self.stacks.values())
+    def rowwise(self) -> bool:
+        """Whether training treats each row for itself: nothing is dropped at random, and no layer looks at several rows."""
+        stacks = self.stacks.values()
+        alone = all(layer.ffn.rowwise for stack in stacks for layer in stack.in_full if layer.ffn)
+        return alone and not any(stack.dropout.rates() for stack in stacks)
 
     @property
     def encodes(self) -> bool:
@@ -133,9 +135,11 @@ def _stacked(tree: Params, stack: Stack) -> dict[str, Any]:
     def layers(step: int) -> list[Any]:
         return [tree[f"layers_{i}"] for i in range(first + step, end, period)]
 
+    if not stack.repeats:
+        return dict(tree)
     scanned = {f"step_{step}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers(step)) for step in range(period)}
     rest = {k: v for k, v in tree.items() if not (m := re.fullmatch(r"layers_(\d+)", k)) or not first <= int(m[1]) < end}
-    return rest | ({"layers": scanned} if stack.repeats else {})
+    return rest | {"layers": scanned}
 
 
 def _unstacked(tree: Params, stack: Stack) -> dict[str, Any]:

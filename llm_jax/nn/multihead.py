@@ -115,12 +115,12 @@ class MultiHead(nn.Module):
         keys = places if memory is None else memory.places
         if context.slots is not None:
             if memory is None:
-                k_BMGK = extend(self, "key", k_BMGK, index_BL, context.slots)
-                v_BMGK = extend(self, "value", v_BMGK, index_BL, context.slots)
+                k_BMGK = extend(self, "keys", k_BMGK, index_BL, context.slots)
+                v_BMGK = extend(self, "values", v_BMGK, index_BL, context.slots)
                 keys = Places()
             else:  # the first call's, since an encoder's output does not change
-                k_BMGK = self.variable("cache", "key", lambda: k_BMGK).value
-                v_BMGK = self.variable("cache", "value", lambda: v_BMGK).value
+                k_BMGK = self.variable("cache", "keys", lambda: k_BMGK).value
+                v_BMGK = self.variable("cache", "values", lambda: v_BMGK).value
         self.sow("intermediates", "q_BLHK", q_BLHK)
         self.sow("intermediates", "k_BMGK", k_BMGK)
         out_BLHK = attend(

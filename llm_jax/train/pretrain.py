@@ -121,7 +121,7 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             chained(given),
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
-            random=given.model.drops,
+            rowwise=given.model.rowwise,
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
             settle=partial(experts.settle, given.model),
         )
