@@ -186,6 +186,7 @@ CASES: dict[str, Case] = {
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
     ),
     "bert": ("BertForMaskedLM", LAYER_NORM),
+    "bert-untied": ("BertForMaskedLM", LAYER_NORM | {"tie_word_embeddings": False}),
     "bert-sequence": ("BertForSequenceClassification", LAYER_NORM | LABELS | {"hidden_act": "gelu_new"}),
     "bert-token": ("BertForTokenClassification", LAYER_NORM | LABELS | {"type_vocab_size": 3}),
 }

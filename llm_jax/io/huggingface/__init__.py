@@ -162,7 +162,7 @@ def export(
     values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, model)
     leaves = arrays.flatten(params)
     found = _matching(plans(FAMILIES[kind].rows(model, values), model, parameter_shapes(model, vocabulary)), leaves)
-    tensors = arrays.Tensors(found, leaves)
+    tensors = arrays.Tensors(found, leaves, FAMILIES[kind].copies)
     with weights.new_folder(path) as folder:
         weights.write(folder, tensors.shapes, tensors, dtype=dtype, limit=max_shard_bytes)
         for file in tokenizer_files:

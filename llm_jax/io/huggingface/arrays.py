@@ -146,13 +146,14 @@ def _insert(whole: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Tensors:
-    """A model's parameters as the tensors of a family. shapes: of each, by layer."""
+    """A model's parameters as the tensors of a family. shapes: of each, by layer. copies: (tensor, the one that it repeats)."""
 
-    def __init__(self, plans: Mapping[str, Plan], leaves: Mapping[str, jax.Array]):
+    def __init__(self, plans: Mapping[str, Plan], leaves: Mapping[str, jax.Array], copies: Iterable[tuple[str, str]] = ()):
         self._leaves, self._parts = leaves, {}
         for path, plan in plans.items():
             for place, (name, layout) in plan.pieces.items():
                 self._parts.setdefault(name, []).append((path, place, layout))
+        self._parts |= {name: self._parts[source] for name, source in copies if source in self._parts}
         ordered = sorted(self._parts, key=lambda name: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", name)])
         self.shapes = {name: self._parts[name][0][2].shape for name in ordered}
 

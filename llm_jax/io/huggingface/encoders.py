@@ -40,7 +40,7 @@ def _bert_rows(model: Model, values: Mapping[str, Any]) -> tuple[Row, ...]:
         Row("layers_{i}/norm_ffn", f"{layer}.output.LayerNorm"),
         Row("head/transform", "bert.pooler.dense" if pooled else "cls.predictions.transform.dense"),
         Row("head/transform_norm", "cls.predictions.transform.LayerNorm"),
-        Row("head/bias", "cls.predictions.bias"),
+        Row("head/bias", "cls.predictions.bias" if model.head.tied else "cls.predictions.decoder.bias"),
         Row("head/words", "cls.predictions.decoder"),
         Row("head/labels", "classifier"),
     )
@@ -85,7 +85,7 @@ BERT = Family(
     _bert,
     lambda model: {},
     # what is there besides in files of models with other heads: the choice of the next sentence, and the vector that it looks at
-    (r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.bias", r"bert\.pooler\..*"),
+    (r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.(decoder\.)?bias", r"bert\.pooler\..*"),
     ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     unread=(
         "directionality",
@@ -95,6 +95,7 @@ BERT = Family(
         "pooler_size_per_head",
         "pooler_type",
     ),
+    copies=(("cls.predictions.bias", "cls.predictions.decoder.bias"),),  # which is the former's where the matrix is tied
 )
 
 

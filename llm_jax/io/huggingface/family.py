@@ -79,7 +79,7 @@ class Family:
     write: its inverse. rows: for the model and its config.json. ignored: patterns of tensors without use ({depth}: of layers);
     renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
     feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
-    unread: keys in its files that no version of the code reads.
+    unread: keys in its files that no version of the code reads. copies: (tensor, the one that it repeats), of those written.
     """
 
     kind: str
@@ -94,6 +94,7 @@ class Family:
     layers: tuple[type, ...] = ()
     synonyms: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
@@ -170,7 +171,7 @@ def _based(model: Any, preset: Any) -> Any:
             model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across
         )
     layers = model.in_full
-    ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
+    ffn = next((ffn for ffn in (*(layer.ffn for layer in layers), model.ffn) if type(ffn) is type(preset.ffn)), layers[0].ffn)
     attention = layers[0].attention
     if isinstance(attention, Attention):
         attention = replace(attention, kv_heads=attention.groups)
