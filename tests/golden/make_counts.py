@@ -205,14 +205,8 @@ def transformer_2017(width: int, units: int, heads: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = torch.nn.Transformer(width, heads, 6, 6, units)
         table = torch.nn.Embedding(37000, width)
-    unused = (
-        "in_proj_bias",
-        "out_proj.bias",
-        "encoder.norm.weight",
-        "encoder.norm.bias",
-        "decoder.norm.weight",
-        "decoder.norm.bias",
-    )
+    norms = [f"{stack}.norm.{name}" for stack in ("encoder", "decoder") for name in ("weight", "bias")]
+    unused = ("in_proj_bias", "out_proj.bias", *norms)
     kept = [p for name, p in model.named_parameters() if not name.endswith(unused)]
     return {"parameters": sum(p.numel() for p in kept) + table.weight.numel()}
 

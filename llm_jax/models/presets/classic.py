@@ -56,9 +56,8 @@ def lstm(width: int = 650, depth: int = 2, *, rate: float = 0.5) -> Decoder:
 
 def gpt2(size: Literal["124M", "355M", "774M", "1.5B"] = "124M") -> Decoder:
     """Radford et al. 2019."""
-    width, depth, heads = shape(
-        {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1.5B": (1600, 48, 25)}, size
-    )
+    sizes = {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1.5B": (1600, 48, 25)}
+    width, depth, heads = shape(sizes, size)
     return Decoder(
         width=width,
         depth=depth,
@@ -108,10 +107,8 @@ def t5(size: T5Size = "small") -> EncoderDecoder:
 def t5_v1_1(size: Literal["base"] = "base") -> EncoderDecoder:
     """Version 1.1, whose layers gate (Shazeer 2020), with an output matrix of its own: also Flan-T5's."""
     (units,) = shape({"base": (2048,)}, size)
-    return override(
-        t5(size),
-        {f"{stack}.ffn": Gated(units=units, activation="gelu_tanh") for stack in ("encoder", "decoder")} | {"head": UNTIED},
-    )
+    ffn = Gated(units=units, activation="gelu_tanh")
+    return override(t5(size), {"encoder.ffn": ffn, "decoder.ffn": ffn, "head": UNTIED})
 
 
 def pythia(size: Literal["160M", "1B"] = "160M") -> Decoder:
