@@ -127,11 +127,11 @@ def subject(
     places_BL = jnp.arange(length)[None] - segments_BL * (length // 3)
     batch = Batch(row_BL[:, :-1], row_BL[:, 1:], segments=segments_BL, positions=places_BL, inputs=row_BL[:, ::-1])
     params = compiled(partial(initial_parameters, model.with_layers("unrolled"), vocabulary))(keys[1])
-    params = jax.tree.map(partial(_moved, np.random.default_rng(seed)), params)
+    params = jax.tree.map(partial(moved, np.random.default_rng(seed)), params)
     return Subject(model, objective or _usual(model), vocabulary, batch, params, keys[2])
 
 
-def _moved(rng: np.random.Generator, leaf: jax.Array) -> np.ndarray:
+def moved(rng: np.random.Generator, leaf: jax.Array) -> np.ndarray:
     """Away from where things are symmetrical, or switched off, to where training leads."""
     start = np.asarray(leaf, np.float64)
     return start + 0.1 * (start.std() or 1.0) * rng.normal(size=start.shape)
