@@ -20,6 +20,8 @@ setup(
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
         "sentencepiece>=0.2",
+        "tokenizers>=0.21",
+        "safetensors>=0.8",
         "absl-py>=2",
         "pydantic>=2",
         "numpy>=2",

@@ -27,9 +27,9 @@ class Traits:
     products_together: bool  # several products of one input as a single wider one
     row_sums_by_product: bool  # sums over the last axis as products with ones
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
-    attention_block: int  # queries and keys of a block of blockwise attention, at most: 128 is 1.2–1.7× as fast as 512 on CPU
-    # queries × keys up to which attention writes its scores out; by blocks its gradient takes, with written out = 1, 0.78–1.18 of
-    # the time at 512 tokens on CPU, 0.71–0.84 at 1,024, 0.78 at 2,048 (`tests/benchmarks/attention.py`)
+    attention_block: int  # queries and keys of a block of blockwise attention, at most; on CPU 128 is 1.6–2.2× as fast as 512
+    # queries × keys up to which attention writes its scores out. By blocks its gradient on CPU is 0.85–1.28× as fast at 512 tokens,
+    # 1.2–1.4× at 1,024, 1.3× at 2,048, 1.35× at 4,096 (`tests/benchmarks/attention.py`); accelerators' values are not measured
     dense_attention: int
     fused_attention: str | None  # the platform's own kernel, tried first
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array

@@ -1,9 +1,10 @@
-"""Tokenizers: a configuration that is fitted to a corpus, and what comes of it. All of them are lossless."""
+"""Tokenizers: a configuration that is fitted to a corpus, or loaded, and what comes of it. Those made here are lossless."""
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,12 +15,16 @@ import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
 from llm_jax.data.corpora import Corpus
-
-MARK = "\u2581"  # SentencePiece's stand-in for a space
+from llm_jax.data.pieces import MARK, pieces
 
 
 class Fitted:
-    """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents."""
+    """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents.
+
+    lossless: whether the pieces of any text, one after another, are that text; where not, bits per byte are off by what is lost.
+    """
+
+    lossless = True
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
         self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
@@ -177,3 +182,68 @@ class _SentencePiece(Fitted):
         for part in parts[1:]:
             ids += self._mark + list(part)
         return np.array(ids, np.int32)
+
+
+# ── tokenizer.json ───────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class HuggingFace(Tokenizer):
+    """A `tokenizer.json`, as the library `tokenizers` writes it and models of transformers come with; path: the file or its folder.
+
+    specials: text that spells a special token, such as "<|endoftext|>", is taken for it; otherwise it is text like any other.
+    """
+
+    path: str = ""
+    specials: bool = False
+
+    def fit(self, corpus, cache):
+        path = pathlib.Path(self.path).expanduser()
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            model = next((path / name for name in ("tokenizer.model", "spiece.model") if (path / name).is_file()), None)
+            way_out = f": take SentencePiece(path={str(model)!r})" if model else ""
+            raise ConfigError(f"has no tokenizer.json: {self.path!r}{way_out}", "tokenizer.path")
+        return _HuggingFace(file, self.specials)
+
+
+class _HuggingFace(Fitted):
+    def __init__(self, file: pathlib.Path, specials: bool):
+        import tokenizers
+
+        text = file.read_text("utf-8")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library has no class of its own for it
+            raise ConfigError(f"is no tokenizer.json ({error}): {str(file)!r}", "tokenizer.path") from None
+        self._tokenizer.encode_special_tokens = not specials
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        found, self.lossless = pieces(json.loads(text), self._tokenizer.get_vocab(), specials)
+        super().__init__(found, self._end(file.parent), fingerprint([text, specials]))
+        self._mark = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in MARK.encode()] if self.lossless else []
+
+    def _end(self, folder: pathlib.Path) -> int | None:
+        """The id of the end of a text, by the files beside it."""
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+            values = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            token, number = values.get("eos_token"), values.get("eos_token_id")
+            token = token["content"] if isinstance(token, dict) else token
+            found = self._tokenizer.token_to_id(token) if token else number[0] if isinstance(number, list) else number
+            if found is not None:
+                return found
+        return None
+
+    def encode(self, text: str) -> np.ndarray:
+        if None in self._mark or not self._mark:
+            return self._ids(text)
+        first, *rest = text.split(MARK)  # a literal "▁" would come back as a space, so it goes in as its bytes
+        return np.concatenate(
+            [self._ids(first), *(ids for part in rest for ids in (np.array(self._mark, np.int32), self._ids(part)))]
+        )
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        if self.lossless:
+            return super().decode(ids)
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

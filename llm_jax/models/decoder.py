@@ -11,6 +11,7 @@ import jax
 from llm_jax.core.sharding import constrain
 from llm_jax.models.heads import Head, LanguageModel
 from llm_jax.models.model import Model
+from llm_jax.models.mup import MuP
 from llm_jax.models.stack import Stack, enter, layers
 from llm_jax.nn.attention import Places
 from llm_jax.nn.context import Context
@@ -24,10 +25,19 @@ class Decoder(Stack, Model):
 
     embedding: Embed = field(default_factory=Embed)
     head: Head = field(default_factory=LanguageModel)
+    mup: MuP | None = None
+
+    def validate(self):
+        super().validate()
+        if self.mup:
+            self.mup.check(self)
 
     def build(self, vocabulary: int) -> Transformer:
         """The network over so many token ids."""
-        return Transformer(self, vocabulary)
+        return Transformer(self.mup.parametrized(self) if self.mup else self, vocabulary)
+
+    def rates(self, vocabulary):
+        return self.mup.rates(self, vocabulary) if self.mup else None
 
     def arguments(self, batch):
         return (batch.tokens, batch.positions, batch.segments), {"prefix_BL": batch.prefix}

@@ -93,7 +93,7 @@ class Words(nn.Module):
             logits_BLV = embedding.logits(x_BLD)
         else:
             kernel = Linear((width,), (self.vocabulary,), ("embed", "vocab"), dtype=dtype, name="words")
-            logits_BLV = product(x_BLD.astype(dtype), kernel.weights()[0], result=jnp.float32)
+            logits_BLV = product(x_BLD.astype(dtype), kernel.weights()[0], result=jnp.promote_types(dtype, jnp.float32))
         if c.bias:
             bias_V = self.param("bias", partitioned(nn.initializers.zeros, ("vocab",)), (self.vocabulary,), jnp.float32)
             logits_BLV = logits_BLV + bias_V[None, None]
@@ -224,7 +224,7 @@ class Labels(nn.Module):
                 square = Linear((width,), (width,), ("embed", "embed_out"), bias=True, dtype=dtype, name="transform")
                 x = ACTIVATIONS[c.transform](square(x))
         labels = Linear((width,), (c.labels,), ("embed", None), bias=c.bias, dtype=dtype, name="labels")
-        return project(x, labels)[0].astype(jnp.float32)
+        return project(x, labels)[0].astype(jnp.promote_types(dtype, jnp.float32))
 
 
 def pool(x_BLD: jax.Array, how: Literal["first", "last", "mean"], valid_BL: jax.Array | None) -> jax.Array:
@@ -264,5 +264,6 @@ class Number(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, embedding: Embedding, tokens_BL: jax.Array, context: Context) -> jax.Array:
-        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), bias=self.config.bias, dtype=jnp.float32, name="number")
+        dtype = jnp.promote_types(self.stack.precision.dtype, jnp.float32)
+        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), bias=self.config.bias, dtype=dtype, name="number")
         return linear(x_BLD)[..., 0]

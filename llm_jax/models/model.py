@@ -39,6 +39,10 @@ class Model(Config):
         """The smallest inputs that the network takes, to initialise it."""
         return (jnp.zeros((1, 1), jnp.int32),)
 
+    def rates(self, vocabulary: int) -> Any:
+        """For every parameter what the learning rate is multiplied by; None: all alike."""
+        return None
+
     @property
     def stacks(self) -> dict[str, Stack]:
         """Where in the parameters each stack lies ("": at the top), and its configuration."""
@@ -60,9 +64,11 @@ class Model(Config):
         return None
 
     @property
-    def drops(self) -> bool:
-        """Whether training drops anything at random."""
-        return any(stack.dropout.rates() for stack in self.stacks.values())
+    def rowwise(self) -> bool:
+        """Whether training treats each row for itself: nothing is dropped at random, and no layer looks at several rows."""
+        stacks = self.stacks.values()
+        alone = all(layer.ffn.rowwise for stack in stacks for layer in stack.in_full if layer.ffn)
+        return alone and not any(stack.dropout.rates() for stack in stacks)
 
     @property
     def encodes(self) -> bool:
@@ -129,9 +135,11 @@ def _stacked(tree: Params, stack: Stack) -> dict[str, Any]:
     def layers(step: int) -> list[Any]:
         return [tree[f"layers_{i}"] for i in range(first + step, end, period)]
 
+    if not stack.repeats:
+        return dict(tree)
     scanned = {f"step_{step}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers(step)) for step in range(period)}
     rest = {k: v for k, v in tree.items() if not (m := re.fullmatch(r"layers_(\d+)", k)) or not first <= int(m[1]) < end}
-    return rest | ({"layers": scanned} if stack.repeats else {})
+    return rest | {"layers": scanned}
 
 
 def _unstacked(tree: Params, stack: Stack) -> dict[str, Any]:
@@ -163,13 +171,14 @@ def matrix_axes(params: Any) -> Any:
 
     Axes in neither, such as the layer axis of scanned parameters and the expert axis, count separate matrices.
     """
+    return jax.tree_util.tree_map_with_path(input_output_axes, params)
 
-    def axes(path, leaf):
-        names = [k.key for k in path]
-        if not names[-1].endswith("kernel"):
-            return None
-        first = ("layers" in names) + ("experts" in names)
-        inputs = 2 if names[-2] == "output" else 1
-        return tuple(range(first, first + inputs)), tuple(range(first + inputs, leaf.ndim))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+def input_output_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The same of one leaf, whose path in the tree tells what it is."""
+    names = [key.key for key in path]
+    if not names[-1].endswith("kernel"):
+        return None
+    first = ("layers" in names) + ("experts" in names)
+    inputs = 2 if names[-2] == "output" else 1
+    return tuple(range(first, first + inputs)), tuple(range(first + inputs, leaf.ndim))

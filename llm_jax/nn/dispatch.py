@@ -21,11 +21,11 @@ BLOCK = 128  # rows: a step of 8 experts, 2 active, takes 1.44× a dense one on 
 
 @dataclass(frozen=True)
 class Plan:
-    """Slots, sorted by expert, and the tokens in them; -1 never occurs: "none" is one past the end of what is pointed to.
+    """Slots, sorted by expert, and who is in them.
 
-    pair_M: the (token, choice) in each slot, counted token by token. slot_TK: where each of them is. weight_TK: f32. sizes_E: slots
-    in use of each expert, which follow one another; None: all experts have M / E, in use or not. load_BE: f32, how many tokens of
-    each row chose an expert. served_T: f32, how many experts took a token.
+    pair_M: the (token, choice) in each slot, numbered token by token; T·K: empty. slot_TK: where each of them is; M: nowhere.
+    weight_TK: of each choice. load_BE: how many tokens of each row chose an expert. served_T: how many experts took a token.
+    product: multiplies every slot by its expert's matrix. expert_M: whose each slot is.
     """
 
     pair_M: jax.Array
@@ -94,7 +94,8 @@ class Dispatch(Config):
 class Dropless(Dispatch):
     """Every token reaches all the experts that it chose, however uneven the loads: Gale et al. 2023, MegaBlocks.
 
-    form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time; "auto" asks the platform.
+    form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time; "auto" asks the platform. On
+    NVIDIA GPUs `ragged_dot` too does the work of all experts unless `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set.
     """
 
     form: Literal["auto", "blocks", "ragged"] = "auto"

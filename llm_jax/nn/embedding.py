@@ -94,4 +94,5 @@ class Embedding(nn.Module):
         """`[B, L, V]` float32: the product with every row of the table."""
         if self.config.rank:
             x_BLD = product(x_BLD, self.projection.weights()[0].T)
-        return product(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype).T, result=jnp.float32)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return product(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype).T, result=wide)

@@ -23,6 +23,7 @@ class FeedForward(Config):
     abstract = True
     branches = 0
     bias = False
+    rowwise = True  # whether rows are worked on each for itself
     causal = True  # whether a token's output depends on no later token
 
     def hidden(self, width: int) -> int:

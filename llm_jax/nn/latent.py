@@ -120,6 +120,10 @@ class LatentAttention(nn.Module):
             "key": self.make_rng("dropout") if "attention" in context.rates else None,
             "backend": c.backend,
         }
+        if self.is_mutable_collection("intermediates"):  # each head's own, whichever form computes the result
+            q_BLHK, k_BMHK = each_heads(q_BLHN, q_BLHR, product(c_BMC, up_CHN), k_BMR)
+            self.sow("intermediates", "q_BLHK", q_BLHK)
+            self.sow("intermediates", "k_BMGK", k_BMHK)
         form = absorbed if context.slots is not None and x_BLD.shape[1] == 1 else expanded
         out_BLHV = form(q_BLHN, q_BLHR, c_BMC, k_BMR, up_CHN, up_CHV, **given)
         return output(out_BLHV, x_BLD.shape[-1], gain=self.gain, bias=c.bias, dtype=self.dtype)
@@ -149,9 +153,13 @@ class LatentAttention(nn.Module):
 def expanded(q_BLHN, q_BLHR, c_BMC, k_BMR, up_CHN, up_CHV, **given) -> jax.Array:
     """`[B, L, H, V]` through each head's own keys and values: fewest operations when there are many queries."""
     k_BMHN, v_BMHV = (product(c_BMC, up) for up in (up_CHN, up_CHV))
+    return attend(*each_heads(q_BLHN, q_BLHR, k_BMHN, k_BMR), v_BMHV, **given)
+
+
+def each_heads(q_BLHN, q_BLHR, k_BMHN, k_BMR) -> tuple[jax.Array, jax.Array]:
+    """Whole queries `[B, L, H, K]` and keys `[B, M, H, K]`: the parts without and with position side by side."""
     k_BMHR = jnp.broadcast_to(k_BMR[:, :, None], (*k_BMHN.shape[:3], k_BMR.shape[-1]))
-    q_BLHK, k_BMHK = jnp.concatenate([q_BLHN, q_BLHR], -1), jnp.concatenate([k_BMHN, k_BMHR], -1)
-    return attend(q_BLHK, k_BMHK, v_BMHV, **given)
+    return jnp.concatenate([q_BLHN, q_BLHR], -1), jnp.concatenate([k_BMHN, k_BMHR], -1)
 
 
 def absorbed(q_BLHN, q_BLHR, c_BMC, k_BMR, up_CHN, up_CHV, **given) -> jax.Array:

@@ -62,6 +62,12 @@ class MoE(FeedForward):
         """Whether a token's output depends on no later token; where not, a model cannot generate what it was trained on."""
         return self.router.causal and self.dispatch.causal
 
+    @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        """Whether a row's outputs and losses are the same without the batch's other rows, however many devices share them."""
+        unbalanced = isinstance(self.balance, (int, float)) and self.balance == 0
+        return self.router.rowwise and self.dispatch.rowwise and (self.balance_over == "row" or unbalanced)
+
     def hidden(self, width: int) -> int:
         return self.active * self.expert.hidden(width) + (self.shared.hidden(width) if self.shared else 0)
 

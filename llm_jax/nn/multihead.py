@@ -121,8 +121,8 @@ class MultiHead(nn.Module):
             else:  # the first call's, since an encoder's output does not change
                 k_BMGK = self.variable("cache", "keys", lambda: k_BMGK).value
                 v_BMGK = self.variable("cache", "values", lambda: v_BMGK).value
-        self.sow("intermediates", "query", q_BLHK)
-        self.sow("intermediates", "key", k_BMGK)
+        self.sow("intermediates", "q_BLHK", q_BLHK)
+        self.sow("intermediates", "k_BMGK", k_BMGK)
         out_BLHK = attend(
             q_BLHK,
             k_BMGK,

@@ -1,4 +1,4 @@
-"""Normalization of the last axis, in float32 whatever the compute dtype; "none" is a real choice."""
+"""Normalization of the last axis, in float32 at least, whatever the compute dtype; "none" is a real choice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Norm(Config):
         return {}
 
     def apply(self, x: jax.Array, vectors: dict[str, jax.Array]) -> jax.Array:
-        """`[..., D] -> [..., D]`, float32 in and out; vectors `[1, …, D]`."""
+        """`[..., D] -> [..., D]`, float32 at least in and out; vectors `[1, …, D]`."""
         raise NotImplementedError
 
 
@@ -83,7 +83,7 @@ class NoNorm(Norm):
 
 
 class Normalize(nn.Module):
-    """A norm with its learned vectors; computes in float32 and returns the dtype it was given."""
+    """A norm with its learned vectors; computes in float32 at least and returns the dtype it was given."""
 
     config: Norm
 
@@ -97,4 +97,5 @@ class Normalize(nn.Module):
             )
             for name, value in self.config.vectors().items()
         }
-        return self.config.apply(x.astype(jnp.float32), vectors).astype(x.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.config.apply(wide, vectors).astype(x.dtype)

@@ -222,7 +222,7 @@ class T5Bias(Position):
     def bias(self, shared, queries_BL, keys_BM, heads):
         bucket_BLM = self.bucket(queries_BL[:, :, None] - keys_BM[:, None, :])
         # the gather's gradient scatters; a product with one-hot rows is as fast and its gradient is a product too
-        return jnp.einsum("blmn,nh->bhlm", jax.nn.one_hot(bucket_BLM, self.buckets), shared["embedding"].astype(jnp.float32))
+        return jnp.einsum("blmn,nh->bhlm", jax.nn.one_hot(bucket_BLM, self.buckets), shared["embedding"])
 
 
 class Positions(nn.Module):

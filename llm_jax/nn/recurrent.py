@@ -63,14 +63,15 @@ class Recurrence(nn.Module):
         def gates(name: str, inputs: int, axis: str) -> Linear:
             return Linear((inputs,), (4, units), (axis, "gates", "hidden"), dtype=self.dtype, name=name)
 
-        recurrent = gates("recurrent", units, "hidden_in").weights()[0].astype(jnp.float32)
+        dtype = jnp.promote_types(self.dtype, jnp.float32)  # of the state, which sums over the whole row
+        recurrent = gates("recurrent", units, "hidden_in").weights()[0].astype(dtype)
         start = jnp.zeros((4, units)).at[1].set(c.forget)
         bias = self.param(
             "bias", partitioned(lambda key, shape, dtype: start.astype(dtype), ("gates", "hidden")), (4, units), jnp.float32
         )
-        s_BLGU = project(x_BLD, gates("input", width, "embed"))[0].astype(jnp.float32) + bias[None, None]
-        first = self.variable("cache", "state", jnp.zeros, (2, batch, units)) if context.slots is not None else None
-        state = jnp.zeros((2, batch, units)) if first is None else first.value
+        s_BLGU = project(x_BLD, gates("input", width, "embed"))[0].astype(dtype) + bias[None, None]
+        first = self.variable("cache", "state", jnp.zeros, (2, batch, units), dtype) if context.slots is not None else None
+        state = jnp.zeros((2, batch, units), dtype) if first is None else first.value
         state, h_LBU = jax.lax.scan(_step(recurrent), state, (s_BLGU.swapaxes(0, 1), *_boundaries(context, x_BLD)))
         if first is not None:
             first.value = state

@@ -125,7 +125,7 @@ class HyperConnections(Residual):
         return x.sum(2)
 
     def connect(self, x, *, depth, place, parameter):
-        n, width, h = self.rate, x.shape[-1], x.astype(jnp.float32)
+        n, width, h = self.rate, x.shape[-1], x.astype(jnp.promote_types(x.dtype, jnp.float32))
         read = parameter("read", (n, 1), jax.nn.one_hot(place % n, n)[:, None])
         mix = parameter("mix", (n, n), jnp.eye(n))
         write = parameter("write", (n, 1), 1.0)
@@ -139,7 +139,7 @@ class HyperConnections(Residual):
             write = write + back * project("write_kernel", 1)
         kept = jnp.einsum("blnm,blnd->blmd", jnp.broadcast_to(mix, (*h.shape[:2], n, n)), h)
         seen = (read * h).sum(2).astype(x.dtype)
-        return seen, lambda branch: (kept + write * branch.astype(jnp.float32)[:, :, None]).astype(x.dtype)
+        return seen, lambda branch: (kept + write * branch.astype(h.dtype)[:, :, None]).astype(x.dtype)
 
 
 class Connection(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import require, traced
+from llm_jax.core.config import require, require_fraction, traced
 from llm_jax.core.types import Batch, Predictions, Weighted
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.objectives.objective import Objective
@@ -18,16 +18,19 @@ from llm_jax.objectives.objective import Objective
 class NextToken(Objective):
     """The mean negative log-likelihood of each token after those before it.
 
-    z_loss: weight of (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5); never evaluated.
+    smoothing: this part of a target's probability is spread evenly over all ids (Vaswani et al. 2017, §5.4). z_loss: weight of
+    (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5). Neither is ever evaluated.
     ahead: weight of the mean loss of the tokens after the next one, where the head predicts them (DeepSeek-V3 2024, eq. 25).
     """
 
+    smoothing: float = traced(0.0)
     z_loss: float = traced(0.0)
     ahead: float = traced(0.3)
 
     scores = ("loss", "bits_per_byte", "accuracy")
 
     def validate(self):
+        require_fraction(self, "smoothing")
         require(self.z_loss >= 0, "z_loss", f"must be >= 0, got {self.z_loss}")
         require(self.ahead >= 0, "ahead", f"must be >= 0, got {self.ahead}")
 
@@ -44,8 +47,7 @@ class NextToken(Objective):
         said = apply(params, batch, rng)
         nll_BL, log_sum_BL = cross_entropy(said.logits, batch.targets)
         if train:
-            elided = isinstance(self.z_loss, (int, float)) and self.z_loss == 0
-            main = _weighted(nll_BL if elided else nll_BL + self.z_loss * jnp.square(log_sum_BL), batch.weights)
+            main = _weighted(self._trained(said.logits, nll_BL, log_sum_BL), batch.weights)
             metrics = {"routing": said.routing} if said.routing else {}
             return Weighted(main.total + self._later(said, batch) + _penalty(said, main.weight), main.weight), metrics
         loss = _weighted(nll_BL, batch.weights)
@@ -53,6 +55,13 @@ class NextToken(Objective):
         hits = _weighted((said.logits.argmax(-1) == batch.targets).astype(jnp.float32), batch.weights)
         bits = Weighted(loss.total / math.log(2), _weighted(bytes_BL, batch.weights).total)
         return loss, {"loss": loss, "bits_per_byte": bits, "accuracy": hits}
+
+    def _trained(self, logits_BLV: jax.Array, nll_BL: jax.Array, log_sum_BL: jax.Array) -> jax.Array:
+        """The loss of each token: (1 - s)·nll + s·mean over ids of -log p, + z. What is known to be zero costs nothing."""
+        if not _is_zero(self.smoothing):
+            uniform_BL = log_sum_BL - logits_BLV.mean(-1)
+            nll_BL = (1 - self.smoothing) * nll_BL + self.smoothing * uniform_BL
+        return nll_BL if _is_zero(self.z_loss) else nll_BL + self.z_loss * jnp.square(log_sum_BL)
 
     def _later(self, said: Predictions, batch: Batch) -> jax.Array | float:
         """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing."""
@@ -70,6 +79,10 @@ class NextToken(Objective):
 def _penalty(said: Predictions, weight: jax.Array) -> jax.Array | float:
     """The model's own losses as if each counted token had its share."""
     return 0.0 if said.penalty is None else said.penalty.mean * weight
+
+
+def _is_zero(value) -> bool:
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _weighted(values_BL: jax.Array, weights_BL: jax.Array | None) -> Weighted:

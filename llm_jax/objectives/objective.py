@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -36,7 +36,7 @@ class Objective(Config):
     """What a model is trained for."""
 
     abstract = True
-    scores: tuple[str, ...] = ()  # what evaluation reports
+    scores: ClassVar[tuple[str, ...]] = ()  # what evaluation reports
 
     def check(self, model: Predicts) -> None:
         """Raises `ConfigError` unless the model can be trained for it."""

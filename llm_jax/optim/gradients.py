@@ -45,6 +45,17 @@ def scheduled(learning_rate: Any, factor: Factor) -> optax.GradientTransformatio
     return optax.GradientTransformation(lambda params: Steps(jnp.zeros((), jnp.int32)), update)
 
 
+def multiplied(rates: Any) -> optax.GradientTransformation:
+    """Updates times a number each, a tree of them; `None` leaves them alone."""
+    if rates is None:
+        return optax.identity()
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def decayed(weight_decay: Any, roles: Any) -> optax.GradientTransformation:
     """Updates plus weight_decay · parameter for matrices and tables, not for vectors (scales, biases)."""
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:

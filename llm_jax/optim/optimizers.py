@@ -15,7 +15,7 @@ import optax
 import optax.contrib
 
 from llm_jax.core.config import Config, require, require_fraction, require_positive, traced
-from llm_jax.optim.gradients import Factor, decayed, scale_by_adam, scheduled
+from llm_jax.optim.gradients import Factor, decayed, multiplied, scale_by_adam, scheduled
 from llm_jax.optim.matrices import matrix_by_matrix, sizes, where_present
 from llm_jax.optim.orthogonal import orthogonal_momentum
 from llm_jax.optim.second_order import branching, hutchinson, scale_by_soap
@@ -23,10 +23,12 @@ from llm_jax.optim.second_order import branching, hutchinson, scale_by_soap
 
 @dataclass(frozen=True)
 class Optimizer(Config):
-    """An update rule. slots: float32 numbers it keeps for each parameter, for memory estimates."""
+    """An update rule. slots: float32 numbers it keeps for each parameter, for memory estimates. scale_free: an entry's update
+    does not grow with its gradient, as Adam's."""
 
     abstract = True
     slots = 2
+    scale_free = False
     weight_decay = 0.0  # a field where the optimizer has it
 
     learning_rate: float = traced(1e-3)
@@ -39,10 +41,15 @@ class Optimizer(Config):
         """Gradients to updates at learning rate 1, without decay."""
         raise NotImplementedError
 
-    def build(self, factor: Factor, *, roles: Any, axes: Any) -> optax.GradientTransformationExtraArgs:
+    def build(self, factor: Factor, *, roles: Any, axes: Any, rates: Any = None) -> optax.GradientTransformationExtraArgs:
         """The whole transformation. factor: step → fraction of the peak; roles, axes: what each parameter is
-        (`models.decoder.parameter_roles`, `matrix_axes`). Its update takes the extra arguments value, loss_fn and key."""
-        parts = self.rule(roles, axes), decayed(self.weight_decay, roles), scheduled(self.learning_rate, factor)
+        (`models.model.parameter_roles`, `matrix_axes`); rates: what its learning rate is multiplied by, decay not. Its update
+        takes the extra arguments value, loss_fn and key. Raises `ConfigError` for rates that are not meant for this rule."""
+        known = rates is None or self.scale_free
+        require(
+            known, "model.mup", f"has learning rates for Adam and its kin, not for {type(self).__name__}: take AdamW(), or no mup"
+        )
+        parts = self.rule(roles, axes), multiplied(rates), decayed(self.weight_decay, roles), scheduled(self.learning_rate, factor)
         return optax.with_extra_args_support(optax.chain(*parts))
 
     def evaluation_params(self, state: Any, params: Any) -> Any:
@@ -81,6 +88,8 @@ class Momentum(Optimizer):
 @dataclass(frozen=True)
 class Adam(Optimizer):
     """m̂ / (√v̂ + ε) with bias-corrected moments. Kingma & Ba 2015."""
+
+    scale_free = True
 
     b1: float = traced(0.9)
     b2: float = traced(0.99)
@@ -139,6 +148,7 @@ class Lion(Optimizer):
     """The sign of an interpolated momentum. Chen et al. 2023."""
 
     slots = 1
+    scale_free = True
     learning_rate: float = traced(3e-4)
     b1: float = traced(0.9)
     b2: float = traced(0.99)
@@ -271,6 +281,8 @@ class ScheduleFreeAdamW(Optimizer):
     square of the learning rate, and is what evaluation sees. It wants a constant schedule after warm-up.
     """
 
+    scale_free = True
+
     learning_rate: float = traced(3e-3)
     b1: float = traced(0.9)
     b2: float = traced(0.99)
@@ -286,8 +298,8 @@ class ScheduleFreeAdamW(Optimizer):
     def rule(self, roles, axes):
         return optax.scale_by_rms(self.b2, self.epsilon, eps_in_sqrt=False, bias_correction=True)
 
-    def build(self, factor, *, roles, axes):
-        base = super().build(factor, roles=roles, axes=axes)
+    def build(self, factor, *, roles, axes, rates=None):
+        base = super().build(factor, roles=roles, axes=axes, rates=rates)
         return optax.contrib.schedule_free(
             base, lambda count: self.learning_rate * factor(count - 1), b1=self.b1
         )  # optax counts from 1

@@ -86,11 +86,11 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
     """The trial of a `Recipe` over a vocabulary whose ids stand for `byte_lengths` `[V]` bytes of text each."""
     abstract = abstract_parameters(recipe.model, vocabulary)
     plain = sharding.unbox(abstract)
-    roles, axes = parameter_roles(plain), matrix_axes(plain)
+    known = {"roles": parameter_roles(plain), "axes": matrix_axes(plain), "rates": recipe.model.rates(vocabulary)}
 
     def optimizer(recipe: Recipe):
         factor = lambda step: recipe.schedule(step, recipe.train.steps)  # noqa: E731
-        return clip_by_global_norm(recipe.train.clip), recipe.optimizer.build(factor, roles=roles, axes=axes)
+        return clip_by_global_norm(recipe.train.clip), recipe.optimizer.build(factor, **known)
 
     def chained(recipe: Recipe):
         import optax
@@ -121,7 +121,7 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             chained(given),
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
-            random=given.model.drops,
+            rowwise=given.model.rowwise,
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
             settle=partial(experts.settle, given.model),
         )

@@ -36,7 +36,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     average: float | None = None,
-    random: bool = True,
+    rowwise: bool = False,
     averaged: Callable[[Any, Any], Any] = lambda opt_state, params: params,
     settle: Callable[[Any, Any], tuple[Any, Metrics]] = lambda params, routing: (params, {}),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -45,7 +45,8 @@ def make_train_step(
     loss: `(params, batch, rng) -> (Weighted, metrics)`. accumulate: the batch's rows are taken in that many micro-batches,
     whose sums are added before the division, so the result is that of the whole batch however targets are spread.
     average: decay of the exponential moving average of the parameters (Polyak & Juditsky 1992), or None for none.
-    random: the loss draws random numbers, which must not depend on how many devices share the rows. averaged:
+    rowwise: the loss is a sum over rows that know nothing of each other, and draws no random numbers, which must not depend on how
+    many devices share the rows. averaged:
     `(opt_state, params) -> parameters` that the average is of. settle: `(params, routing) -> (params, metrics)` after the update,
     where the loss reports "routing", which it has summed over the batch.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
@@ -54,7 +55,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.key, state.step)
         sums = partial(_summed_gradients, loss, rng=rng, accumulate=accumulate)
-        grads, total, metrics = (sums if random else sum_over_data(sums))(state.params, batch)
+        grads, total, metrics = (sum_over_data(sums) if rowwise else sums)(state.params, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-30), grads)
         last = (batch, rng) if accumulate == 1 else jax.tree.map(lambda x: x[-1], _micro_batches(batch, rng, accumulate))
         updates, opt_state = optimizer.update(

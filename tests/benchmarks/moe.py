@@ -4,7 +4,8 @@
 
 Forward and backward of one layer, float32, with the process settings and the data-parallel mesh that training uses: 8 experts of
 half the dense network's hidden units, 2 of them active. Printed for every way of dispatching: the median step, and its ratio to the
-dense step, the median of the rounds' ratios with the least and the greatest. "skewed" routes most tokens to two experts.
+dense step, the median of the rounds' ratios with the least and the greatest; then the same of processor seconds, which others on the
+machine disturb less. "skewed" routes most tokens to two experts.
 """
 
 from __future__ import annotations
@@ -89,26 +90,31 @@ def main(_) -> None:
     with jax.set_mesh(Mesh().build()):
         for width in map(int, WIDTHS.value):
             sides = {name: step(name, config, width) for name, config in networks(width).items()}
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
             for index in range(ROUNDS.value):
                 wait_for_quiet(PATIENCE.value)
                 for name in list(sides)[:: 1 if index % 2 == 0 else -1]:
-                    start = time.perf_counter()
-                    for _ in range(STEPS.value):
-                        sides[name]()
-                    seconds[name].append((time.perf_counter() - start) / STEPS.value)
+                    seconds[name].append(timed(sides[name]))
             show(width, seconds)
 
 
-def show(width: int, seconds: dict[str, list[float]]) -> None:
+def timed(function) -> tuple[float, float]:
+    """Seconds of a step, and processor seconds."""
+    start, used = time.perf_counter(), time.process_time()
+    for _ in range(STEPS.value):
+        function()
+    return (time.perf_counter() - start) / STEPS.value, (time.process_time() - used) / STEPS.value
+
+
+def show(width: int, seconds: dict[str, list[tuple[float, float]]]) -> None:
     """Prints a width's table."""
     print(f"\nwidth {width}, {TOKENS.value} tokens, {'gated' if GATED.value else 'plain'}, {ROUNDS.value} rounds")
     base = next(iter(seconds.values()))
     for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, base, strict=True)]
-        print(
-            f"  {name:16}{1e3 * statistics.median(own):9.1f} ms   × dense {statistics.median(ratios):6.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        )
+        typical = 1e3 * statistics.median(wall for wall, _ in own)
+        wall, used = ([a[i] / b[i] for a, b in zip(own, base, strict=True)] for i in (0, 1))
+        each = "".join(f"{statistics.median(r):9.2f} [{min(r):.2f}, {max(r):.2f}]" for r in (wall, used))
+        print(f"  {name:16}{typical:9.1f} ms   × dense{each}", flush=True)
 
 
 if __name__ == "__main__":

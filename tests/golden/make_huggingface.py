@@ -28,7 +28,11 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPED = SMALL | {"num_key_value_heads": 1}
+# so large that a model with another one shows
+EPSILON = 0.02
+ALIKE = SMALL | {"rms_norm_eps": EPSILON}
+GROUPED = ALIKE | {"num_key_value_heads": 1}
+LAYER_NORM = SMALL | {"layer_norm_eps": EPSILON}
 DEEP = {"num_hidden_layers": 4}
 LABELS = {"num_labels": 3}
 GPT2 = {
@@ -37,14 +41,15 @@ GPT2 = {
     "n_layer": 2,
     "n_head": 2,
     "n_positions": 16,
+    "layer_norm_epsilon": EPSILON,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 8, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 8, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "layer_norm_epsilon": EPSILON}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 MIXTRAL = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
-DEEPSEEK = SMALL | {
+DEEPSEEK = ALIKE | {
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
     "n_group": 3,
@@ -61,6 +66,7 @@ DEEPSEEK = SMALL | {
 }
 T5 = {
     "vocab_size": VOCABULARY,
+    "layer_norm_epsilon": EPSILON,
     "d_model": 8,
     "d_kv": 3,
     "d_ff": 12,
@@ -79,7 +85,7 @@ def rope(kind: str, theta: float = 100.0, **more: Any) -> dict[str, Any]:
 
 
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 1.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -99,10 +105,13 @@ CASES: dict[str, Case] = {
     "llama": ("LlamaForCausalLM", GROUPED | rope("default")),
     "llama-biases": (
         "LlamaForCausalLM",
-        GROUPED | {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "tie_word_embeddings": True} | rope("default"),
+        GROUPED
+        | {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "tie_word_embeddings": True}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2}
+        | rope("default"),
     ),
-    "llama-linear": ("LlamaForCausalLM", SMALL | rope("linear", factor=4.0)),
-    "llama-dynamic": ("LlamaForCausalLM", SMALL | {"max_position_embeddings": 8} | rope("dynamic", factor=2.0)),
+    "llama-linear": ("LlamaForCausalLM", ALIKE | rope("linear", factor=4.0)),
+    "llama-dynamic": ("LlamaForCausalLM", ALIKE | {"max_position_embeddings": 8} | rope("dynamic", factor=2.0)),
     "llama-llama3": ("LlamaForCausalLM", GROUPED | {"head_dim": 8} | rope("llama3", **LLAMA3)),
     "llama-yarn": ("LlamaForCausalLM", GROUPED | {"head_dim": 8} | rope("yarn", **YARN)),
     "llama-yarn-factor": (
@@ -143,10 +152,10 @@ CASES: dict[str, Case] = {
         | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]}
         | {"rope_parameters": GEMMA3_ROPE},
     ),
-    "gpt-neox": ("GPTNeoXForCausalLM", SMALL | rope("default", partial_rotary_factor=0.5)),
+    "gpt-neox": ("GPTNeoXForCausalLM", LAYER_NORM | rope("default", partial_rotary_factor=0.5)),
     "gpt-neox-serial": (
         "GPTNeoXForCausalLM",
-        SMALL
+        LAYER_NORM
         | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"}
         | rope("default", partial_rotary_factor=1.0),
     ),
@@ -170,14 +179,15 @@ CASES: dict[str, Case] = {
         | {"n_shared_experts": 2, "num_hidden_layers": 3, "routed_scaling_factor": 1.5}
         | rope("yarn", **YARN, mscale=0.8, mscale_all_dim=0.5),
     ),
+    "deepseek-v3-mscale": ("DeepseekV3ForCausalLM", DEEPSEEK | rope("yarn", **YARN, mscale_all_dim=0.5)),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": (
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
     ),
-    "bert": ("BertForMaskedLM", SMALL),
-    "bert-sequence": ("BertForSequenceClassification", SMALL | LABELS | {"hidden_act": "gelu_new"}),
-    "bert-token": ("BertForTokenClassification", SMALL | LABELS | {"type_vocab_size": 3}),
+    "bert": ("BertForMaskedLM", LAYER_NORM),
+    "bert-sequence": ("BertForSequenceClassification", LAYER_NORM | LABELS | {"hidden_act": "gelu_new"}),
+    "bert-token": ("BertForTokenClassification", LAYER_NORM | LABELS | {"type_vocab_size": 3}),
 }
 
 

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -22,13 +26,22 @@ from llm_jax.core.sharding import named, parameter_specs
 from llm_jax.io import huggingface
 from llm_jax.io.huggingface import arrays, layouts, weights
 from llm_jax.io.huggingface.family import normal
+from llm_jax.models.block import Layer
+from llm_jax.models.count import parameters
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel
 from llm_jax.models.model import abstract_parameters, unstack_layers
+from llm_jax.nn.attention import Chunked, SlidingWindow
+from llm_jax.nn.dispatch import Capacity
 from llm_jax.nn.embedding import Embed
-from llm_jax.nn.ffn import Gated
-from llm_jax.nn.normalization import RMSNorm
+from llm_jax.nn.ffn import Dense, Gated
+from llm_jax.nn.moe import MoE
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.normalization import LayerNorm, RMSNorm
+from llm_jax.nn.position import Alibi, Learned, Rope
+from llm_jax.nn.rope import NtkScaling
+from tests.io.published import CONFIGS
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -99,7 +112,10 @@ def test_what_is_written_is_what_was_read(case, tmp_path):
     again, size, values = huggingface.load(tmp_path / "out", layers="unrolled")
     assert (again, size) == (model, vocabulary)
     assert_equal_trees(values, params)
-    assert set(carried) <= set(json.loads((tmp_path / "out" / "config.json").read_text()))
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: values[name] for name in carried.keys() - {"dtype"}} == {
+        name: carried[name] for name in carried.keys() - {"dtype"}
+    }
 
 
 # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,6 +164,48 @@ def test_a_process_reads_only_what_its_devices_hold(monkeypatch):
     np.testing.assert_array_equal(part, whole[index])
 
 
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), heartbeat_timeout_seconds=10)
+from llm_jax.core.mesh import Mesh
+from llm_jax.core.sharding import named, parameter_specs
+from llm_jax.io import huggingface
+from llm_jax.io.huggingface import weights
+from llm_jax.models.model import abstract_parameters
+model, vocabulary = huggingface.read_config(sys.argv[1])
+mesh = Mesh(data=1, fsdp=4).build()
+shardings = named(mesh, parameter_specs(abstract_parameters(model, vocabulary), mesh))
+count, real = 0, weights.Folder.read
+def counted(folder, name, index):
+    global count
+    count += (found := real(folder, name, index)).nbytes
+    return found
+weights.Folder.read = counted
+params = huggingface.load(sys.argv[1], shardings=shardings)[2]
+total = jax.jit(lambda tree: sum(leaf.sum() for leaf in jax.tree.leaves(tree)))(params)
+print(count, float(total))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}
+    folder = str(GOLDEN / "llama-biases")
+    command = [sys.executable, "-c", PROCESS, folder, address]
+    runs = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=os.environ | flags) for rank in range(2)]
+    lines = [run.communicate(timeout=300)[0].splitlines()[-1] for run in runs]
+    reads, totals = zip(*(map(float, line.split()) for line in lines), strict=True)
+    file = load_file(GOLDEN / "llama-biases" / "model.safetensors")
+    whole, once = (sum(t.nbytes for t in file.values() if t.ndim > least) for least in (0, 1))
+    np.testing.assert_allclose(totals, sum(tensor.sum(dtype=np.float64) for tensor in file.values()), rtol=1e-5)
+    assert max(reads) <= whole - once / 2  # vectors are whole on every device
+
+
 def test_the_host_holds_about_one_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "SMALL", 1 << 16)
     depth, width = 6, 256
@@ -158,9 +216,10 @@ def test_the_host_holds_about_one_tensor(tmp_path, monkeypatch):
     params = arrays.nested({path: jnp.zeros(shape) for path, shape in shapes.items()})
     tensor = 4 * width * 2048
     _, peak = traced(lambda: huggingface.export(model, 64, params, tmp_path / "out", max_shard_bytes=tensor))
-    assert peak < 4 * tensor, peak / tensor
+    assert peak < 3.5 * tensor, peak / tensor
     _, peak = traced(lambda: huggingface.load(tmp_path / "out", layers="scanned"))
-    assert peak < 4 * tensor < 4 * width * 2048 * depth, peak / tensor
+    # as read, transposed, and the one before, which the device lets go of when it is next spoken to
+    assert peak < 3.5 * tensor < tensor * depth, peak / tensor
 
 
 def traced(function):
@@ -202,7 +261,7 @@ def test_a_slice_read_is_the_slice_written(arrange, bounds):
 def test_files_are_cut_and_put_together(tmp_path):
     model, vocabulary, params = loaded("mixtral")
     (tmp_path / "tokenizer.json").write_text("{}")
-    files = [tmp_path / "tokenizer.json"]
+    files = huggingface.tokenizer_files(tmp_path)
     huggingface.export(model, vocabulary, params, tmp_path / "out", max_shard_bytes=2000, tokenizer_files=files)
     index = json.loads((tmp_path / "out" / weights.INDEX).read_text())
     written = {file.name: load_file(file) for file in sorted((tmp_path / "out").glob("*.safetensors"))}
@@ -384,6 +443,10 @@ def test_older_configurations_say_the_same(case, tmp_path):
     assert read(older(golden(case)), tmp_path) == read(golden(case), tmp_path)
 
 
+WITHOUT_FACTOR = {
+    "max_position_embeddings": 128,
+    "rope_parameters": golden("llama-yarn")["rope_parameters"] | {"factor": None},
+}
 PATTERN = {"layer_types": None, "sliding_window_pattern": 3}
 DEFAULTS = {
     "gpt2": ("gpt2", {"n_inner": None, "activation_function": "gelu_new"}, {"n_inner": 32}),
@@ -394,7 +457,7 @@ DEFAULTS = {
         PATTERN,
         {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2},
     ),
-    "yarn-factor": ("llama-yarn", {}, {"rope_parameters": golden("llama-yarn")["rope_parameters"] | {"factor": None}}),
+    "yarn-factor": ("llama-yarn", {"max_position_embeddings": 128}, WITHOUT_FACTOR),
     "sparse-steps": (
         "qwen3-moe-sparse",
         {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
@@ -420,6 +483,13 @@ REFUSED = {
         r"mrope_section is .* \(rope_parameters in",
     ),
     "rope-factor": ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor must be given"),
+    "rope-twice": ("llama", {"rope_theta": 7.0}, "rope_theta says 7.0, and rope_parameters says 100.0"),
+    "rope-scaling-twice": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling says Rope.* and rope_parameters",
+    ),
+    "local-base-twice": ("gemma3", {"rope_local_base_freq": 7.0}, "rope_local_base_freq says 7.0, and"),
     "rotary-part": ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which changes the arithmetic"),
     "bidirectional": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     "relative": ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
@@ -471,3 +541,94 @@ UNREAD = {
     "gemma3": ("_sliding_window_pattern",),
     "gemma2": ("sliding_window",),
 }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_configurations_are_understood(name, tmp_path):
+    values, count = CONFIGS[name]
+    model, vocabulary = read(values, tmp_path)
+    assert parameters(model, vocabulary) == sum(map(np.prod, huggingface.parameter_shapes(model, vocabulary).values())) == count
+
+
+# ── models of our own ────────────────────────────────────────────────────────────────────────────────────────────────
+def like_llama(**changes):
+    usual = {
+        "width": 8,
+        "depth": 4,
+        "attention": Attention(heads=2),
+        "ffn": Gated(),
+        "norm": RMSNorm(),
+        "embedding": Embed(scaled=False),
+    }
+    return Decoder(**(usual | changes))
+
+
+NEAR = Attention(heads=2, mask=SlidingWindow(4))
+SAME_NETWORK = {
+    "llama": like_llama(),
+    "mistral": like_llama(attention=NEAR, first=(Layer(attention=NEAR, position=Rope()),)),
+    "qwen3": like_llama(
+        attention=Attention(heads=2, kv_heads=1, head_dim=6, mask=SlidingWindow(4), qk_norm=RMSNorm()),
+        pattern=(Layer(), Layer(attention=Attention(heads=2, kv_heads=1, head_dim=6, qk_norm=RMSNorm()))),
+    ),
+    "bloom": like_llama(
+        attention=Attention(heads=2, bias=True),
+        ffn=Dense(activation="gelu_tanh", bias=True),
+        norm=LayerNorm(),
+        position=Alibi(),
+        embedding=Embed(scaled=False, norm=LayerNorm()),
+    ),
+    "gpt2": like_llama(
+        attention=Attention(heads=2, bias=True), ffn=Dense(ratio=3, bias=True), norm=LayerNorm(), position=Learned(32)
+    ),
+}
+
+
+@pytest.mark.parametrize("family, model", SAME_NETWORK.items())
+def test_the_family_of_a_model_is_found(family, model, tmp_path):
+    """The first that computes the same, whatever the model was built from; what comes back computes the same too."""
+    leaves = huggingface.parameter_shapes(model, 12)
+    rng = np.random.default_rng(0)
+    params = arrays.nested({path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in leaves.items()})
+    huggingface.export(model, 12, params, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    again, vocabulary, read = huggingface.load(tmp_path / "out")
+    assert (values["model_type"], vocabulary) == (family, 12) and normal(again) == normal(model)
+    assert_equal_trees(read, params)
+
+
+EXPERTS = MoE(experts=4, expert=Gated(units=12), dispatch=Capacity())
+OTHER_NETWORKS = {
+    "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
+    "scaled": (like_llama(embedding=Embed(scaled=True)), "embedding.scaled is True, which llama cannot say: it would be False"),
+    "mask": (
+        like_llama(attention=Attention(heads=2, mask=Chunked(4))),
+        r"attention.mask is Chunked\(size=4\), which llama cannot say",
+    ),
+    "scaling": (like_llama(position=Rope(scaling=NtkScaling())), "rope_type must be one of .* got 'NtkScaling'"),
+    "head": (like_llama(head=LanguageModel(bias=True)), "head.bias is True, which llama cannot say"),
+    "activation": (
+        like_llama(ffn=Gated(activation="tanh"), placement="sandwich"),
+        "placement is 'sandwich', which llama cannot say",
+    ),
+}
+
+
+@pytest.mark.parametrize("model, sentence", OTHER_NETWORKS.values(), ids=OTHER_NETWORKS)
+def test_a_family_that_cannot_say_it_says_why(model, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        huggingface.export(model, 12, {}, tmp_path / "out", family="llama")
+    with pytest.raises(ConfigError, match="is like no family of gpt2, llama"):
+        huggingface.export(model, 12, {}, tmp_path / "out")
+
+
+def test_experts_that_drop_tokens_are_none_of_transformers(tmp_path):
+    with pytest.raises(ConfigError, match=r"ffn.dispatch is Capacity.* which mixtral cannot say: it would be Dropless"):
+        huggingface.export(like_llama(ffn=EXPERTS), 12, {}, tmp_path / "out", family="mixtral")
+
+
+def test_only_harmless_keys_can_be_added(tmp_path):
+    model, vocabulary, params = loaded("llama")
+    extra = {"eos_token_id": 3, "rope_theta": 5, "hidden_act": "relu"}
+    with pytest.raises(ConfigError, match="settings has hidden_act, rope_theta: only keys"):
+        huggingface.export(model, vocabulary, params, tmp_path / "out", settings=extra)

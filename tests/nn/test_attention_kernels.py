@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core import platform
+from llm_jax.core.mesh import Mesh
 from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, Prefix, SlidingWindow, attend
 from llm_jax.nn.position import Alibi, T5Bias
 from tests.nn.attention_reference import expected, seen
@@ -80,7 +81,7 @@ def compare(got, want, tolerance, what):
 
 
 def check(mask, bias, backend, *, groups, dtype, lengths, divided, indexed, size=SIZE, width=WIDTH):
-    rng = np.random.default_rng(hash(bias) % 7)
+    rng = np.random.default_rng(BIASES.index(bias))
     given = inputs(1, lengths, groups, dtype, size, width)
     query_documents, key_documents = documents(lengths) if divided else (None, None)
     offsets = (2, 0) if indexed else (0, 0)  # places of their own: the queries start two tokens later
@@ -158,3 +159,19 @@ def test_interpreted_splash_is_the_closed_form(name, bias, lengths, divided, dty
 @pytest.mark.parametrize("backend", ["dense", "blockwise"])
 def test_rows_past_the_last_key_see_nothing(backend):
     assert check(SlidingWindow(3), "none", backend, groups=2, dtype="float32", lengths=(13, 6), divided=False, indexed=False)
+
+
+def test_splash_on_a_mesh_works_on_each_devices_rows_and_heads():
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(4, 128, heads, 16)), jnp.float32) for heads in (4, 2, 2))
+    places = Places(segment=jnp.asarray(np.repeat([[0] * 70 + [1] * 50 + [-1] * 8], 4, 0), jnp.int32))
+
+    def summed(q, k, v, backend):
+        out = attend(q, k, v, queries=places, keys=places, backend=backend, sinks_H=jnp.ones(4))
+        return jnp.square(out).sum(), out
+
+    differentiate = jax.grad(summed, argnums=(0, 1, 2), has_aux=True)
+    wanted = differentiate(q, k, v, "dense")
+    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).build(jax.devices())):
+        got = jax.jit(lambda *arrays: differentiate(*arrays, "splash"))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)

@@ -29,6 +29,7 @@ from llm_jax.io.huggingface.fields import Fields, harmless, read_json
 from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
 from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from llm_jax.io.huggingface.names import Plan, plans
+from llm_jax.io.huggingface.rotary import usual_length
 from llm_jax.models.model import Model, Params, abstract_parameters
 
 FAMILIES: dict[str, Family] = {
@@ -51,6 +52,16 @@ FAMILIES: dict[str, Family] = {
     )
 }
 Dtype = Literal["float32", "bfloat16", "float16"]
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "generation_config.json",
+)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,6 +75,12 @@ def read_config(path: str | os.PathLike) -> tuple[Model, int]:
 def settings(path: str | os.PathLike) -> dict[str, Any]:
     """The keys of a folder's config.json that leave the arithmetic alone (token ids, labels' names …): for `export(settings=)`."""
     return harmless(read_json(pathlib.Path(path).expanduser() / weights.CONFIG))
+
+
+def tokenizer_files(path: str | os.PathLike) -> list[pathlib.Path]:
+    """A folder's files that are not the model's: for `export(tokenizer_files=)`."""
+    folder = pathlib.Path(path).expanduser()
+    return [file for name in TOKENIZER_FILES for file in sorted(folder.glob(name))]
 
 
 def load(
@@ -142,11 +159,7 @@ def export(
     keys of config.json, of those that leave the arithmetic alone.
     """
     kind, values = _described(model, family)
-    extra = dict(settings or {})
-    unknown = sorted(set(extra) - set(harmless(extra)))
-    if unknown:
-        raise ConfigError(f"has {', '.join(unknown)}: only keys that leave the arithmetic alone can be added", "settings")
-    values = extra | {"vocab_size": vocabulary, "torch_dtype": dtype} | values
+    values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, model)
     leaves = arrays.flatten(params)
     found = _matching(plans(FAMILIES[kind].rows(model, values), model, parameter_shapes(model, vocabulary)), leaves)
     tensors = arrays.Tensors(found, leaves)
@@ -169,10 +182,23 @@ def _described(model: Model, family: str | None) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"is like no family of {', '.join(FAMILIES)}: name one with family= to see what differs", "model")
 
 
+def _with_settings(values: dict[str, Any], more: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """A config.json with further keys. Raises `ConfigError` where one of them could change the arithmetic."""
+    unknown = sorted(set(more) - set(harmless(more)))
+    if unknown:
+        raise ConfigError(f"has {', '.join(unknown)}: only keys that leave the arithmetic alone can be added", "settings")
+    more = {name: value for name, value in more.items() if name != "dtype"}  # today's name of torch_dtype
+    same_labels = len(more.get("id2label", ())) == len(values.get("id2label", ()))
+    names = {name: more[name] for name in ("id2label", "label2id") if name in more and same_labels}
+    return usual_length(model.final.in_full[0].position) | more | values | names
+
+
 def _matching(found: dict[str, Plan], leaves: Mapping[str, Any]) -> dict[str, Plan]:
     """The plans. Raises `ConfigError` unless the parameters are those of the model."""
     for path, plan in found.items():
         if path not in leaves or tuple(leaves[path].shape) != plan.shape:
             got = list(leaves[path].shape) if path in leaves else "nothing"
             raise ConfigError(f"must have the shape {list(plan.shape)} that the model says, got {got}", f"params {path}")
+        if not getattr(leaves[path], "is_fully_addressable", True):
+            raise ConfigError("is spread over several processes: bring it together with process_allgather first", f"params {path}")
     return found

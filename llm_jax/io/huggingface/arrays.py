@@ -109,24 +109,31 @@ def _part(tensors: Renamed, plan: Plan, index: Index, devices: list[Any], dtype:
 
     def piece(place: tuple[int, ...]) -> np.ndarray:
         name, layout = plan.pieces[place]
-        return np.ascontiguousarray(layout.read(tensors.fetch(name), rest).astype(dtype))
+        return np.ascontiguousarray(layout.read(tensors.fetch(name), rest), dtype)
+
+    def local(place: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(at - part.start for at, part in zip(place, lead, strict=True))
 
     if not lead:
         block = piece(())
         return [jax.device_put(block, device) for device in devices]
     shape = tuple(part.stop - part.start for part in index)
     places = itertools.product(*(range(part.start, part.stop) for part in lead))
-    local = lambda place: tuple(at - part.start for at, part in zip(place, lead, strict=True))  # noqa: E731
     if dtype.itemsize * math.prod(shape) <= SMALL:
         whole = np.empty(shape, dtype)
         for place in places:
             whole[local(place)] = piece(place)
         return [jax.device_put(whole, device) for device in devices]
     parts = [jnp.zeros(shape, dtype, device=device) for device in devices]
-    for place in places:  # put together on the device, so that the host holds one piece
-        block, at = piece(place), np.array(local(place), np.int32)
-        parts = [_insert(part, jax.device_put(block, device), at) for part, device in zip(parts, devices, strict=True)]
+    for place in places:
+        parts = _inserted(parts, piece(place), np.array(local(place), np.int32), devices)
     return parts
+
+
+def _inserted(parts: list[jax.Array], piece: np.ndarray, place: np.ndarray, devices: list[Any]) -> list[jax.Array]:
+    """Each device's `parts` with the piece put in there, so that the host holds no more than that piece."""
+    parts = [_insert(part, jax.device_put(piece, device), place) for part, device in zip(parts, devices, strict=True)]
+    return jax.block_until_ready(parts)  # dispatch is asynchronous, and would have all pieces wait in memory
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -101,6 +101,12 @@ GPT2 = Family(
     _write_gpt2,
     (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),  # the causal mask
     ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),  # files of the model without a head
+    synonyms={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
 )
 
 
@@ -153,7 +159,8 @@ NEOX = Family(
 
 
 def _with_part(found: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    return found | {"rope_parameters": found["rope_parameters"] | {"partial_rotary_factor": rope.fraction}}
+    older = {"rotary_pct": rope.fraction, "rotary_emb_base": found.pop("rope_theta")}
+    return found | older | {"rope_parameters": found["rope_parameters"] | {"partial_rotary_factor": rope.fraction}}
 
 
 # ── BLOOM ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,7 +184,6 @@ def _bloom_rows(model: Model, values: Mapping[str, Any]) -> tuple[Row, ...]:
 def _bloom(fields: Fields, model: Decoder) -> Decoder:
     """Four times as many hidden units as channels; the residual leaves before the norm."""
     fields.expect("apply_residual_connection_post_layernorm", False)
-    fields.get("n_inner", None)  # in old files, and read by no version of the code
     return replace(model, ffn=replace(model.ffn, units=4 * model.width))
 
 
@@ -203,4 +209,15 @@ BLOOM = Family(
     lambda model: {},
     (),
     ((r"^(?=(word_embeddings|word_embeddings_layernorm|h|ln_f)\.)", "transformer."),),
+    synonyms={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    unread=(
+        "attention_softmax_in_fp32",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "n_inner",
+        "offset_alibi",
+        "skip_bias_add",
+        "skip_bias_add_qkv",
+        "unk_token_id",
+    ),
 )

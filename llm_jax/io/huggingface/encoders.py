@@ -87,6 +87,14 @@ BERT = Family(
     # what is there besides in files of models with other heads: the choice of the next sentence, and the vector that it looks at
     (r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.bias", r"bert\.pooler\..*"),
     ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    unread=(
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+    ),
 )
 
 
@@ -185,4 +193,5 @@ T5 = Family(
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),
     layers=(Gated,),
+    synonyms={"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "head_dim": "d_kv"},
 )

@@ -78,6 +78,7 @@ MIXTRAL = Family(
     write_window,
     IGNORED,
     ((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
+    synonyms={"num_experts": "num_local_experts"},
 )
 
 
@@ -85,12 +86,9 @@ MIXTRAL = Family(
 def _qwen(fields: Fields, model: Decoder) -> Decoder:
     """Every `decoder_sparse_step`-th layer has experts, but those named in `mlp_only_layers`; with a window all layers slide."""
     moe: Any = model.ffn
-    experts = fields.get("num_experts", fields.get("num_local_experts", 128))
-    fields.get("num_local_experts", None)  # the same, as versions from 5 on write it
-    model = replace(model, ffn=replace(moe, experts=experts), position=read_rope(fields))
+    model = replace(model, position=read_rope(fields))
     window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
     fields.get("sliding_window", None)
-    fields.get("max_window_layers", None)  # in files, and read by no version of the code
     model = with_windows(model, ["full_attention" if window is None else "sliding_attention"] * model.depth, window)
     dense = Layer(ffn=Gated(units=fields.get("intermediate_size", 6144), activation=moe.expert.activation))
     step, plain = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", None) or ()
@@ -101,7 +99,7 @@ def _write_qwen(model: Decoder) -> dict[str, Any]:
     window = windows(model)[1]
     dense = {i: layer.ffn for i, layer in enumerate(model.in_full) if isinstance(layer.ffn, Gated)}
     units = max((ffn.hidden(model.width) for ffn in dense.values()), default=model.ffn.expert.hidden(model.width))  # type: ignore[attr-defined]
-    sparse = {"num_experts": model.ffn.experts, "decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}  # type: ignore[attr-defined]
+    sparse = {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
     sliding = {"use_sliding_window": window is not None, "sliding_window": window}
     return write_rope(model.in_full[0].position) | sparse | sliding | {"intermediate_size": units}  # type: ignore[arg-type]
 
@@ -116,6 +114,7 @@ QWEN3_MOE = Family(
         EPSILON_OF_HEADS,
         BIAS,
         key("moe_intermediate_size", "ffn.expert.units", default=768),
+        key("num_experts", "ffn.experts", default=128),
         key("num_experts_per_tok", "ffn.active", default=8),
         key("norm_topk_prob", "ffn.router.renormalize", default=False),
     ),
@@ -126,6 +125,8 @@ QWEN3_MOE = Family(
     _write_qwen,
     IGNORED,
     layers=(Gated,),
+    synonyms={"num_local_experts": "num_experts"},  # which versions from 5 on write
+    unread=("max_window_layers",),
 )
 
 
@@ -176,7 +177,6 @@ def _deepseek(fields: Fields, model: Decoder) -> Decoder:
     fields.expect("moe_layer_freq", 1)
     fields.expect("topk_method", "noaux_tc")
     fields.expect("scoring_func", "sigmoid")
-    fields.get("num_nextn_predict_layers", 0)  # predicts further tokens; the next one does not depend on it
     fields.get("rope_interleave", True)  # how the matrices lie on disk: see the rows
     moe: Any = model.ffn
     shared = Gated(units=fields.get("n_shared_experts", 1) * moe.expert.units, activation=moe.expert.activation)
@@ -226,4 +226,6 @@ DEEPSEEK_V3 = Family(
     _write_deepseek,
     (*IGNORED, r"model\.layers\.{depth}\..*"),  # the layer that predicts further tokens
     layers=(Gated,),
+    synonyms={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    unread=("num_nextn_predict_layers",),  # predicts further tokens; the next one does not depend on it
 )

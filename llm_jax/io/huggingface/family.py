@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llm_jax.core.config import Config, ConfigError, differences, override
+from llm_jax.core.config import ConfigError, differences, override
 from llm_jax.io.huggingface.fields import REQUIRED, Fields
 from llm_jax.io.huggingface.names import Row
 from llm_jax.models.block import Layer
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import Head, LanguageModel, TokenClassifier
 from llm_jax.models.model import Model
+from llm_jax.nn.dispatch import Dropless
 from llm_jax.nn.dropout import Dropout
 from llm_jax.nn.ffn import Dense, Gated
 from llm_jax.nn.latent import MLA
@@ -21,6 +22,7 @@ from llm_jax.nn.linear import Precision
 from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Rope
+from llm_jax.nn.routing import Sigmoid
 
 
 class Unlike(ConfigError):
@@ -33,6 +35,7 @@ class Key:
 
     default: where the key is absent. table: value there → value here, where the two differ; `back` prefers one way back where
     several lead there. words: only of models with a language-model head; others ignore it.
+    spare: left out where the value is None.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Key:
     table: Mapping[Any, Any] | None = None
     back: Mapping[Any, Any] = field(default_factory=dict)
     words: bool = False
+    spare: bool = False
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Changes to the preset."""
@@ -55,7 +59,7 @@ class Key:
         except AttributeError:
             raise Unlike(f"is what {self.name} says, and the model has no such field", self.paths[0]) from None
         if self.table is None:
-            return {self.name: value}
+            return {} if self.spare and value is None else {self.name: value}
         inverse = {here: there for there, here in self.table.items()} | dict(self.back)
         if value not in inverse:
             raise Unlike(f"is {value!r}, for which {self.name} has no value", self.paths[0])
@@ -73,8 +77,9 @@ class Family:
 
     heads: architecture → head; the first is the usual one. read: what takes more than a table of keys, from the model so far;
     write: its inverse. rows: for the model and its config.json. ignored: patterns of tensors without use ({depth}: of layers);
-    renames: (pattern, replacement) from names that other versions
-    write to those of `rows`. layers: classes of feed-forward networks that layers may have besides the preset's.
+    renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
+    feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
+    unread: keys in its files that no version of the code reads.
     """
 
     kind: str
@@ -87,9 +92,14 @@ class Family:
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     layers: tuple[type, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
+        fields.rename(self.synonyms)
+        for name in self.unread:
+            fields.get(name, None)
         architecture = (fields.get("architectures", None) or [next(iter(self.heads))])[0]
         if architecture not in self.heads:
             raise ConfigError(f"must be one of {', '.join(self.heads)}, got {architecture!r} ({fields.where})", "architectures")
@@ -161,7 +171,12 @@ def _based(model: Any, preset: Any) -> Any:
         )
     layers = model.in_full
     ffn = next((layer.ffn for layer in layers if type(layer.ffn) is type(preset.ffn)), layers[0].ffn)
-    return replace(model, attention=layers[0].attention, ffn=ffn, first=(), pattern=tuple(layers))
+    attention = layers[0].attention
+    if isinstance(attention, Attention):
+        attention = replace(attention, kv_heads=attention.groups)
+        if preset.attention.head_dim is not None:  # which a file without it would mean
+            attention = replace(attention, head_dim=attention.size(model.width))
+    return replace(model, attention=attention, ffn=ffn, first=(), pattern=tuple(layers))
 
 
 def _labels(fields: Fields) -> int:
@@ -205,15 +220,12 @@ def _plain(part: Any, width: int) -> Any:
     if isinstance(part, MLA):
         return replace(part, backend="auto")
     if isinstance(part, MoE):
-        alike = MoE(experts=part.experts, active=part.active, router=_plain_router(part.router))
-        shared = part.shared and _plain(part.shared, width)
-        return replace(alike, expert=_plain(part.expert, width), shared=shared)
+        router = replace(part.router, bias_rate=0.0) if isinstance(part.router, Sigmoid) else part.router
+        dispatch = Dropless() if isinstance(part.dispatch, Dropless) else part.dispatch
+        networks = {"expert": _plain(part.expert, width), "shared": part.shared and _plain(part.shared, width)}
+        return MoE(experts=part.experts, active=part.active, router=router, dispatch=dispatch, **networks)
     if isinstance(part, Dense):
         return Dense(units=part.hidden(width), activation=part.activation, bias=part.bias)
     if isinstance(part, Gated):
         return Gated(units=part.hidden(width), activation=part.activation, bias=part.bias)
     return part
-
-
-def _plain_router(router: Config) -> Any:
-    return replace(router, bias_rate=0.0) if hasattr(router, "bias_rate") else router

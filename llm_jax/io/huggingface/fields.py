@@ -19,14 +19,14 @@ HARMLESS = re.compile(
             r"_name_or_path|_commit_hash|architectures|model_type|auto_map|transformers_version|dtype|torch_dtype|torchscript",
             r"_?attn_implementation|_attn_implementation_autoset|_experts_implementation|cache_implementation|use_cache|use_bfloat16",
             r"gradient_checkpointing|pretraining_tp|slow_but_exact|output_(attentions|hidden_states|router_logits|past)",
-            r"(use_)?return_dict|initializer_(range|factor)|init_method|use_scaled_init_method|seq_length|n_ctx|max_position_embeddings",
+            r"(use_)?return_dict|initializer_(range|factor)|init_method|use_scaled_init_method|seq_length|n_ctx|n_positions|max_position_embeddings",
             r"\w*dropout(_rate|_prob)?|\w+_pdrop|router_jitter_noise|router_aux_loss_coef|seq_aux|aux_loss_alpha",
             r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|tokenizer_class|prefix",
             r"summary_\w+|num_labels|id2label|label2id|problem_type|finetuning_task|language|task_specific_params|ep_size",
             r"(max|min)_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_[kp]|typical_p",
             r"repetition_penalty|length_penalty|(encoder_)?no_repeat_ngram_size|bad_words_ids|begin_suppress_tokens|suppress_tokens",
             r"num_return_sequences|output_scores|return_dict_in_generate|remove_invalid_values|exponential_decay_length_penalty",
-            r"reorder_and_upcast_attn|vocab_size",
+            r"reorder_and_upcast_attn|vocab_size|unsloth_\w+|is_llama_config|transformers\.js_config",
         )
     )
 )
@@ -39,9 +39,11 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
+    "rope_interleaved": (False,),
     "rope_scaling": (None,),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 
@@ -80,11 +82,26 @@ class Fields:
         self._inner.append(Fields(value, f"{name} in {self.where}"))
         return self._inner[-1]
 
+    def rename(self, synonyms: Mapping[str, str]) -> None:
+        """Keys under other names take those that are read. Raises `ConfigError` where both are there and differ."""
+        for other, name in synonyms.items():
+            if other in self.values:
+                value = self.values.pop(other)
+                if self.values.setdefault(name, value) != value:
+                    raise ConfigError(
+                        f"is {value!r}, and {name}, which is the same, is {self.values[name]!r} ({self.where})", other
+                    )
+
     def expect(self, name: str, *values: Any) -> None:
         """Raises `ConfigError` where the key is present with another value than these, at which it changes nothing."""
         value = self.get(name, values[0])
         if value not in values:
             raise ConfigError(f"is {value!r}, which changes the arithmetic and is not supported here ({self.where})", name)
+
+    def agree(self, name: str, value: Any, other: Any) -> None:
+        """Raises `ConfigError` unless what a key says is what another has said."""
+        if value != other:
+            raise ConfigError(f"says {value!r}, and rope_parameters says {other!r}: remove one ({self.where})", name)
 
     def finish(self) -> None:
         """Raises `ConfigError` for a key that nobody read, unless it leaves the arithmetic alone."""

@@ -25,7 +25,7 @@ from llm_jax.io.huggingface.llama import (
     with_rope,
     with_windows,
 )
-from llm_jax.io.huggingface.rotary import THETA, read_rope, rope_object, rope_of
+from llm_jax.io.huggingface.rotary import THETA, read_rope, rope_object, rope_of, rope_scaling
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.heads import LanguageModel, SequenceClassifier
 from llm_jax.nn.embedding import Embed
@@ -34,6 +34,7 @@ from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import RMSNorm
 from llm_jax.nn.position import Rope
 
+WINDOW = 4096  # the default
 SANDWICH = {
     "input_layernorm": "norm_attention",
     "post_attention_layernorm": "norm_after_attention",
@@ -51,7 +52,7 @@ def _gemma(fields: Fields, model: Decoder, period: int, local: Rope | None = Non
     model = replace(model, attention=replace(model.attention, scale=scale), ffn=replace(model.ffn, activation=activation))
     usual = [SLIDING if (i + 1) % period else FULL for i in range(model.depth)]
     types = fields.get("layer_types", None) or usual
-    return with_windows(model, types, fields.get("sliding_window", 4096), local)
+    return with_windows(model, types, fields.get("sliding_window", WINDOW), local)
 
 
 def _write_gemma(model: Decoder) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def _write_gemma(model: Decoder) -> dict[str, Any]:
     scalar = size if scale is None else round(scale**-2, 6)
     name = next(name for name in (NAMES.get(activation), activation) if name in ACTIVATIONS)
     found = {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar, "hidden_activation": name}
-    return found | {"layer_types": types, "sliding_window": window}
+    # transformers wants a window, even of a model whose layers have none
+    return found | {"layer_types": types, "sliding_window": window or WINDOW}
 
 
 def _gemma2(fields: Fields, model: Decoder) -> Decoder:
@@ -75,6 +77,11 @@ def _gemma3(fields: Fields, model: Decoder) -> Decoder:
         both = fields.inside("rope_parameters")
         everywhere = rope_of(both.inside(FULL), fields, theta=1_000_000.0)
         local = rope_of(both.inside(SLIDING), fields, theta=THETA)
+        older = Rope(theta=float(fields.get("rope_theta", everywhere.theta)), scaling=everywhere.scaling)
+        if fields.get("rope_scaling", None) is not None:
+            older = rope_of(fields.inside("rope_scaling"), fields, theta=older.theta)
+        fields.agree("rope_theta or rope_scaling", older, everywhere)
+        fields.agree("rope_local_base_freq", fields.get("rope_local_base_freq", local.theta), local.theta)
     else:
         everywhere = read_rope(fields, theta=1_000_000.0)
         local = Rope(theta=float(fields.get("rope_local_base_freq", THETA)))
@@ -85,8 +92,9 @@ def _gemma3(fields: Fields, model: Decoder) -> Decoder:
 def _write_gemma3(model: Decoder) -> dict[str, Any]:
     found = _write_gemma(model)
     ropes = dict(zip(found["layer_types"], (layer.position for layer in model.in_full), strict=True))
-    bases = {kind: rope_object(ropes.get(kind, Rope())) for kind in (FULL, SLIDING)}  # type: ignore[arg-type]
-    return found | {"rope_parameters": bases}
+    everywhere, local = (ropes.get(kind, Rope()) for kind in (FULL, SLIDING))
+    today = {"rope_parameters": {FULL: rope_object(everywhere), SLIDING: rope_object(local)}}  # type: ignore[arg-type]
+    return found | today | {"rope_theta": everywhere.theta, "rope_local_base_freq": local.theta} | rope_scaling(everywhere)  # type: ignore
 
 
 _NORM = RMSNorm(offset=True)
@@ -110,6 +118,7 @@ GEMMA2 = Family(
     _gemma2,
     lambda model: _write_gemma(model) | rope(model),
     IGNORED,
+    synonyms={"sliding_window_size": "sliding_window"},
 )
 GEMMA3 = Family(
     "gemma3_text",

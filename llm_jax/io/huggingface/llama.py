@@ -56,7 +56,7 @@ def keys(groups: int | None, *, epsilon: float = 1e-6, tied: bool = False, activ
         key("num_hidden_layers", "depth"),
         key("num_attention_heads", "attention.heads"),
         key("num_key_value_heads", "attention.kv_heads", default=groups),
-        key("head_dim", "attention.head_dim", default=None),
+        key("head_dim", "attention.head_dim", default=None, spare=True),
         key("rms_norm_eps", "norm.epsilon", default=epsilon),
         key("tie_word_embeddings", "head.tied", default=tied, words=True),
         *((key("hidden_act", "ffn.activation", default="silu", table=ACTIVATIONS, back=NAMES),) if activation else ()),
@@ -155,9 +155,9 @@ LLAMA = Family(
 
 
 # ── Mistral ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def read_window(fields: Fields, model: Decoder, theta: float = THETA) -> Decoder:
+def read_window(fields: Fields, model: Decoder, *, theta: float = THETA, default: int | None = None) -> Decoder:
     """Every layer slides where `sliding_window` is given."""
-    window = fields.get("sliding_window", None)
+    window = fields.get("sliding_window", default)
     return with_windows(with_rope(fields, model, theta), [FULL if window is None else SLIDING] * model.depth, window)
 
 
@@ -166,14 +166,15 @@ def write_window(model: Decoder) -> dict[str, Any]:
     return rope(model) | {"sliding_window": windows(model)[1]}
 
 
-def _mistral(fields: Fields, model: Decoder) -> Decoder:
-    fields.get("sliding_window", 4096)
-    fields.values.setdefault("sliding_window", 4096)  # what transformers takes where the key is absent
-    return read_window(fields, model)
-
-
 MISTRAL = Family(
-    "mistral", preset(), heads("Mistral"), (*keys(8), UNITS), lambda model, values: rows(), _mistral, write_window, IGNORED
+    "mistral",
+    preset(),
+    heads("Mistral"),
+    (*keys(8), UNITS),
+    lambda model, values: rows(),
+    lambda fields, model: read_window(fields, model, default=4096),
+    write_window,
+    IGNORED,
 )
 
 

@@ -15,12 +15,18 @@ THETA = 10_000.0
 
 def read_rope(fields: Fields, *, theta: float = THETA, fraction: float | None = None) -> Rope:
     """The scheme of all layers. fraction: the default part of a head that is turned, for families in which that may be a part."""
-    theta, part = _theta(fields, theta), _fraction(fields, fraction)
-    inside = _older_scaling(fields)
-    if inside is None and fields.get("rope_parameters", None) is None:
-        return Rope(theta=theta, fraction=part)
-    inside = inside or fields.inside("rope_parameters")
-    return rope_of(inside, fields, theta=theta, fraction=None if fraction is None else part)
+    part = _fraction(fields, fraction)
+    outside = Rope(theta=_theta(fields, theta), fraction=part)
+    found = [
+        rope_of(fields.inside(name), fields, theta=outside.theta, fraction=None if fraction is None else part)
+        for name in ("rope_parameters", "rope_scaling")
+        if fields.get(name, None) is not None
+    ]
+    if not found:
+        return outside
+    fields.agree("rope_scaling", found[-1], found[0])
+    fields.agree("rope_theta", _theta(fields, found[0].theta), found[0].theta)
+    return found[0]
 
 
 def rope_of(inside: Fields, fields: Fields, *, theta: float, fraction: float | None = None) -> Rope:
@@ -30,11 +36,6 @@ def rope_of(inside: Fields, fields: Fields, *, theta: float, fraction: float | N
         inside.get("type", None)  # the older name of the same
     scaling = SCALINGS[kind](inside, fields)
     return Rope(theta=float(inside.get("rope_theta", theta)), fraction=_fraction(inside, fraction), scaling=scaling)
-
-
-def _older_scaling(fields: Fields) -> Fields | None:
-    """The object `rope_scaling`, where it is given."""
-    return fields.inside("rope_scaling") if fields.get("rope_scaling", None) is not None else None
 
 
 def _theta(fields: Fields, default: float) -> float:
@@ -103,13 +104,22 @@ SCALINGS: dict[str, Callable[[Fields, Fields], Scaling | None]] = {
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def write_rope(rope: Rope) -> dict[str, Any]:
-    """The keys of a config.json that describe it."""
-    scaling, longest = rope.scaling, {}
-    if isinstance(scaling, DynamicScaling):
-        longest = {"max_position_embeddings": scaling.original_length}
-    elif isinstance(scaling, (YarnScaling, Llama3Scaling)):
-        longest = {"max_position_embeddings": math.ceil(scaling.original_length * scaling.factor)}
-    return {"rope_parameters": rope_object(rope)} | longest
+    """The keys of a config.json that describe it, for transformers 5 and for 4."""
+    longest = {"max_position_embeddings": rope.scaling.original_length} if isinstance(rope.scaling, DynamicScaling) else {}
+    return {"rope_parameters": rope_object(rope), "rope_theta": rope.theta} | rope_scaling(rope) | longest
+
+
+def rope_scaling(rope: Rope) -> dict[str, Any]:
+    """The key of transformers 4 for a scaling, if there is one."""
+    return {} if rope.scaling is None else {"rope_scaling": _written(rope.scaling)}
+
+
+def usual_length(rope: Any) -> dict[str, int]:
+    """The longest text that a scaling is made for, where that changes nothing and is known."""
+    scaling = rope.scaling if isinstance(rope, Rope) else None
+    if not isinstance(scaling, (YarnScaling, Llama3Scaling)):
+        return {}
+    return {"max_position_embeddings": math.ceil(scaling.original_length * scaling.factor)}
 
 
 def rope_object(rope: Rope) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.config import ConfigError
@@ -101,7 +101,7 @@ def write(
     """Writes every tensor; one file's are in memory at a time. tensor: gives one by name."""
     from safetensors.numpy import save_file
 
-    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    dtype = np.dtype(jnp.dtype(dtype))
     plan = shards(shapes, dtype.itemsize, limit)
     files = [WHOLE] if len(plan) == 1 else [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
     for file, names in zip(files, plan, strict=True):

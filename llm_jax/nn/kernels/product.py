@@ -22,7 +22,7 @@ def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1, result: Any =
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
     rows = x.shape[: x.ndim - contract]
-    written_out = traits().transposed_weight_gradient and result in (None, x.dtype)
+    written_out = traits().transposed_weight_gradient and (result is None or result == x.dtype)
     multiply = _product if written_out else partial(jnp.matmul, preferred_element_type=result)
     flat = multiply(x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as shapes
+from jax.sharding import PartitionSpec
 
 from llm_jax.core import platform
+from llm_jax.core.sharding import split_axes
 from llm_jax.nn.kernels.call import Call, Kernel
 from llm_jax.nn.masks import Bidirectional, Causal, Mask, Places, Prefix, SlidingWindow
 
@@ -19,7 +23,27 @@ NOWHERE = -1, -2  # documents of queries and keys that meet nothing
 
 
 def attend(call: Call) -> jax.Array:
-    """`[B, L, H, V]`."""
+    """`[B, L, H, V]`; where a mesh splits rows and heads, on each device for its own: the compiler cannot split a kernel."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), split_axes()
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in axes)
+    if call.q_BLHK.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+        rows = ()
+    heads = ("tensor",) if "tensor" in axes and call.k_BMGK.shape[2] % mesh.shape["tensor"] == 0 else ()
+    if not rows and not heads:
+        return _attend(call)
+    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+
+    def local(q_BLHK, k_BMGK, v_BMGV, segment_BL, sinks_H):
+        places = Places(segment=segment_BL)
+        given = {"q_BLHK": q_BLHK, "k_BMGK": k_BMGK, "v_BMGV": v_BMGV, "sinks_H": sinks_H}
+        return _attend(replace(call, **given, queries=places, keys=places))
+
+    arrays = call.q_BLHK, call.k_BMGK, call.v_BMGV, call.queries.segment, call.sinks_H
+    specs = by_head, by_head, by_head, by_row, PartitionSpec(heads)
+    return jax.shard_map(local, in_specs=specs, out_specs=by_head, axis_names={*rows, *heads}, check_vma=False)(*arrays)
+
+
+def _attend(call: Call) -> jax.Array:
     B, L, H, _ = call.q_BLHK.shape
     q_BLHK = call.q_BLHK * jnp.asarray(call.scale, call.q_BLHK.dtype)
     q, k, v = (_padded(x, 0).transpose(0, 2, 1, 3) for x in (q_BLHK, call.k_BMGK, call.v_BMGV))
