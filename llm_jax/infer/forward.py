@@ -48,6 +48,11 @@ def alone(model: Model) -> bool:
     return "batch" in _rivalry(model)
 
 
+def by_token(model: Model) -> bool:
+    """Whether the head says something of each token, not of the row."""
+    return not isinstance(model.head, SequenceClassifier)
+
+
 def has_prefix(model: Model) -> bool:
     """Whether any layer can see a prefix from everywhere."""
     return any(isinstance(getattr(kind.attention, "mask", None), Prefix) for kind in model.final.in_full)
@@ -85,7 +90,7 @@ def apply(
         assert inputs is not None
         given = {"input_segments_BM": segments(inputs), "index_BL": index(model.final, rows)}
         return network.apply(variables, inputs.tokens, rows.tokens, segments_BL=segments(rows), **given, **more)
-    unseen = model.causal and not isinstance(model.head, SequenceClassifier) and not _rivalry(model)
+    unseen = model.causal and by_token(model) and not _rivalry(model)
     given = {"index_BL": index(model.final, rows), "types_BL": types_BL, "prefix_BL": prefix_BL}
     return network.apply(variables, rows.tokens, None, None if unseen else segments(rows), **given, **more)
 
@@ -96,7 +101,7 @@ def logits(
 ) -> jax.Array:
     """What the head says, float32: `[B, L, V]` of a language model, with zeros for padding."""
     said = apply(model, vocabulary, params, rows, inputs, types_BL=types_BL).astype(jnp.float32)
-    if isinstance(model.head, SequenceClassifier):
+    if not by_token(model):
         return said
     return jnp.where(rows.real.reshape(*rows.real.shape, *[1] * (said.ndim - 2)), said, 0)
 

@@ -48,3 +48,11 @@ def pad(sequences: Sequence[Ids], length: int, count: int | None = None) -> Rows
         tokens_BL[row, : len(ids)] = ids
         length_B[row] = len(ids)
     return Rows(tokens_BL, length_B)  # type: ignore[arg-type]
+
+
+def batches(lengths: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
+    """Indices of at most `size` rows whose lengths are padded alike: a row's shape does not depend on the others."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, each in enumerate(lengths):
+        alike.setdefault(tuple(rounded(length) for length in each), []).append(number)
+    return [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]

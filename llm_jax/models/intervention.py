@@ -1,9 +1,9 @@
 """The network with something done to its residual stream: read between layers, added to, a layer skipped or replaced.
 
-    def skip_two(stack, layer, block, x):
-        return x if layer == 2 else block(x)
+def skip_two(stack, layer, block, x):
+    return x if layer == 2 else block(x)
 
-    logits = intervened(model, vocabulary, params, batch, around=skip_two)
+logits = intervened(model, vocabulary, params, batch, around=skip_two)
 """
 
 from __future__ import annotations
