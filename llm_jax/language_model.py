@@ -41,12 +41,12 @@ Texts = Text | Sequence[Text]
 class LM:
     """A language model with its parameters and its tokenizer.
 
-    Wherever it takes texts it also takes token ids, one or several. Programs are compiled on first use, one for each of a few lengths
-    that rows are padded to, and are kept as long as the process lives; batch_size: rows that go through the network at once.
+    Wherever it takes texts it also takes token ids, one or several. Programs are compiled on first use, one for each of a few
+    lengths that rows are padded to, and kept as long as the process lives; batch_size: rows that go through the network at once.
 
-    config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids that
-    end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with it;
-    family: what Hugging Face calls the architecture.
+    config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids
+    that end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with
+    it; family: what Hugging Face calls the architecture.
     """
 
     config: Model
@@ -73,16 +73,14 @@ class LM:
         """What the head says of each place: float32 `[B, L, V]` of a language model, about the token that follows.
 
         tokens: rows of any lengths; L is the longest, and what lies behind a row's own end is 0. targets: what the decoder of an
-        encoder-decoder reads, beginning with a start token. types: kinds of tokens, rows like `tokens` (BERT's segments). A classifier
-        says `[B, L, labels]` or `[B, labels]`.
+        encoder-decoder reads, beginning with a start token. types: kinds of tokens, rows like `tokens` (BERT's segments). A
+        classifier says `[B, L, labels]` or `[B, labels]`.
         """
         rows, _ = self._rows(tokens)
         inputs = None
         if self.config.encodes:
             if targets is None:
-                raise ConfigError(
-                    "is missing: an encoder-decoder's logits are of its targets, which begin with a start token", "targets"
-                )
+                raise ConfigError("is missing: what an encoder-decoder's logits are of, beginning with a start token", "targets")
             rows, inputs = self._rows(targets, whole=False)[0], rows
             if len(rows) != len(inputs):
                 raise ConfigError(f"has {len(rows)} rows, but tokens has {len(inputs)}", "targets")
@@ -99,8 +97,8 @@ class LM:
     def loglikelihood(self, context: Texts, continuation: Texts, *, batch_size: int = 8) -> Any:
         """Σ ln p of the continuation's tokens after the context, in nats: a number, or `[n]` float32 for lists.
 
-        One context or one continuation goes with all of several others. Two texts are tokenized together, as they would be read, and what
-        is scored begins with the first token that the continuation has a part in. An encoder reads the context, where there is one.
+        One context or one continuation goes with all of several others. Two texts are tokenized together, as they would be read,
+        and what is scored begins with the first token that the continuation has a part in. An encoder reads the context.
         """
         decode.check(self.config)
         (befores, alone), (afters, single) = _several(context), _several(continuation)
@@ -141,8 +139,8 @@ class LM:
     ) -> Any:
         """What follows each prompt, without the prompt: texts for texts, and ids, the end token included, for ids.
 
-        sampling: `Greedy()`, the most probable token, unless given; `Sample(temperature=0.8, top_p=0.95)` draws, the same for the same
-        `seed`. end: ids that end a text, of which the model has its own. An encoder reads the prompt, where there is one.
+        sampling: `Greedy()`, the most probable token, unless given; `Sample(temperature=0.8, top_p=0.95)` draws, the same for the
+        same `seed`. end: ids that end a text, of which the model has its own. An encoder reads the prompt.
         """
         rows, single = self._rows(prompts)
         texts = [isinstance(prompt, str) for prompt in _several(prompts)[0]]
@@ -284,10 +282,10 @@ def export(
     family: str | None = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Writes a new folder that other programs load: config.json, safetensors, and the tokenizer where it can be said in their terms.
+    """Writes a new folder that transformers loads: config.json, safetensors, and the tokenizer where its formats can say it.
 
-    family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same. Raises `ConfigError`
-    where none does.
+    family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same. Raises
+    `ConfigError` where none does.
     """
     if format != "huggingface":
         raise ConfigError(f"must be 'huggingface', got {format!r}", "format")

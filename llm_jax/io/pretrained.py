@@ -47,7 +47,8 @@ def load(path: str | os.PathLike, *, dtype: Dtype = "float32") -> Pretrained:
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     says = config | (read_json(generation) if generation.is_file() else {})
-    start = says.get("decoder_start_token_id") if model.encodes else says.get("bos_token_id")
+    # T5's output begins with padding, and not every config.json says so
+    start = says.get("decoder_start_token_id", says.get("pad_token_id")) if model.encodes else says.get("bos_token_id")
     around = _around(folder)
     return Pretrained(
         model, vocabulary, params, _tokenizer(folder), *around, _ids(says.get("eos_token_id")), start, config["model_type"]

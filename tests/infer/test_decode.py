@@ -81,6 +81,9 @@ TABLE = {
 }
 
 
+SEEDS = {"ahead": 1, "encoder-decoder-t5": 1}  # with others these say the same of every prompt
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """These programs run once."""
@@ -96,7 +99,7 @@ def parameters(config, seed=0):
     def one(path, leaf):
         noise = draw.normal(size=leaf.shape).astype(np.float32)
         # beside large embeddings what was read before would hardly count
-        return 1 + 0.2 * noise if path[-1].key == "scale" else noise * (0.1 if path[-1].key == "embedding" else 1.0)
+        return 1 + 0.2 * noise if path[-1].key == "scale" else noise * (0.1 if path[-1].key == "embedding" else 0.6)
 
     return jax.tree_util.tree_map_with_path(one, unbox(abstract_parameters(config, V)))
 
@@ -117,7 +120,7 @@ def whole_pass(config, params, rows, inputs):
 @pytest.mark.parametrize("name", TABLE)
 def test_cached_generation_is_the_argmax_of_the_whole_pass(name):
     config = TABLE[name]
-    params = parameters(config)
+    params = parameters(config, SEEDS.get(name, 0))
     starts, inputs = ([[1]] * 3, PROMPTS) if config.encodes else (PROMPTS, None)
     found = generate(config, V, params, starts, max_new_tokens=NEW, key=jax.random.key(0), inputs=inputs)
     assert found.tokens.shape == (3, NEW) and (found.count == NEW).all()
