@@ -8,7 +8,6 @@ Raffel et al. 2020 (T5 bias), Kazemnejad et al. 2023 (no positions). About 9 min
 its loss to 8×, RoPE is best up to 2× and level with it at 4×; see LOG.md.
 """
 
-from llm_jax.data.corpora import Jsonl
 from llm_jax.lab import Ablation, Claim, log_grid, presets
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
 
@@ -42,37 +41,9 @@ ablation = Ablation(
         Claim("RoPE beats no positions at the trained length", better="rope", than="none", metric="valid/bits_per_byte"),
     ],
     scales={
-        "smoke": {
-            "train.steps": 20,
-            "train.log_every": 10,
-            "evaluation.every": 20,
-            "evaluation.bytes": 4096,
-            "checkpoints.every": 20,
-            "model.depth": 1,
-            "model.width": 32,
-            "tuning_seeds": 1,
-            "seeds": 2,
-            "nuisance": {"optimizer.learning_rate": (2e-3, 8e-3)},
-        },
+        "smoke": presets.SMOKE | {"model.depth": 1, "nuisance": {"optimizer.learning_rate": (2e-3, 8e-3)}},
         "small": {},
-        "full": {
-            "data.corpus": Jsonl(path="corpus"),  # text of your own: the standard library would be read hundreds of times
-            "data.sequence_length": 1024,
-            "data.batch_size": 256,
-            "model.width": 1024,
-            "model.depth": 24,
-            "model.attention.heads": 16,
-            "arms": {"learned": {"model.position": Learned(max_length=1024 * LONGEST)}},
-            "train.steps": 20_000,
-            "evaluation.every": 1000,
-            "evaluation.bytes": 4_194_304,
-            "checkpoints.every": 1000,
-            "model.precision.compute": "bfloat16",
-            "mesh.fsdp": -1,
-            "mesh.data": 1,
-            "nuisance": {"optimizer.learning_rate": (3e-4, 1e-3, 3e-3)},
-            "tuning_seeds": 1,
-            "seeds": 3,
-        },
+        "full": presets.FULL
+        | {"model.attention.heads": 16, "arms": {"learned": {"model.position": Learned(max_length=1024 * LONGEST)}}},
     },
 )

@@ -8,7 +8,6 @@ is that most gains over a well-tuned AdamW shrink once everything is tuned alike
 (2026-11-24): Muon, SOAP and schedule-free AdamW beat AdamW in 400 steps, the others lose to it; see LOG.md.
 """
 
-from llm_jax.data.corpora import Jsonl
 from llm_jax.lab import Ablation, Arms, Claim, chain, log_grid, presets
 from llm_jax.optim.optimizers import SGD, SOAP, Adafactor, Adam, AdamW, Lion, Momentum, Muon, ScheduleFreeAdamW, Sophia
 from llm_jax.optim.schedules import Constant
@@ -46,33 +45,9 @@ ablation = Ablation(
         Claim("Schedule-free AdamW beats AdamW with cosine decay", better="schedule-free", than="adamw"),
     ],
     scales={
-        "smoke": {
-            "train.steps": 20,
-            "train.log_every": 10,
-            "evaluation.every": 20,
-            "evaluation.bytes": 4096,
-            "checkpoints.every": 20,
-            "model.depth": 1,
-            "model.width": 32,
-            "seeds": 2,
-            "nuisance": {"optimizer.learning_rate": (1e-3, 1e-2)},
-        },
+        "smoke": presets.SMOKE | {"model.depth": 1, "nuisance": {"optimizer.learning_rate": (1e-3, 1e-2)}},
         "small": {},
-        "full": {
-            "data.corpus": Jsonl(path="corpus"),  # text of your own: the standard library would be read hundreds of times
-            "data.sequence_length": 1024,
-            "data.batch_size": 256,
-            "model.width": 768,
-            "model.depth": 12,
-            "model.attention.heads": 12,
-            "train.steps": 20_000,
-            "evaluation.every": 1000,
-            "evaluation.bytes": 4_194_304,
-            "checkpoints.every": 1000,
-            "model.precision.compute": "bfloat16",
-            "mesh.fsdp": -1,
-            "mesh.data": 1,
-            "seeds": 3,
-        },
+        "full": {path: value for path, value in presets.FULL.items() if path not in ("nuisance", "tuning_seeds")}
+        | {"model.width": 768, "model.depth": 12, "model.attention.heads": 12},
     },
 )
