@@ -119,7 +119,7 @@ class LM:
         return float(found[0]) if alone and single else found
 
     def embed(self, texts: Texts, *, pooling: Pooling = "mean", batch_size: int = 8) -> np.ndarray:
-        """A vector a text, `[n, D]` float32: the final hidden states (of an encoder-decoder: the encoder's), pooled over the tokens."""
+        """A vector a text, `[n, D]` float32: the final hidden states, or an encoder-decoder's encoder's, pooled over the tokens."""
         rows, _ = self._rows(texts)
         found = np.zeros((len(rows), self.config.final.width), np.float32)
         for group, given, _ in self._batches(rows, None, batch_size, stack=0):
