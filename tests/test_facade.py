@@ -235,8 +235,11 @@ def test_rows_that_compete_for_experts_are_computed_alone():
 
 TEMPLATE = {
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    + [{"SpecialToken": {"id": "</s>", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
     "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in {"<s>": 1, "</s>": 2}.items()},
 }
