@@ -14,7 +14,7 @@ def pieces(data: dict[str, Any], ids: dict[str, int], specials: bool) -> tuple[l
     before = [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
     in_bytes = any(step["type"] == "ByteLevel" for step in (*before, *_steps(data.get("decoder"))))
     if in_bytes:
-        characters = _byte_characters()
+        characters = byte_characters()
         read = lambda piece: b"".join(characters.get(c) or c.encode() for c in piece)  # noqa: E731
         whole = characters.keys() <= ids.keys()
     elif model["type"] == "WordPiece":
@@ -58,7 +58,7 @@ def _keeps(step: dict[str, Any]) -> bool:
     return False
 
 
-def _byte_characters() -> dict[str, bytes]:
+def byte_characters() -> dict[str, bytes]:
     """The byte that each printable character stands for in byte-level vocabularies (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]

@@ -22,9 +22,11 @@ class Fitted:
     """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents.
 
     lossless: whether the pieces of any text, one after another, are that text; where not, bits per byte are off by what is lost.
+    model: the file of SentencePiece that it is, or None.
     """
 
     lossless = True
+    model: bytes | None = None
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
         self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
@@ -161,6 +163,7 @@ class _SentencePiece(Fitted):
     def __init__(self, model: bytes):
         import sentencepiece
 
+        self.model = model
         self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__(
             [self._bytes_of(i) for i in range(p.get_piece_size())],

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -172,6 +173,25 @@ class Checkpointer:
         self._manager = None
         aside.parent.mkdir(parents=True, exist_ok=True)
         (self.folder / str(step)).rename(aside)
+
+
+def read(folder: str | os.PathLike, parts: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    """(step, parts of the state as arrays on the host) of the newest checkpoint in a folder that is whole; None if there is none.
+
+    parts: name → a tree like the part, or None to take it as nested dictionaries. Nothing on the disk is changed.
+    """
+    steps = (int(found.name) for found in pathlib.Path(folder).absolute().glob("*") if found.name.isdigit())
+    for step in sorted(steps, reverse=True):
+        whole = pathlib.Path(folder).absolute() / str(step)
+        if not (whole / CHECKSUMS).is_file() or _damage(whole) is not None:
+            continue
+        stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
+        item = {name: stored[name] if like is None else like for name, like in parts.items()}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        with ocp.PyTreeCheckpointer() as reader:
+            request = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            return step, reader.restore(whole / "state", args=request)
+    return None
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:

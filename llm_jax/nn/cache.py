@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.masks import Places
+
 
 def extend(module: nn.Module, name: str, new_BL: jax.Array, index_BL: jax.Array, slots: int) -> jax.Array:
     """`[B, slots, …]`: what `module` has kept under `name`, with the new entries `[B, L, …]` written to their places in the row.
@@ -18,3 +20,10 @@ def extend(module: nn.Module, name: str, new_BL: jax.Array, index_BL: jax.Array,
     index_BL = jnp.broadcast_to(index_BL, (batch, new_BL.shape[1]))
     kept.value = kept.value.at[jnp.arange(batch)[:, None], index_BL].set(new_BL, mode="drop")
     return kept.value
+
+
+def keys(module: nn.Module, queries: Places, index_BL: jax.Array, slots: int) -> Places:
+    """Where the kept keys stand: in the slot of their index, and in the prefix if they were when they came."""
+    if queries.prefix is None:
+        return Places()
+    return Places(prefix=extend(module, "prefix", queries.prefix, index_BL, slots))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import require_positive
 from llm_jax.core.sharding import constrain
-from llm_jax.nn.attention import Backend, Causal, Mask, Places, attend
-from llm_jax.nn.cache import extend
+from llm_jax.nn import cache
+from llm_jax.nn.attention import Backend, Causal, Mask, attend
 from llm_jax.nn.context import Context
 from llm_jax.nn.kernels.product import product
 from llm_jax.nn.linear import Linear
@@ -98,9 +98,9 @@ class LatentAttention(nn.Module):
         c_BMC, k_BMR = self._latent(x_BLD, index_BL)
         keys = places
         if context.slots is not None:
-            c_BMC = extend(self, "latent", c_BMC, index_BL, context.slots)
-            k_BMR = extend(self, "key", k_BMR, index_BL, context.slots)
-            keys = Places()
+            c_BMC = cache.extend(self, "latent", c_BMC, index_BL, context.slots)
+            k_BMR = cache.extend(self, "key", k_BMR, index_BL, context.slots)
+            keys = cache.keys(self, places, index_BL, context.slots)
         up = Linear(
             (c.kv_rank,),
             (c.heads, c.nope_dim + c.value_dim),

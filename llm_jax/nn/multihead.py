@@ -11,8 +11,8 @@ import jax
 
 from llm_jax.core.config import require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
-from llm_jax.nn.attention import Backend, Bias, Causal, Mask, Places, attend
-from llm_jax.nn.cache import extend
+from llm_jax.nn import cache
+from llm_jax.nn.attention import Backend, Bias, Causal, Mask, attend
 from llm_jax.nn.context import Context, Memory
 from llm_jax.nn.linear import Linear, project
 from llm_jax.nn.mixer import Mixer
@@ -115,9 +115,9 @@ class MultiHead(nn.Module):
         keys = places if memory is None else memory.places
         if context.slots is not None:
             if memory is None:
-                k_BMGK = extend(self, "keys", k_BMGK, index_BL, context.slots)
-                v_BMGK = extend(self, "values", v_BMGK, index_BL, context.slots)
-                keys = Places()
+                k_BMGK = cache.extend(self, "keys", k_BMGK, index_BL, context.slots)
+                v_BMGK = cache.extend(self, "values", v_BMGK, index_BL, context.slots)
+                keys = cache.keys(self, places, index_BL, context.slots)
             else:  # the first call's, since an encoder's output does not change
                 k_BMGK = self.variable("cache", "keys", lambda: k_BMGK).value
                 v_BMGK = self.variable("cache", "values", lambda: v_BMGK).value

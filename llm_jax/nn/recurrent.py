@@ -88,7 +88,8 @@ def _boundaries(context: Context, x_BLD: jax.Array) -> tuple[jax.Array, jax.Arra
         length = x_BLD.shape[1]
         return jnp.zeros((length, 1, 1), bool), jnp.ones((length, 1, 1), bool)
     before_BL = jnp.concatenate([segment_BL[:, :1], segment_BL[:, :-1]], 1)
-    return (segment_BL != before_BL).T[..., None], (segment_BL >= 0).T[..., None]
+    real_BL = segment_BL >= 0
+    return ((segment_BL != before_BL) & real_BL).T[..., None], real_BL.T[..., None]
 
 
 def _step(recurrent_UGU: jax.Array):

@@ -1,0 +1,131 @@
+"""A model's whole pass over padded rows: logits, the likelihood of what follows a context, and the last hidden states."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core.config import ConfigError
+from llm_jax.infer.rows import Rows
+from llm_jax.models.heads import SequenceClassifier, pool
+from llm_jax.models.model import Model, Params
+from llm_jax.models.stack import Stack
+from llm_jax.nn.attention import Prefix
+from llm_jax.nn.dispatch import Capacity
+from llm_jax.nn.losses import cross_entropy
+from llm_jax.nn.moe import MoE
+from llm_jax.nn.position import Learned, Rope
+from llm_jax.nn.rope import DynamicScaling
+from llm_jax.nn.routing import ExpertChoice
+
+Pooling = Literal["first", "last", "mean"]
+
+
+# ── what a model asks of its rows ────────────────────────────────────────────────────────────────────────────────────
+def longest(stack: Stack) -> int | None:
+    """The most tokens that a row may have; None: any number."""
+    return stack.position.max_length if isinstance(stack.position, Learned) else None
+
+
+def check_length(stack: Stack, tokens: int, what: str) -> None:
+    """Raises `ConfigError` for a row that is longer than the table of positions."""
+    most = longest(stack)
+    if most is not None and tokens > most:
+        raise ConfigError(f"takes {tokens} tokens, but the model has learned only {most} positions: shorten it", what)
+
+
+def _rivalry(model: Model) -> set[str]:
+    """Over what tokens compete for their experts' room, in any layer: "row", "batch"."""
+    experts = [kind.ffn for stack in model.stacks.values() for kind in stack.in_full if isinstance(kind.ffn, MoE)]
+    return {part.over for moe in experts for part in (moe.dispatch, moe.router) if isinstance(part, (Capacity, ExpertChoice))}
+
+
+def alone(model: Model) -> bool:
+    """Whether a row's result depends on the rows beside it, so that it is only its own where it is computed alone."""
+    return "batch" in _rivalry(model)
+
+
+def by_token(model: Model) -> bool:
+    """Whether the head says something of each token, not of the row."""
+    return not isinstance(model.head, SequenceClassifier)
+
+
+def has_prefix(model: Model) -> bool:
+    """Whether any layer can see a prefix from everywhere."""
+    return any(isinstance(getattr(kind.attention, "mask", None), Prefix) for kind in model.final.in_full)
+
+
+def _stretches(stack: Stack) -> bool:
+    return any(isinstance(k.position, Rope) and isinstance(k.position.scaling, DynamicScaling) for k in stack.in_full)
+
+
+def segments(rows: Rows) -> jax.Array:
+    """`[B, L]`: 0, and -1 for padding."""
+    return jnp.where(rows.real, 0, -1)
+
+
+def index(stack: Stack, rows: Rows) -> jax.Array | None:
+    """`[B, L]` places in the row, None for 0 … L-1. Padding counts only where the longest place stretches all angles."""
+    return jnp.where(rows.real, jnp.arange(rows.tokens.shape[1])[None], -1) if _stretches(stack) else None
+
+
+# ── programs, one a model and shape ──────────────────────────────────────────────────────────────────────────────────
+def apply(
+    model: Model,
+    vocabulary: int,
+    params: Params,
+    rows: Rows,
+    inputs: Rows | None = None,
+    *,
+    types_BL: jax.Array | None = None,
+    prefix_BL: jax.Array | None = None,
+    **more: Any,
+) -> Any:
+    """What the network says of the rows; inputs: what an encoder reads. A causal model needs no mask for padding at the end."""
+    network, variables = model.build(vocabulary), {"params": params}
+    if model.encodes:
+        assert inputs is not None
+        given = {"input_segments_BM": segments(inputs), "index_BL": index(model.final, rows)}
+        return network.apply(variables, inputs.tokens, rows.tokens, segments_BL=segments(rows), **given, **more)
+    unseen = model.causal and by_token(model) and not _rivalry(model)
+    given = {"index_BL": index(model.final, rows), "types_BL": types_BL, "prefix_BL": prefix_BL}
+    return network.apply(variables, rows.tokens, None, None if unseen else segments(rows), **given, **more)
+
+
+@partial(jax.jit, static_argnames=("model", "vocabulary"))
+def logits(
+    model: Model, vocabulary: int, params: Params, rows: Rows, inputs: Rows | None = None, types_BL: jax.Array | None = None
+) -> jax.Array:
+    """What the head says, float32: `[B, L, V]` of a language model, with zeros for padding."""
+    said = apply(model, vocabulary, params, rows, inputs, types_BL=types_BL).astype(jnp.float32)
+    if not by_token(model):
+        return said
+    return jnp.where(rows.real.reshape(*rows.real.shape, *[1] * (said.ndim - 2)), said, 0)
+
+
+@partial(jax.jit, static_argnames=("model", "vocabulary"))
+def log_likelihood(
+    model: Model, vocabulary: int, params: Params, rows: Rows, first_B: jax.Array, inputs: Rows | None = None
+) -> jax.Array:
+    """`[B]` float32: Σ log p(token | those before it) over the tokens from place `first` on. A `Prefix` mask shows those before."""
+    places_1L = jnp.arange(rows.tokens.shape[1])[None]
+    prefix_BL = places_1L < first_B[:, None] if has_prefix(model) else None
+    said = apply(model, vocabulary, params, rows, inputs, prefix_BL=prefix_BL)
+    nll_BL = cross_entropy(said[:, :-1], rows.tokens[:, 1:])[0]
+    scored_BL = (places_1L >= first_B[:, None]) & rows.real
+    return -jnp.where(scored_BL[:, 1:], nll_BL, 0).sum(-1)
+
+
+@partial(jax.jit, static_argnames=("model", "vocabulary", "pooling"))
+def embed(model: Model, vocabulary: int, params: Params, rows: Rows, *, pooling: Pooling) -> jax.Array:
+    """`[B, D]` float32: the hidden states that the head would read (of an encoder-decoder: that the decoder would), pooled."""
+    if model.encodes:
+        network = model.build(vocabulary)
+        hidden_BLD = network.apply({"params": params}, rows.tokens, segments_BM=segments(rows), method="encode").hidden
+    else:
+        _, sown = apply(model, vocabulary, params, rows, mutable=["intermediates"])
+        hidden_BLD = sown["intermediates"]["hidden"][0]
+    return pool(hidden_BLD.astype(jnp.float32), pooling, rows.real)

@@ -1,0 +1,82 @@
+"""A folder of transformers as a whole: the model, its tokenizer, and the tokens that texts begin and end with."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_jax.data.corpora import StandardLibrary
+from llm_jax.data.tokenizers import Fitted, HuggingFace, SentencePiece
+from llm_jax.io import huggingface
+from llm_jax.io.huggingface import Dtype
+from llm_jax.io.huggingface.fields import read_json
+from llm_jax.models.model import Model, Params
+
+TOKENIZER, MODELS = "tokenizer.json", ("tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What such a folder holds. tokenizer: None where there are no files of one. before, after: what its tokenizer puts around a
+    text. end: ids that end a text; start: what a decoder's output begins with; family: its `model_type`."""
+
+    model: Model
+    vocabulary: int
+    params: Params
+    tokenizer: Fitted | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    end: tuple[int, ...]
+    start: int | None
+    family: str
+
+
+def is_here(path: str | os.PathLike) -> bool:
+    """Whether the folder has a config.json of transformers."""
+    file = pathlib.Path(path).expanduser() / "config.json"
+    return file.is_file() and "model_type" in read_json(file)
+
+
+def load(path: str | os.PathLike, *, dtype: Dtype = "float32") -> Pretrained:
+    """Everything of a folder. Raises `ConfigError`."""
+    folder = pathlib.Path(path).expanduser()
+    model, vocabulary, params = huggingface.load(folder, dtype=dtype)
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    says = config | (read_json(generation) if generation.is_file() else {})
+    # T5's output begins with padding, and not every config.json says so
+    start = says.get("decoder_start_token_id", says.get("pad_token_id")) if model.encodes else says.get("bos_token_id")
+    around = _around(folder)
+    return Pretrained(
+        model, vocabulary, params, _tokenizer(folder), *around, _ids(says.get("eos_token_id")), start, config["model_type"]
+    )
+
+
+def _tokenizer(folder: pathlib.Path) -> Fitted | None:
+    corpus = StandardLibrary()  # which a tokenizer that is read from a file does not look at
+    if (folder / TOKENIZER).is_file():
+        return HuggingFace(path=str(folder)).fit(corpus, folder)
+    model = next((folder / name for name in MODELS if (folder / name).is_file()), None)
+    return None if model is None else SentencePiece(path=str(model)).fit(corpus, folder)
+
+
+def _around(folder: pathlib.Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and after a text, as its post-processor says."""
+    if not (folder / TOKENIZER).is_file():
+        return (), ()
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    mask: Sequence[int] = tokenizer.encode("a").special_tokens_mask
+    ids: Sequence[int] = tokenizer.encode("a").ids
+    text = [place for place, special in enumerate(mask) if not special] or [len(mask)]
+    return tuple(ids[: text[0]]), tuple(ids[text[-1] + 1 :])
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)

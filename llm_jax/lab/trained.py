@@ -1,0 +1,135 @@
+"""What an ablation trained, found again: a trial of a work folder with its parameters, as its evaluation saw them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.core.config import ConfigError, from_json, nearest
+from llm_jax.core.platform import cache_dir
+from llm_jax.data.tokenizers import Fitted
+from llm_jax.io import checkpoint
+from llm_jax.lab import experiment as declared
+from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.workfolder import MEMBERS, WorkFolder
+from llm_jax.models.model import Model, Params, stack_layers, unstack_layers
+from llm_jax.optim.optimizers import Optimizer
+from llm_jax.train.pretrain import trial as functions
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model. step: of the checkpoint that its parameters are from; result: the trial's `results.json`."""
+
+    experiment: Experiment
+    model: Model
+    params: Params
+    tokenizer: Fitted
+    step: int
+    result: dict[str, Any]
+
+
+def is_here(path: str | os.PathLike) -> bool:
+    """Whether the folder is one that `python -m llm_jax run` trains into, or one of its trials."""
+    folder = pathlib.Path(path).expanduser().absolute()
+    return (folder / "trials").is_dir() or folder.parent.name == "trials"
+
+
+def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None) -> Trained:
+    """The trial of a work folder, or of its own folder, that is asked for: by name, or the best final one (of an arm).
+
+    Raises `ConfigError` where there is none, or where its checkpoint or its tokenizer is gone.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if folder.parent.name == "trials":
+        folder, trial = folder.parent.parent, folder.name
+    result = _chosen(_finished(folder), folder, arm, trial)
+    try:
+        experiment = from_json(result["config"], Experiment)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (of {result['trial']}): import the file that defines its components first") from None
+    tokenizer = experiment.tokenizer.fit(experiment.data.corpus, cache_dir())
+    if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
+        raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus has changed", "tokenizer")
+    step, model, params = _parameters(folder, result, experiment, tokenizer)
+    return Trained(experiment, model, params, tokenizer, step, result)
+
+
+# ── which trial ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def _finished(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Name → results of all trials that ran to their end."""
+    work = WorkFolder(folder)
+    found = {file.parent.name: work.result(file.parent.name) for file in sorted(folder.glob("trials/*/results.json"))}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _chosen(known: dict[str, dict[str, Any]], folder: pathlib.Path, arm: str | None, trial: str | None) -> dict[str, Any]:
+    if trial is not None:
+        if trial not in known:
+            raise ConfigError(f"has no finished trial {trial!r}: did you mean {nearest(trial, sorted(known)) or '?'}?", str(folder))
+        return known[trial]
+    finals = [result for result in known.values() if result["phase"] == "final" and result["status"] == "done"]
+    if not finals:
+        raise ConfigError("has no final trial that is done: run its command again, it goes on from there", str(folder))
+    arms = list(dict.fromkeys(result["arm"] for result in finals))
+    if arm is not None and arm not in arms:
+        raise ConfigError(f"has no final trial of {arm!r}: its arms are {', '.join(arms)}", str(folder))
+    return min((result for result in finals if arm in (None, result["arm"])), key=_score)
+
+
+def _score(result: dict[str, Any]) -> float:
+    """Less is better."""
+    ablation = result["ablation"]
+    metric = ablation["metric"]
+    return declared.sign(metric, judged=metric, mode=ablation["mode"]) * result["metrics"][metric]
+
+
+# ── its parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
+def _parameters(
+    folder: pathlib.Path, result: dict[str, Any], experiment: Experiment, tokenizer: Fitted
+) -> tuple[int, Model, Params]:
+    """Step, model, and what evaluation saw of the newest checkpoint: the average where there is one."""
+    name, group = result["trial"], WorkFolder(folder).group(result["provenance"]["group"])
+    if not (group / MEMBERS).is_file():
+        kept = "only final trials' are kept" if result["phase"] == "tune" else "remove its results.json and run the command again"
+        raise ConfigError(f"is gone, with the parameters of {name}: {kept}", str(group))
+    members: Sequence[str] = json.loads((group / MEMBERS).read_text())
+    part = "params" if experiment.train.average is None else "average"
+    found = checkpoint.read(group / "checkpoints", {part: None})
+    if found is None:
+        raise ConfigError(f"holds no whole checkpoint of {name}: remove its results.json and run the command again", str(group))
+    step, state = found
+    layers = "scanned" if _is_scanned(state[part]) else "unrolled"  # as it was where it was trained
+    there = experiment.model.with_layers(layers)
+    if part == "params" and type(experiment.optimizer).evaluation_params is not Optimizer.evaluation_params:
+        state = _with_optimizer(group / "checkpoints", replace(experiment, model=there), tokenizer)
+        own = _member(state, members.index(name))
+        params = experiment.optimizer.evaluation_params(own["opt_state"][1], own["params"])
+    else:
+        params = _member(state[part], members.index(name))
+    return step, experiment.model, stack_layers(unstack_layers(params, there), experiment.model)
+
+
+def _is_scanned(params: Params) -> bool:
+    return "layers" in params or any("layers" in part for part in params.values() if isinstance(part, dict))
+
+
+def _with_optimizer(folder: pathlib.Path, experiment: Experiment, tokenizer: Fitted) -> dict[str, Any]:
+    """The parameters together with the optimizer's state, of which it makes those to evaluate."""
+    one = functions(experiment, vocabulary=tokenizer.vocabulary, byte_lengths=tokenizer.byte_lengths)
+    like = jax.eval_shape(one.init, {"seed": jax.ShapeDtypeStruct((), np.int32)}).opt_state
+    found = checkpoint.read(folder, {"params": None, "opt_state": like})
+    assert found is not None
+    return found[1]
+
+
+def _member(tree: Any, index: int) -> Any:
+    """Of one trial of a population, on the default device."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf[index]), tree)
