@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import Config, require_positive
+from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
 from llm_jax.models.block import Block, layer_entries, layer_parameters
 from llm_jax.nn.activations import ACTIVATIONS, Activation
@@ -49,8 +49,9 @@ class Head(Config):
 class LanguageModel(Head):
     """A score for every token id, `[B, L, V]` float32.
 
-    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. soft_cap c: logits become
-    c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this activation and a norm come first (BERT).
+    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. gain: a matrix of its own is drawn with
+    deviation gain / √width. soft_cap c: logits become c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this
+    activation and a norm come first (BERT).
     """
 
     words = True
@@ -59,10 +60,13 @@ class LanguageModel(Head):
     bias: bool = False
     soft_cap: float | None = None
     multiplier: float = 1.0
+    gain: float = 1.0
     transform: Activation | None = None
 
     def validate(self):
         require_positive(self, "soft_cap", "multiplier")
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
+        require(not self.tied or self.gain == 1, "gain", "is of a matrix of the head's own: set tied=false, or leave it")
 
     def build(self, stack, vocabulary, name="head"):
         return Words(self, stack, vocabulary, name=name)
@@ -92,7 +96,7 @@ class Words(nn.Module):
         if c.tied:
             logits_BLV = embedding.logits(x_BLD)
         else:
-            kernel = Linear((width,), (self.vocabulary,), ("embed", "vocab"), dtype=dtype, name="words")
+            kernel = Linear((width,), (self.vocabulary,), ("embed", "vocab"), c.gain, dtype=dtype, name="words")
             logits_BLV = product(x_BLD.astype(dtype), kernel.weights()[0], result=jnp.promote_types(dtype, jnp.float32))
         if c.bias:
             bias_V = self.param("bias", partitioned(nn.initializers.zeros, ("vocab",)), (self.vocabulary,), jnp.float32)

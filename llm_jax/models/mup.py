@@ -21,8 +21,10 @@ class MuP(Config):
     """Leaves the model of `base_width` as it is, and changes a wider one so that a step moves its activations as far.
 
     For Adam-like optimizers (ibid., table 8): matrices learn at the rate times base fan in / fan in, scores are divided by
-    head_dim / √base_head_dim, and logits by width / base_width. base_heads: heads of the base model, None for as many
-    as the model has, each of them narrower. Everything else that is given as a number of channels stays what it is.
+    head_dim / √base_head_dim, and logits by width / base_width, where a matrix of the head's own is drawn as large as the base's.
+    What that draw adds to the logits fades with the width: `head.gain=0` starts all widths alike (ibid., app. D.2). base_heads:
+    heads of the base model, None for as many as the model has, each of them narrower. Everything else that is given as a number
+    of channels stays what it is.
     """
 
     base_width: int = 64
@@ -60,6 +62,7 @@ class MuP(Config):
         changes = {"attention": rescaled(model.attention, base.attention), "first": layers("first"), "pattern": layers("pattern")}
         if model.head.words:
             changes["head.multiplier"] = model.head.multiplier * logits
+            changes["head.gain"] = model.head.gain * (1 if model.head.tied else math.sqrt(1 / ratio))
         return override(model, changes | {"mup": None})
 
     def rates(self, model: Any, vocabulary: int) -> Any:

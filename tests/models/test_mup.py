@@ -44,10 +44,12 @@ def test_rates_are_fan_in_over_the_bases(layers):
 def test_scores_and_logits_are_scaled():
     wide = model(64, **{"head.tied": False, "embedding": Embed(scaled=False)})
     found = wide.mup.parametrized(wide)
-    assert found.attention.scale == pytest.approx(np.sqrt(8) / 32) and found.head.multiplier == pytest.approx(16 / 64)
+    assert found.attention.scale == pytest.approx(np.sqrt(8) / 32) and found.head == LanguageModel(
+        tied=False, multiplier=16 / 64, gain=2.0
+    )
     more_heads = override(wide, {"mup": MuP(base_width=16, base_heads=2), "attention": Attention(heads=8)})
     assert more_heads.mup.parametrized(more_heads).attention.scale == pytest.approx(1 / np.sqrt(8)), "heads as wide as the base's"
-    assert more_heads.mup.parametrized(more_heads).head == LanguageModel(tied=False, multiplier=0.25)
+    assert more_heads.mup.parametrized(more_heads).head == LanguageModel(tied=False, multiplier=0.25, gain=2.0)
 
 
 def test_what_the_rules_are_not_for_is_refused():
@@ -71,9 +73,10 @@ def test_updates_are_multiplied_and_decay_is_not():
 @pytest.mark.slow
 def test_steps_move_activations_alike_at_every_width():
     widths = [64, 128, 256]
-    changes = {"model.head.tied": False, "model.embedding": Embed(scaled=False), "schedule.warmup": 0.0}
+    head = LanguageModel(tied=False, gain=0.0)  # as drawn, what it adds to the logits fades with the width
+    changes = {"model.head": head, "model.embedding": Embed(scaled=False), "schedule.warmup": 0.0}
     plain = override(presets.nano(sequence_length=32), changes)
     grows = growth(widths, coordinate_check(plain, widths, seeds=1))
     stays = growth(widths, coordinate_check(override(plain, {"model.mup": MuP(base_width=64)}), widths, seeds=1))
-    assert all(abs(stays[name]) < 0.25 for name in stays), stays
-    assert all(grows[name] > 0.5 for name in ("layer 0", "layer 1", "logits")), grows
+    assert all(abs(stays[name]) < 0.15 for name in stays), stays
+    assert all(grows[name] > 0.4 for name in ("layer 0", "layer 1", "logits")), grows
