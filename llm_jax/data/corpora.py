@@ -24,16 +24,24 @@ class Corpus(Config):
 
     abstract = True
 
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Names of more splits, each scored once training is done: as "valid/loss@name" and so on."""
+        return ()
+
+    def check(self, sequence_length: int) -> None:
+        """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
+
     def named(self) -> Iterator[tuple[str, str]]:
         """Every document as (a name that is stable across machines, text). Raises `ConfigError` for unreadable input."""
         raise NotImplementedError
 
-    def part(self, name: str, text: str, split: Split) -> str:
+    def part(self, name: str, text: str, split: Split | str) -> str:
         """What of a document belongs to the split; empty for nothing."""
         raise NotImplementedError
 
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of a split. Raises `ConfigError` if the whole corpus is empty."""
+    def documents(self, split: Split | str) -> Iterator[str]:
+        """The documents of a split, or of one of `probes`. Raises `ConfigError` if the whole corpus is empty."""
         empty = True
         for name, text in self.named():
             empty = empty and not text

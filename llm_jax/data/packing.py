@@ -28,7 +28,7 @@ class Tokens:
         return len(self.ids)
 
 
-def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split, cache: str | os.PathLike) -> Tokens:
+def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split | str, cache: str | os.PathLike) -> Tokens:
     """The token store of a split, from the `cache` folder if it is whole there. Raises what reading the corpus raises."""
     identity = fingerprint([corpus.fingerprint(), repr(corpus), tokenizer.fingerprint, split])
     folder = pathlib.Path(cache) / "tokens" / identity
@@ -41,7 +41,7 @@ def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split, cache: str | os.Pa
     return Tokens(ids, np.load(folder / "starts.npy"), tokenizer.end, split)
 
 
-def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split) -> None:
+def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split | str) -> None:
     """Fills a folder beside the final one and renames it: what is under the final name is whole."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ class Data(Config):
 
     def validate(self):
         require_positive(self, "sequence_length", "batch_size")
+        self.corpus.check(self.sequence_length)
 
 
 def windows(tokens: Tokens, length: int) -> int:

@@ -19,6 +19,7 @@ METHOD = (
 TITLES = {
     "arms": "Arms: mean, bootstrap interval, and every seed",
     "length": "Beyond the trained length",
+    "facts": "By how many facts ago it was told",
     "learning_curves_step": "Learning curves: steps",
     "learning_curves_tokens": "Learning curves: tokens",
     "learning_curves_flops": "Learning curves: FLOPs",

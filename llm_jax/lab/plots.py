@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llm_jax.lab.experiment import sign
-from llm_jax.lab.summary import Summary, finite_mean
+from llm_jax.lab.summary import Summary, finite_mean, measured_at
 
 # Okabe & Ito 2008, then Tol's muted set
 PALETTE = (
@@ -57,8 +57,9 @@ def pictures(summary: Summary) -> dict[str, Draw]:
     for path, grid in summary.data["nuisance"].items():
         if len(grid) > 1:
             found[f"sensitivity_{path.replace('.', '_')}"] = lambda ax, s, path=path: _sensitivity(ax, s, path)
-    if len(_lengths(summary)) > 1:
-        found["length"] = _by_length
+    for unit, points in _reach(summary).items():
+        if len(points) > 1:
+            found["length" if unit == "x" else unit.strip("-")] = lambda ax, s, unit=unit: _by_reach(ax, s, unit)
     return found
 
 
@@ -156,22 +157,23 @@ def _sensitivity(ax, summary: Summary, path: str) -> None:
     _legend(ax, len(summary.data["arms"]))
 
 
-def _lengths(summary: Summary) -> list[int]:
-    stem = summary.data["metric"].partition("@")[0]
-    return sorted(
-        int(name.removeprefix(f"{stem}@")[:-1])
-        for name in summary.data["metrics"]
-        if name.startswith(f"{stem}@") and name.endswith("x")
-    )
+def _reach(summary: Summary) -> dict[str, list[int]]:
+    """Unit ("x": the trained length, …) → how far out the metric was measured, in order."""
+    judged = measured_at(summary.data["metric"])[0]
+    found: dict[str, list[int]] = {}
+    for stem, far, unit in sorted(map(measured_at, summary.data["metrics"]), key=lambda at: at[1]):
+        if stem == judged and far:
+            found.setdefault(unit, []).append(int(far))
+    return found
 
 
-def _by_length(ax, summary: Summary) -> None:
-    """The metric against the multiple of the trained length."""
-    stem, lengths = summary.data["metric"].partition("@")[0], _lengths(summary)
+def _by_reach(ax, summary: Summary, unit: str) -> None:
+    """The metric against the multiple of the trained length, or against a distance that the task has."""
+    stem, points = measured_at(summary.data["metric"])[0], _reach(summary)[unit]
     for row in summary.data["arms"]:
-        values = [summary.data["metrics"][f"{stem}@{m}x"][row["arm"]] for m in lengths]
+        values = [summary.data["metrics"][f"{stem}@{m}{unit}"][row["arm"]] for m in points]
         ax.plot(
-            lengths,
+            points,
             [math.nan if v is None else v for v in values],
             marker="o",
             ms=4,
@@ -179,10 +181,10 @@ def _by_length(ax, summary: Summary) -> None:
             label=row["arm"],
         )
     ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [f"{m}×" for m in lengths])
-    ax.set_xlabel("evaluated length / trained length")
+    ax.set_xticks(points, [f"{m}×" if unit == "x" else f"{m}" for m in points])
+    ax.set_xlabel("evaluated length / trained length" if unit == "x" else unit.strip("-"))
     ax.set_ylabel(stem)
-    _legend(ax, len(lengths))
+    _legend(ax, len(points))
 
 
 def _legend(ax, shown: int | Sequence) -> None:

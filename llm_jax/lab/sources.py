@@ -54,7 +54,7 @@ class Source:
         return pipeline.Dispatches(self.data, self.training, (0,), steps)[0]
 
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
-        """Name → batches `[n, B, L]`: the validation split; at the end, also at every length and on the test split.
+        """Name → batches `[n, B, L]`: the validation split; at the end also other lengths, the corpus's probes, the test split.
 
         "valid" is always that of the trained length; if others are scored too, "valid@1x" is its other name.
         """
@@ -63,6 +63,8 @@ class Source:
             sets[split] = self._batches(split, 1)
             if final and self.evaluation.lengths != (1,):
                 sets |= {f"{split}@{times}x": self._batches(split, times) for times in self.evaluation.lengths}
+        if final:
+            sets |= {f"valid@{probe}": self._batches(probe, 1) for probe in self.corpus.probes}
         return sets
 
     def _batches(self, split: str, times: int) -> Batch:

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -236,9 +237,16 @@ def _metrics(trials, arms) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _metric_order(name: str) -> tuple[str, float]:
-    stem, _, length = name.partition("@")
-    return stem, float(length.rstrip("x")) if length.rstrip("x").isdigit() else 0.0
+def _metric_order(name: str) -> tuple[str, str, float]:
+    stem, at, unit = measured_at(name)
+    return stem, unit, at
+
+
+def measured_at(metric: str) -> tuple[str, float, str]:
+    """How far out it was measured, in which unit: of "valid/loss@4x" ("valid/loss", 4, "x"), of "valid/loss" 0 and ""."""
+    stem, _, where = metric.partition("@")
+    found = re.fullmatch(r"(\d+)(\D+)", where)
+    return (stem, float(found[1]), found[2]) if found else (stem, 0.0, where)
 
 
 def _provenance(trials) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,14 @@ class NextToken(Objective):
     smoothing: this part of a target's probability is spread evenly over all ids (Vaswani et al. 2017, §5.4). z_loss: weight of
     (log Σ exp logits)², which keeps the logits from drifting (Chowdhery et al. 2022, §5). Neither is ever evaluated.
     ahead: weight of the mean loss of the tokens after the next one, where the head predicts them (DeepSeek-V3 2024, eq. 25).
+    after: only what follows this token id, `skip` others in between, is learned and scored, such as an answer; None: every token.
     """
 
     smoothing: float = traced(0.0)
     z_loss: float = traced(0.0)
     ahead: float = traced(0.3)
+    after: int | None = None
+    skip: int = 0
 
     scores = ("loss", "bits_per_byte", "accuracy")
 
@@ -33,6 +36,8 @@ class NextToken(Objective):
         require_fraction(self, "smoothing")
         require(self.z_loss >= 0, "z_loss", f"must be >= 0, got {self.z_loss}")
         require(self.ahead >= 0, "ahead", f"must be >= 0, got {self.ahead}")
+        require(self.after is None or self.after >= 0, "after", f"must be a token id, got {self.after}")
+        require(self.skip >= 0, "skip", f"must be >= 0, got {self.skip}")
 
     def check(self, model):
         require(model.head.words, "model.head", "must score token ids to predict the next one: take LanguageModel()")
@@ -45,6 +50,7 @@ class NextToken(Objective):
         (ids that stand for no text, such as the end of a document, cost bits but count no byte), and "accuracy".
         """
         said = apply(params, batch, rng)
+        batch = self._only(batch)
         nll_BL, log_sum_BL = cross_entropy(said.logits, batch.targets)
         if train:
             main = _weighted(self._trained(said.logits, nll_BL, log_sum_BL), batch.weights)
@@ -55,6 +61,14 @@ class NextToken(Objective):
         hits = _weighted((said.logits.argmax(-1) == batch.targets).astype(jnp.float32), batch.weights)
         bits = Weighted(loss.total / math.log(2), _weighted(bytes_BL, batch.weights).total)
         return loss, {"loss": loss, "bits_per_byte": bits, "accuracy": hits}
+
+    def _only(self, batch: Batch) -> Batch:
+        """The batch in which nothing counts but the targets that are asked for."""
+        if self.after is None:
+            return batch
+        asks_BL = jnp.pad(batch.tokens == self.after, ((0, 0), (self.skip, 0)))[:, : batch.tokens.shape[1]]
+        answers_BL = asks_BL.astype(jnp.float32)
+        return replace(batch, weights=answers_BL if batch.weights is None else batch.weights * answers_BL)
 
     def _trained(self, logits_BLV: jax.Array, nll_BL: jax.Array, log_sum_BL: jax.Array) -> jax.Array:
         """The loss of each token: (1 - s)·nll + s·mean over ids of -log p, + z. What is known to be zero costs nothing."""
