@@ -228,11 +228,21 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
             near = nearest(call.id, sorted(choices))
             raise ConfigError(f"has no choice {call.id!r}: did you mean {near}?", where)
         return _construct(choices[call.id], node, where)
+    if choices and isinstance(node, ast.Call):
+        near = nearest(ast.unparse(call).rpartition(".")[2], sorted(choices))
+        raise ConfigError(f"takes a component by its name alone, not {ast.unparse(node)!r}: did you mean {near}?", where)
+    inner = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple), None)
+    if inner is not None and _is_config_type(inner) and (items := _items(node)) is not None:
+        return tuple(_evaluate(item, ast.unparse(item), inner, where) for item in items)
     if str in members or any(typing.get_origin(m) is typing.Literal for m in members):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
         if not isinstance(node, ast.Constant):
             return None if type(None) in members and text.lower() == "none" else text
+    return _literal(node, text)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Name):
         return {"true": True, "false": False, "none": None}.get(node.id.lower(), text)
     try:
@@ -241,15 +251,30 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
         return text
 
 
+def _items(node: ast.expr) -> list[ast.expr] | None:
+    """The elements of a tuple as it is written: (a, b), (a,) * 3 or a sum of such; None for what is none."""
+    match node:
+        case ast.Tuple() | ast.List():
+            return node.elts
+        case ast.BinOp(left, ast.Add(), right) if (first := _items(left)) is not None and (rest := _items(right)) is not None:
+            return first + rest
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if (items := _items(left)) is not None:
+            return items * times
+    return None
+
+
 def _construct(cls: type, node: ast.expr, where: str) -> Any:
     if not isinstance(node, ast.Call):
         node = ast.Call(ast.Name(cls.__name__), [], [])
-    if node.args:
-        raise ConfigError(f"takes named arguments only, as in {cls.__name__}(name=value)", where)
     hints = field_types(cls)
-    values = {}
-    for keyword in node.keywords:
+    values: dict[str, Any] = {}
+    names = [field.name for field in dataclasses.fields(cls)]
+    if len(node.args) > len(names):
+        raise ConfigError(f"has {len(names)} fields in {cls.__name__}, got {len(node.args)} values", where)
+    for keyword in [*map(ast.keyword, names, node.args), *node.keywords]:
         name = keyword.arg or "**"
+        if name in values:
+            raise ConfigError(f"is given {name!r} twice in {cls.__name__}", where)
         if name not in hints:
             near = nearest(name, sorted(hints))
             raise ConfigError(f"has no {name!r} in {cls.__name__}: did you mean {near}?", where)

@@ -58,6 +58,7 @@ class Top(Config):
     kind: Literal["one", "two"] = "one"
     name: str = "x"
     sizes: tuple[int, ...] = (1,)
+    shapes: tuple[Shape, ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,11 @@ class Top(Config):
         (["shape=Box()", "shape.inner.radius=2"], Top(shape=Box(inner=Circle(2)))),
         (["shape=Box()", "shape.width=9", "shape.parts=3"], Top(shape=Box(width=9, parts=3))),
         (["shape.radius=2", "shape=Circle()"], Top()),
+        (["shape=Circle(2)"], Top(shape=Circle(2))),
+        (["shape=Box(6, parts=3)"], Top(shape=Box(6, parts=3))),
+        (["shapes=(Box(6), Circle)"], Top(shapes=(Box(6), Circle()))),
+        (["shapes=(Box(),) * 2 + (Circle(3),)"], Top(shapes=(Box(), Box(), Circle(3)))),
+        (["shapes=()"], Top()),
     ],
 )
 def test_what_may_be_typed(assignments, expected):
@@ -95,7 +101,11 @@ def test_what_may_be_typed(assignments, expected):
         (["kind=three"], "kind must be 'one' | 'two', got 'three'"),
         (["sizes=(1, 'a')"], "sizes must be"),
         (["shape=Circel()"], "shape has no choice 'Circel': did you mean Circle?"),
-        (["shape=Circle(2)"], "shape takes named arguments only, as in Circle(name=value)"),
+        (["shape=Circle(2, 3)"], "shape has 1 fields in Circle, got 2 values"),
+        (["shape=Circle(2, radius=3)"], "shape is given 'radius' twice in Circle"),
+        (["shape=shapes.Circle(2)"], "shape takes a component by its name alone, not 'shapes.Circle(2)': did you mean Circle?"),
+        (["shapes=(Circle(), Bax())"], "shapes has no choice 'Bax': did you mean Box?"),
+        (["shapes=Circle()"], "shapes must be"),
         (["shape=Circle(size=2)"], "shape has no 'size' in Circle: did you mean radius?"),
         (["shape.radius=-1.0"], "shape.radius must be > 0, got -1.0"),
         (["shape=Box()", "shape.inner.radius=-1"], "shape.inner.radius must be > 0, got -1"),
