@@ -44,3 +44,28 @@ def test_the_z_loss_is_trained_and_never_scored():
     expected = 0.1 * (logsumexp(LOGITS.astype(np.float64), -1) ** 2).mean()
     np.testing.assert_allclose(with_z.mean - plain.mean, expected, rtol=1e-5)
     np.testing.assert_array_equal(scores(None, train=False, z_loss=0.1)[0].total, scores(None, train=False)[0].total)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_only_answers_are_learned_and_scored(skip):
+    asks, row = 3, L - 1
+    batch = Batch(np.where(np.arange(L) == 1, asks, TARGETS % 3), TARGETS, np.ones((B, L), np.float32))
+    given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES)}
+    place = 1 + skip
+    nll = -np.take_along_axis(log_softmax(LOGITS.astype(np.float64), -1), TARGETS[..., None], -1)[..., 0]
+    for train in (True, False):
+        objective = NextToken(after=asks, skip=skip)
+        loss, metrics = objective.loss(lambda *_: Predictions(jnp.asarray(LOGITS)), None, batch, train=train, **given)
+        assert loss.weight == (B if place <= row else 0)
+        np.testing.assert_allclose(loss.total, nll[:, place].sum() if place <= row else 0.0, rtol=1e-6)
+    if place <= row:
+        np.testing.assert_allclose(metrics["accuracy"].mean, (LOGITS.argmax(-1) == TARGETS)[:, place].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_label_smoothing_is_the_cross_entropy_to_the_softened_target(smoothing):
+    given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES), "train": True}
+    batch = Batch(TARGETS, TARGETS)
+    loss, _ = NextToken(smoothing=smoothing).loss(lambda *_: Predictions(jnp.asarray(LOGITS)), None, batch, **given)
+    softened = smoothing / V + (1 - smoothing) * np.eye(V)[TARGETS]
+    np.testing.assert_allclose(loss.mean, -(softened * log_softmax(LOGITS.astype(np.float64), -1)).sum(-1).mean(), rtol=1e-6)
