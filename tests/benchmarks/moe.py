@@ -5,7 +5,8 @@
 Forward and backward of one layer, float32, with the process settings and the data-parallel mesh that training uses: 8 experts of
 half the dense network's hidden units, 2 of them active. Printed for every way of dispatching: the median step, and its ratio to the
 dense step, the median of the rounds' ratios with the least and the greatest; then the same of processor seconds, which others on the
-machine disturb less. "skewed" routes most tokens to two experts.
+machine disturb less. "skewed" routes most tokens to two experts. With --at_most=1.6 the exit code is 1 where the dropless step's
+median ratio is greater.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 9, "Pieces of each side.", lower_bound=1
 STEPS = flags.DEFINE_integer("steps", 3, "Steps a piece.", lower_bound=1)
 BLOCKS = flags.DEFINE_list("blocks", [], "More sizes of block to try.")
 RAGGED = flags.DEFINE_bool("ragged", False, "Also jax.lax.ragged_dot.")
+AT_MOST = flags.DEFINE_float("at_most", None, "The greatest ratio of a dropless step to the dense one.")
 PATIENCE = flags.DEFINE_float("patience", 5.0, "Seconds to wait for the machine to be quiet, before each round.")
 
 
@@ -80,13 +82,14 @@ def _gradients(total, params, x):
     return grads, jnp.square(dx).sum()  # a number that needs all of it, which devices can add
 
 
-def main(_) -> None:
-    """Measures every width in turn."""
+def main(_) -> int:
+    """Measures every width in turn; the exit code."""
     platform.setup()
     import jax
 
     from llm_jax.core.mesh import Mesh
 
+    above = False
     with jax.set_mesh(Mesh().build()):
         for width in map(int, WIDTHS.value):
             sides = {name: step(name, config, width) for name, config in networks(width).items()}
@@ -95,7 +98,9 @@ def main(_) -> None:
                 wait_for_quiet(PATIENCE.value)
                 for name in list(sides)[:: 1 if index % 2 == 0 else -1]:
                     seconds[name].append(timed(sides[name]))
-            show(width, seconds)
+            ratios = show(width, seconds)
+            above = above or (AT_MOST.value is not None and ratios["dropless"] > AT_MOST.value)
+    return int(above)
 
 
 def timed(function) -> tuple[float, float]:
@@ -106,15 +111,17 @@ def timed(function) -> tuple[float, float]:
     return (time.perf_counter() - start) / STEPS.value, (time.process_time() - used) / STEPS.value
 
 
-def show(width: int, seconds: dict[str, list[tuple[float, float]]]) -> None:
-    """Prints a width's table."""
+def show(width: int, seconds: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Prints a width's table; returns each side's median ratio of wall time."""
     print(f"\nwidth {width}, {TOKENS.value} tokens, {'gated' if GATED.value else 'plain'}, {ROUNDS.value} rounds")
-    base = next(iter(seconds.values()))
+    base, medians = next(iter(seconds.values())), {}
     for name, own in seconds.items():
         typical = 1e3 * statistics.median(wall for wall, _ in own)
         wall, used = ([a[i] / b[i] for a, b in zip(own, base, strict=True)] for i in (0, 1))
         each = "".join(f"{statistics.median(r):9.2f} [{min(r):.2f}, {max(r):.2f}]" for r in (wall, used))
         print(f"  {name:16}{typical:9.1f} ms   × dense{each}", flush=True)
+        medians[name] = statistics.median(wall)
+    return medians
 
 
 if __name__ == "__main__":
