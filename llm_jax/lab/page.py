@@ -148,7 +148,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
     data, text = summary.data, escaping.escape
     notes = "".join(f"<li>{text(note)}</li>" for note in data["problems"] + _edges(data))
     figures = "".join(f"<figure><figcaption>{text(title(name))}</figcaption>{svg}</figure>" for name, svg in pictures.items())
-    claims = table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]])
+    claims = table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]], verdicts=True)
     metrics = table(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))
     better = "lower" if data["mode"] == "min" else "higher"
     parts = [
@@ -156,7 +156,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
         f"<p class=soft>Metric: <code>{text(data['metric'])}</code>, {better} is better. "
         f"Differences are from <code>{text(data['baseline'])}</code>. "
         f"Experiment {text(data['name'])}, scale {text(str(data['scale']))}.</p>",
-        table(COLUMNS, [cells(row) for row in data["arms"]]),
+        table(COLUMNS, [cells(row) for row in data["arms"]], verdicts=True),
         f"<p>{text(_floor(data))}</p>",
         f"<h2>Take note</h2><ul>{notes}</ul>" if notes else "",
         f"<h2>Claims</h2>{claims}" if data["claims"] else "",
@@ -178,14 +178,14 @@ def document(title: str, body: str, *, style: str = "") -> str:
     )
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the last cell of a row is of the class that it says, so that verdicts have a colour."""
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, verdicts: bool = False) -> str:
+    """A table; verdicts: the last cells of its rows are some, which have a colour."""
     head = "".join(f"<th>{escaping.escape(h)}</th>" for h in headings)
     body = "".join(
         "<tr>"
         + "".join(
             f'<td class="{escaping.escape(cell)}">{escaping.escape(cell)}</td>'
-            if i == len(row) - 1
+            if verdicts and i == len(row) - 1
             else f"<td>{escaping.escape(cell)}</td>"
             for i, cell in enumerate(row)
         )

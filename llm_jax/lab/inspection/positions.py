@@ -54,9 +54,9 @@ class Scheme:
 class Turning:
     """How rotary embeddings turn `W` pairs of channels. frequencies `[W]`: radians a place. distances `[N]`.
 
-    attenuation `[N]`: score of a query with a key of the same content that far away, as a share of that at distance 0, averaged over
-    contents: the mean cosine of all pairs. bound `[N]`: on any score, for contents that vary little from pair to pair: the mean over
-    n of |Σ_{j<n} exp(i·d·f_j)|, as a share of that at distance 0. Su et al. 2021, §3.4.3.
+    attenuation `[N]`: score of a query with a key of the same content that far away, as a share of that at distance 0, averaged
+    over contents: the mean cosine of all pairs. bound `[N]`: on any score, for contents that vary little from pair to pair: the
+    mean over n of |Σ_{j<n} exp(i·d·f_j)|, as a share of that at distance 0. Su et al. 2021, §3.4.3.
     """
 
     frequencies: np.ndarray
@@ -66,7 +66,7 @@ class Turning:
 
 
 def schemes(model: Model, params: Params) -> list[Scheme]:
-    """Every scheme of the model with the layers that use it; one that does nothing (`NoPosition`), or that no layer uses, is none."""
+    """Every scheme of the model with the layers that use it; not those that do nothing (`NoPosition`) or that no layer uses."""
     return [found for name, stack in model.stacks.items() for found in _of_stack(model, name, stack, params)]
 
 
