@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llm_jax.lab.plots import STYLE
 
@@ -87,11 +88,10 @@ def write(ax: Any, x: float, y: float, text: str, ground: tuple[float, ...], **m
 
 
 def numbers(values_RC: np.ndarray, form: str = "{:.2g}") -> list[list[str]] | None:
-    """A text a cell; None where there are more cells than can be read."""
-    rows, columns = values_RC.shape
-    if rows > CELLS or columns > CELLS:
+    """A text a cell, none for NaN and for what is exactly 0; None where there are more cells than can be read."""
+    if max(values_RC.shape) > CELLS:
         return None
-    return [[form.format(value) if np.isfinite(value) else "" for value in row] for row in values_RC]
+    return [[form.format(value) if np.isfinite(value) and value else "" for value in row] for row in values_RC]
 
 
 def spread(values: np.ndarray) -> Normalize:
@@ -115,6 +115,14 @@ def bar(figure: Figure, shown: Any, axes: Any, label: str) -> None:
     drawn.set_label(label, fontsize=8)
     drawn.ax.tick_params(labelsize=LABEL)
     drawn.outline.set_visible(False)
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _with_grey(name: str) -> Any:

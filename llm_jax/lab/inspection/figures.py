@@ -209,7 +209,7 @@ def depth_curves(sizes: Mapping[str, np.ndarray], found: Mapping[str, Depths]) -
         if found:
             axes[1].set(title="gradient of the loss at the stream: norm", xlabel="depth")
         for ax in axes:
-            ax.set_yscale("log")
+            drawing.logarithmic(ax.yaxis)
             _whole(ax, max(len(rms) for rms in sizes.values()) - 1)
             if len(sizes) > 1:
                 ax.legend(fontsize=8)
@@ -241,7 +241,8 @@ def spectrum_curve(share: np.ndarray) -> Figure:
         ax = figure.subplots()
         ax.plot(np.arange(1, len(share) + 1), np.maximum(share, 1e-12), marker="." if len(share) < 200 else "", color=PALETTE[0])
         ax.axhline(1 / len(share), color=PALETTE[6], lw=0.8, ls=":", label="all alike")
-        ax.set(title="embedding table: share of the variance", xlabel="principal direction", yscale="log")
+        ax.set(title="embedding table: share of the variance", xlabel="principal direction")
+        drawing.logarithmic(ax.yaxis)
         ax.set_ylim(bottom=max(share.min() / 2, share.max() * 1e-6))
         ax.legend(fontsize=8)
     return figure
@@ -267,7 +268,8 @@ def history_curves(found: History, names: Mapping[tuple[int, int, int, int], str
             axes[4].set_axis_on()
             for index, (given, ranks) in enumerate(found.ranks.items()):
                 axes[4].plot(found.steps, ranks + 1, marker="o", ms=3, color=PALETTE[index % len(PALETTE)], label=names[given])
-            axes[4].set(title="rank of an analogy's answer (1: found)", xlabel="step", yscale="log")
+            axes[4].set(title="rank of an analogy's answer (1: found)", xlabel="step")
+            drawing.logarithmic(axes[4].yaxis)
             legend = axes[4].legend(fontsize=7)
             for text in legend.get_texts():
                 text.set_parse_math(False)

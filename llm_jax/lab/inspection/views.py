@@ -144,8 +144,9 @@ def embeddings(subject: Subject, *, words: Sequence[str] = (), analogies: Sequen
         tables.append(Table("Nearest at the checkpoints", ("token", *(f"step {step}" for step in steps)), rows))
     text = (
         f"Rows of the embedding table, all {len(table_VD):,} ids, those that were never seen included. Isotropic rows have a "
-        "partition ratio near 1 (Mu & Viswanath 2018), an average cosine near 0 (Ethayarajh 2019) and an effective "
-        f"rank (Roy & Vetterli 2007) near {min(table_VD.shape)}. The words of an analogy are never its answer, which makes it look better than it is."
+        "partition ratio near 1 (Mu & Viswanath 2018), an average cosine near 0 (Ethayarajh 2019) and an effective rank "
+        f"(Roy & Vetterli 2007) near {min(table_VD.shape)}. The words of an analogy are never its answer, which makes it look "
+        "better than it is."
     )
     return View("embeddings", "Embeddings", text, (near, even, past), drawn, tuple(tables))
 
