@@ -5,7 +5,9 @@ import math
 import pathlib
 import re
 import struct
+from html import escape
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,7 @@ from llm_jax.models.model import abstract_parameters
 from llm_jax.models.stack import Stack
 from llm_jax.nn import latent, multihead
 from llm_jax.nn.attention import Bidirectional, SlidingWindow, attend
+from llm_jax.nn.embedding import Embedding
 from llm_jax.nn.latent import MLA
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
@@ -162,6 +165,7 @@ def test_sizes_and_gradients_of_the_stream_are_those_of_finite_differences():
 def test_gradients_by_parameters_are_those_of_finite_differences():
     params, batch, _ = small()
     leaves, tree = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda x: np.asarray(x, np.float64), params))
+    values = [leaf for _, leaf in leaves]
     squares = {}
     for number, (path, leaf) in enumerate(leaves):
         names = [key.key for key in path]
@@ -170,9 +174,7 @@ def test_gradients_by_parameters_are_those_of_finite_differences():
             for sign in (1, -1):
                 moved = leaf.copy()
                 moved[where] += sign * 1e-5
-                loss.append(
-                    loss_by_hand(jax.tree.unflatten(tree, [moved if i == number else x for i, (_, x) in enumerate(leaves)]))
-                )
+                loss.append(loss_by_hand(jax.tree.unflatten(tree, [*values[:number], moved, *values[number + 1 :]])))
             place = f"layers_{where[0]}" if names[0] == "layers" else names[0]
             part = {"attention": "attention", "ffn": "ffn"}[names[2].removeprefix("norm_")] if names[0] == "layers" else "all"
             squares[place, part] = squares.get((place, part), 0) + ((loss[0] - loss[1]) / 2e-5) ** 2
@@ -192,7 +194,7 @@ KINDS = {
     "scaled": Decoder(**TINY, attention=Attention(heads=2, scale=0.3, bias=True), placement="parallel"),
     "latent": Decoder(**TINY, attention=MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=3)),
     "latent, biased": Decoder(**TINY, attention=MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=3), position=Alibi()),
-    "copies": Decoder(**TINY, attention=Attention(heads=2), residual=HyperConnections(streams=2)),
+    "copies": Decoder(**TINY, attention=Attention(heads=2), residual=HyperConnections(rate=2)),
     "pattern": Decoder(
         width=8,
         depth=3,
@@ -223,10 +225,14 @@ def test_maps_times_values_are_what_attention_says(name, monkeypatch):
         calls.append((v, attend(q, k, v, **given)))
         return calls[-1][1]
 
+    def spied(params, batch):
+        observed(model, VOCABULARY, params, batch)
+        return calls
+
     maps = attention_maps(model, VOCABULARY, params, batch)
     for module in (multihead, latent):
         monkeypatch.setattr(module, "attend", recorded)
-    observed(model, VOCABULARY, params, batch)
+    calls = jax.jit(spied)(params, batch)
     kinds = {"encoder-decoder": [("encoder", 0, "self"), ("decoder", 0, "self"), ("decoder", 0, "cross")], "pattern": None}
     layers = [("", 0, "self"), ("", 2, "self")] if name == "pattern" else kinds.get(name, [("", 0, "self")])
     assert [(found.stack, found.layer, found.kind) for found in maps] == layers and len(calls) == len(layers)
@@ -242,7 +248,8 @@ def test_the_deepest_lens_is_the_model(name):
     params, batch = random_parameters(model), read(model)
     found = logit_lens(model, VOCABULARY, params, batch, top=VOCABULARY)
     inputs, given = model.arguments(batch)
-    expected = softmax(np.asarray(model.build(VOCABULARY).apply({"params": params}, *inputs, **given), np.float64), -1)
+    network = jax.jit(lambda p: model.build(VOCABULARY).apply({"params": p}, *inputs, **given))
+    expected = softmax(np.asarray(network(params), np.float64), -1)
     assert len(found.ids) == model.final.depth + 1
     np.testing.assert_allclose(found.probabilities[-1], -np.sort(-expected, -1), atol=1e-5)
     np.testing.assert_allclose(found.divergence[-1], 0, atol=1e-6)
@@ -337,30 +344,32 @@ def test_history_follows_the_table():
         embeddings.history([])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "bert", "gemma2"])
+@pytest.mark.parametrize("name", ["t5", "bert", "gemma2"])
 def test_the_embedding_table_is_what_tokens_enter_as(name):
     """Apart from positions, kinds and norms, which come after the lookup."""
     lm = llm_jax.load(GOLDEN / name)
     table = subject.embedding_table(lm.config, lm.params)
-    seen = {}
+    tokens = jnp.arange(8)[None]
 
-    def keep(call, args, kwargs, context):
-        out = call(*args, **kwargs)
-        if type(context.module).__name__ == "Embedding" and context.method_name == "__call__":
-            seen.setdefault("x", out)
-        return out
+    def entering(params):
+        seen = []
 
-    import flax.linen as nn
+        def keep(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            if isinstance(context.module, Embedding) and context.method_name == "__call__":
+                seen.append(out)
+            return out
 
-    with nn.intercept_methods(keep):
-        tokens = jnp.arange(8)[None]
-        lm.config.build(lm.vocabulary).apply({"params": lm.params}, *([tokens] * (2 if lm.config.encodes else 1)))
-    np.testing.assert_allclose(seen["x"][0], table[:8], rtol=1e-6)
+        with nn.intercept_methods(keep):
+            lm.config.build(lm.vocabulary).apply({"params": params}, *([tokens] * (2 if lm.config.encodes else 1)))
+        return seen[0]
+
+    np.testing.assert_allclose(jax.jit(entering)(lm.params)[0], table[:8], rtol=1e-6)
 
 
 # ── positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def schemes_of(position, **more):
-    model = Decoder(width=8, depth=2, attention=Attention(heads=2), position=position, **more)
+    model = Decoder(**{"width": 8, "depth": 2, "attention": Attention(heads=2), "position": position} | more)
     params = random_parameters(model)
     return positions.schemes(model, params), params
 
@@ -429,15 +438,16 @@ def size(picture: bytes) -> tuple[int, int]:
 
 def test_pictures_of_large_models_can_be_read():
     draw = np.random.default_rng(0)
-    maps = [Map("", layer, "self", draw.random((1, 40, 300, 300), np.float32)) for layer in range(48)]
+    maps = [Map("", layer, "self", np.broadcast_to(draw.random((300, 300)), (1, 40, 300, 300))) for layer in range(12)]
     names = ["a $very^ long_ token 日"] * 300
-    pictures = [overview(maps, "t"), *heads(maps[0], names, names, "t")]
-    assert len(pictures) == 1 + math.ceil(40 / 16)
+    pictures = [overview(maps, "t"), *heads(Map("", 0, "self", maps[0].weights[:, :17]), names, names, "t")]
+    assert len(pictures) == 3
     shape = (49, 1, 300)
     lens = Lens(np.zeros((*shape, 2), int), np.full((*shape, 2), 0.5), np.ones(shape, int), *[np.ones(shape)] * 3)
     pictures += [lens_table(lens, {0: "$"}, names, names, np.ones(300)), lens_maps(lens, names, np.ones(300))]
     for figure in pictures:
-        assert max(size(png(figure))) <= 4200 and min(size(png(figure))) >= 150
+        sizes = size(png(figure))
+        assert max(sizes) <= 2000 and min(sizes) >= 150
     ticks = pictures[1].axes[12].get_yticklabels()
     assert 5 < len(ticks) < 30 and ticks[1].get_text().endswith(f" {thinned(300, 18).step}")
 
@@ -456,7 +466,7 @@ def test_pieces_are_shown_and_found():
 
     class Words(Fitted):
         def encode(self, text):
-            return np.array([words.index(piece) for piece in re.findall(rb" ?[a-z\xc3\xbc]+|\s", text.encode())])
+            return np.array([words.index(piece) for piece in re.findall(rb" ?[a-z]+|\s", text.encode()) if piece in words])
 
     look = Subject("m", SMALL, 9, {}, Words(words, None, "x"))
     assert look.pieces(range(9)) == ["king", "␣king", "␣queen", "␣", "↵", "\\xe2\\x96", "#6", "ü", "#8"]
@@ -467,14 +477,15 @@ def test_pieces_are_shown_and_found():
         Subject("m", SMALL, 9, {}).id("x")
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "deepseek-v3", "bert-sequence"])
+@pytest.mark.parametrize("name", ["encoder-decoder", "bert-sequence"])
 def test_a_page_works_alone_and_says_what_it_leaves_out(name, tmp_path):
-    lm = llm_jax.load(GOLDEN / name)
+    model = KINDS.get(name)
+    lm = LM(model, VOCABULARY, random_parameters(model), start=0) if model else llm_jax.load(GOLDEN / name)
     looking = lm.inspect([3, 4, 5], input=[7, 8] if lm.config.encodes else None)
     written = looking.write(tmp_path / "out")
     html = written.page.read_text()
     assert set(written.left_out) == ({"lens"} if name == "bert-sequence" else set())
-    assert all(why in html for why in written.left_out.values())
+    assert all(escape(why) in html for why in written.left_out.values())
     files = {file.stem for file in (tmp_path / "out").glob("*.png")}
     assert files == {file for view in written.views for file in view.figures} and len(files) >= 5
     assert html.count("data:image/png;base64,") == len(files) and not re.search(r"(src|href)=['\"]?(http|[a-z_0-9]+\.)", html)

@@ -18,8 +18,8 @@ from llm_jax.lab.inspection.lens import Lens
 from llm_jax.lab.plots import PALETTE
 
 ACROSS, DOWN = 4, 4  # heads of one picture
-PLACES, PANELS = 16, 4  # tokens of a lens's row of cells, and rows
-DEPTHS = 33  # of a lens's table
+PLACES, PANELS = 16, 4  # tokens across a lens's table, and such tables below one another
+DEPTHS, LINES = 33, 60  # of such a table, and of all together
 WEIGHTS = PowerNorm(0.5, 0, 1)  # small weights are to be seen beside 1
 
 
@@ -120,7 +120,7 @@ def lens_table(found: Lens, pieces: Sequence[str], read: Sequence[str], right: S
     read, right `[L]`: the token at each place and the right one; counts `[L]`: whether it has a right one.
     """
     depths = _some_depths(len(found.ids))
-    length = min(len(read), PLACES * PANELS)
+    length = min(len(read), PLACES * int(np.clip(LINES // len(depths), 1, PANELS)))
     panels = math.ceil(length / PLACES)
     columns = min(length, PLACES)
     with style():

@@ -88,8 +88,8 @@ def lens(subject: Subject, *, top: int = 5) -> View:
 def depth(subject: Subject) -> View:
     """Sizes of the stream and of gradients; only of the stream where the model scores no token ids."""
     given = (subject.model, subject.vocabulary, subject.params, subject.read)
-    sizes = stream_sizes(*given)
     gradients = by_depth(*given) if subject.model.head.words else {}
+    sizes = {stack: found.stream for stack, found in gradients.items()} or stream_sizes(*given)
     drawn = {"depth": figures.depth_curves(sizes, gradients)}
     text = (
         "The stream is what the layers read from and add to; depth 0 enters the first layer. Its size is the root mean square over "
