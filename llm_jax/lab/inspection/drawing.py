@@ -11,13 +11,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llm_jax.lab.plots import STYLE
 
-LABEL = 6.5  # points: of tokens along axes and in cells
+LABEL = 7  # points: of tokens along axes and in cells
 DOTS = 130  # an inch
 CELLS = 24  # rows or columns of a heat map in whose cells a number can still be read
 PIXELS = 320  # of one map along each side; a longer text's are pooled
@@ -112,6 +112,8 @@ def pooled(map_LM: np.ndarray, most: int = PIXELS) -> np.ndarray:
 def bar(figure: Figure, shown: Any, axes: Any, label: str) -> None:
     """The scale of a heat map's colours."""
     drawn = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.02, aspect=30)
+    if isinstance(shown.norm, LogNorm):
+        _plain(drawn.ax.yaxis)
     drawn.set_label(label, fontsize=8)
     drawn.ax.tick_params(labelsize=LABEL)
     drawn.outline.set_visible(False)
@@ -120,6 +122,10 @@ def bar(figure: Figure, shown: Any, axes: Any, label: str) -> None:
 def logarithmic(axis: Any) -> None:
     """A logarithmic axis with plain numbers, also where it spans less than a decade."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    _plain(axis)
+
+
+def _plain(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

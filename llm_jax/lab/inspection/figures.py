@@ -65,7 +65,7 @@ def heads(found: Map, queries: Sequence[str], keys: Sequence[str], title: str) -
 def _heads(weights_HLM: np.ndarray, first: int, queries: Sequence[str], keys: Sequence[str], title: str) -> Figure:
     across = min(ACROSS, len(weights_HLM))
     down = math.ceil(len(weights_HLM) / across)
-    side = {1: 5.5, 2: 4.2}.get(across, 2.7)
+    side = {1: 5.0, 2: 4.0, 3: 2.8}.get(across, 2.2)
     most = int(side * 7)
     with style():
         figure = canvas(side * across + 1.2, side * down * min(max(len(queries) / len(keys), 0.5), 1.5) + 0.6)
@@ -124,7 +124,7 @@ def lens_table(found: Lens, pieces: Sequence[str], read: Sequence[str], right: S
     panels = math.ceil(length / PLACES)
     columns = min(length, PLACES)
     with style():
-        figure = canvas(columns * 0.66 + 1.6, panels * (len(depths) * 0.25 + 0.75) + 0.4)
+        figure = canvas(columns * 0.54 + 1.4, panels * (len(depths) * 0.25 + 0.75) + 0.4)
         axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
         for panel, ax in enumerate(axes):
             places = range(panel * PLACES, min((panel + 1) * PLACES, length))
@@ -162,7 +162,7 @@ def lens_maps(found: Lens, read: Sequence[str], counts: np.ndarray) -> Figure:
     }
     height = float(np.clip(0.17 * len(found.ids) + 0.9, 1.3, 4))
     with style():
-        figure = canvas(10.5, 3 * height)
+        figure = canvas(9.5, 3 * height)
         axes = figure.subplots(3, 1, squeeze=False)[:, 0]
         for ax, (title, (values_NL, norm, colours)) in zip(axes, panels.items(), strict=True):
             shown = heat(ax, values_NL[::-1], norm=norm, colours=colours)

@@ -21,6 +21,7 @@ from llm_jax.lab.inspection.view import Table, View
 from llm_jax.models.model import Model
 
 DETAILED = 6  # layers whose heads are drawn large unless more are asked for
+MAPS = 16  # that are drawn small only where they are not all drawn large
 WORDS = 8  # of a text, whose neighbours are listed unless others are named
 LONGEST = 512  # tokens of a picture of positions
 
@@ -43,8 +44,10 @@ def attention(subject: Subject, *, layers: Sequence[int] | None = None) -> View:
     for stack, kind in dict.fromkeys((found.stack, found.kind) for found in maps):
         group = [found for found in maps if (found.stack, found.kind) == (stack, kind)]
         title, file = _title(stack, kind), "_".join(filter(None, ("attention", stack, kind if kind == "cross" else "")))
-        if len(group) > 1 or group[0].weights.shape[1] > 1:
+        count = sum(found.weights.shape[1] for found in group)
+        if count > MAPS or not {found.layer for found in group} <= large:
             drawn[f"{file}_overview"] = figures.overview(group, title)
+        if count > 1:
             drawn[f"{file}_heads"] = figures.head_summary(group, [head_numbers(found) for found in group])
         for found in (found for found in group if found.layer in large):
             keys = pieces["encoder" if kind == "cross" else stack]
