@@ -89,7 +89,7 @@ def _heads(weights_HLM: np.ndarray, first: int, queries: Sequence[str], keys: Se
     return figure
 
 
-def head_summary(maps: Sequence[Map], found: Sequence[Numbers]) -> Figure:
+def head_summary(maps: Sequence[Map], found: Sequence[Numbers], title: str) -> Figure:
     """Entropy, distance, and the weight of the first key (and of a sink) for every layer and head."""
     width = max(found_map.weights.shape[1] for found_map in maps)
     pad = lambda row_H: np.pad(row_H.astype(float), (0, width - len(row_H)), constant_values=np.nan)  # noqa: E731
@@ -101,15 +101,21 @@ def head_summary(maps: Sequence[Map], found: Sequence[Numbers]) -> Figure:
     if any(n.sink.any() for n in found):
         columns["weight of the sink"] = [pad(n.sink) for n in found]
     columns = {name: rows for name, rows in columns.items() if np.isfinite(np.stack(rows)).any()}
+    across = min(3 if width <= 4 else 2, len(columns))
+    down = math.ceil(len(columns) / across)
     with style():
-        figure = canvas(min(2 + 0.38 * width, 4.5) * len(columns), float(np.clip(0.28 * len(maps) + 1, 1.8, 8)))
-        for ax, (name, rows) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+        figure = canvas(9.5 / (3 if width <= 4 else 2) * across, float(np.clip(0.26 * len(maps) + 0.9, 1.6, 7)) * down + 0.3)
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        for ax in axes[len(columns) :]:
+            ax.set_axis_off()
+        for ax, (name, rows) in zip(axes, columns.items(), strict=False):
             values = np.stack(rows)
             readable = drawing.numbers(values) if width <= 12 else None
             drawing.bar(figure, heat(ax, values, texts=readable), ax, "")
             ax.set(title=name, xlabel="head", ylabel="layer")
             counted(ax.xaxis, [str(i) for i in range(width)], 16)
-            counted(ax.yaxis, [str(found_map.layer) for found_map in maps])
+            counted(ax.yaxis, [str(found_map.layer) for found_map in maps], 16)
+        figure.suptitle(f"{title}, head by head", fontsize=10)
     return figure
 
 
@@ -138,7 +144,7 @@ def lens_table(found: Lens, pieces: Sequence[str], read: Sequence[str], right: S
                     ground = shown.cmap(shown.norm(sure_NL[row, column]))
                     drawing.write(ax, column, row, short(pieces[found.ids[depth, 0, place, 0]]), ground, **frame)
             counted(ax.yaxis, [str(depth) for depth in depths], DEPTHS)
-            named = [f"{short(read[i])}\n→ {short(right[i]) if counts[i] else '?'}" for i in places]
+            named = [f"{short(read[i])}\n→ {short(right[i], 6) if counts[i] else '?'}" for i in places]
             ax.set_xticks(range(len(places)), named, fontsize=drawing.LABEL, parse_math=False)
             ax.tick_params(length=2, pad=1)
             ax.set_ylabel("depth")

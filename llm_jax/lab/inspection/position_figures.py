@@ -86,7 +86,7 @@ def _turning(found: Turning, scheme: Scheme, length: int) -> Figure:
         drawing.bar(figure, heat(middle, cosine_NW, norm=Normalize(-1, 1), colours="RdBu_r"), middle, "")
         middle.set(title="cosine of the angle", xlabel="pair of channels", ylabel="distance")
         right.plot(found.distances, found.attenuation, color=PALETTE[0], lw=1.2, label="like content, on average")
-        right.plot(found.distances, found.bound, color=PALETTE[1], lw=1.2, label="bound for any content")
+        right.plot(found.distances, found.bound, color=PALETTE[1], lw=1.2, label="the bound, as a share of its own")
         right.set(title="score, as a share of distance 0", xlabel="distance")
         right.legend(fontsize=7)
     return figure

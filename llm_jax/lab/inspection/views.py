@@ -48,7 +48,7 @@ def attention(subject: Subject, *, layers: Sequence[int] | None = None) -> View:
         if count > MAPS or not {found.layer for found in group} <= large:
             drawn[f"{file}_overview"] = figures.overview(group, title)
         if count > 1:
-            drawn[f"{file}_heads"] = figures.head_summary(group, [head_numbers(found) for found in group])
+            drawn[f"{file}_heads"] = figures.head_summary(group, [head_numbers(found) for found in group], title)
         for found in (found for found in group if found.layer in large):
             keys = pieces["encoder" if kind == "cross" else stack]
             several = figures.heads(found, pieces[stack], keys, f"{title}, layer {found.layer}")
