@@ -144,7 +144,9 @@ class LM:
         if text is not None:
             row = self._ids(text) if self.config.encodes else self._rows([text])[0][0]
             read = None if input is None else self._rows([input])[0][0]
+            first, *_ = self.config.stacks.values()
             forward.check_length(self.config.final, len(row), "the text")
+            forward.check_length(first, len(read or ()), "the input")
             start = self._start(read) if self.config.encodes and read else 0
             batch = inspection.sequence(self.config, row, inputs=read, start=start)
         history = None if self.trial is None else partial(trained.history, self.trial)

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import struct
+from dataclasses import replace
 from html import escape
 
 import flax.linen as nn
@@ -47,7 +48,7 @@ from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
 from llm_jax.nn.recurrent import LSTM
 from llm_jax.nn.residual import HyperConnections
-from llm_jax.nn.rope import LinearScaling
+from llm_jax.nn.rope import LinearScaling, YarnScaling
 from llm_jax.train.pretrain import Train
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
@@ -188,12 +189,13 @@ def test_gradients_by_parameters_are_those_of_finite_differences():
 
 # ── every kind of model ──────────────────────────────────────────────────────────────────────────────────────────────
 TINY = {"width": 8, "depth": 1}
+LATENT = MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=3)
 KINDS = {
     "grouped": Decoder(**TINY, attention=Attention(heads=4, kv_heads=2), position=Rope()),
     "sinks, cap, window": Decoder(**TINY, attention=Attention(heads=2, sinks=True, soft_cap=2.0, mask=SlidingWindow(window=3))),
     "scaled": Decoder(**TINY, attention=Attention(heads=2, scale=0.3, bias=True), placement="parallel"),
-    "latent": Decoder(**TINY, attention=MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=3)),
-    "latent, biased": Decoder(**TINY, attention=MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=3), position=Alibi()),
+    "latent": Decoder(**TINY, attention=LATENT, position=Rope(scaling=YarnScaling(mscale=1.0, mscale_all_dim=2.0))),
+    "latent, biased": Decoder(**TINY, attention=replace(LATENT, scale=0.3), position=Alibi()),
     "copies": Decoder(**TINY, attention=Attention(heads=2), residual=HyperConnections(rate=2)),
     "pattern": Decoder(
         width=8,
@@ -217,9 +219,12 @@ def read(model, tokens=TOKENS):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_maps_times_values_are_what_attention_says(name, monkeypatch):
-    """Whatever the layer was told: bias, cap, scale, sinks, mask, and whose keys."""
+    """Whatever the layer was told: bias, cap, scale, sinks, mask, documents, and whose keys."""
     model, calls = KINDS[name], []
     params, batch = random_parameters(model), read(model)
+    if name in ("grouped", "encoder-decoder"):  # two documents
+        inputs = None if batch.inputs is None else jnp.array([[0, 1, 1, 1]])
+        batch = replace(batch, segments=jnp.array([[0, 0, 0, 0, 1, 1]]), input_segments=inputs)
 
     def recorded(q, k, v, **given):
         calls.append((v, attend(q, k, v, **given)))
