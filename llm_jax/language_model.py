@@ -140,6 +140,8 @@ class LM:
         """
         from llm_jax.lab import inspection, trained  # take seconds to import
 
+        if input is not None and not self.config.encodes:
+            raise ConfigError("is for an encoder-decoder: give this model all that it reads as its text", "input")
         batch = None
         if text is not None:
             row = self._ids(text) if self.config.encodes else self._rows([text])[0][0]

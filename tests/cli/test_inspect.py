@@ -100,6 +100,7 @@ def model(name):
         ([model("gpt2"), "--ids=1", "--analogy=1:2", "--show=embeddings"], "analogy must be a:b:c or, with an answer to look for"),
         ([model("gpt2"), "--ids=1", "--step=3"], "is a model of Hugging Face, which has no arms, trials and steps"),
         ([model("t5"), "--ids=1"], "inputs must be given, since the model reads an input besides"),
+        ([model("gpt2"), "--ids=1", "--input=2"], "input is for an encoder-decoder: give this model all that it reads as its text"),
         ([model("bert-sequence"), "--ids=1", "--show=lens"], "head is SequenceClassifier, which scores no token ids"),
     ],
 )
