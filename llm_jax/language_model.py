@@ -7,6 +7,7 @@ lm.generate("def main", max_new_tokens=40)            # what follows
 lm.loglikelihood("2 + 2 =", [" 4", " 5"])             # ln p of each continuation
 lm.logits([[1, 2, 3], [4, 5]])                        # float32 [B, L, V]
 lm.embed(["one text", "another"])                     # float32 [n, D]
+lm.inspect("def main").attention()                    # pictures; lens, depth, embeddings, positions
 llm_jax.export(lm, "folder")                          # for transformers
 """
 
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -33,6 +34,10 @@ from llm_jax.io import huggingface, pretrained, tokenizer_json
 from llm_jax.io.huggingface import Dtype
 from llm_jax.models.model import Model, Params
 
+if TYPE_CHECKING:
+    from llm_jax.lab.inspection import Inspection
+    from llm_jax.lab.trained import Trained
+
 Text = str | Ids
 Texts = Text | Sequence[Text]
 
@@ -46,7 +51,7 @@ class LM:
 
     config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids
     that end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with
-    it; family: what Hugging Face calls the architecture.
+    it; family: what Hugging Face calls the architecture; trial: what it was trained as here.
     """
 
     config: Model
@@ -60,6 +65,7 @@ class LM:
     source: str = ""
     folder: pathlib.Path | None = None
     family: str | None = None
+    trial: Trained | None = None
 
     def __repr__(self) -> str:
         stacks = " + ".join(f"{stack.depth} layers" for stack in self.config.stacks.values())
@@ -126,6 +132,28 @@ class LM:
             vectors = forward.embed(self.config, self.vocabulary, self.params, given, pooling=pooling)
             found[group] = np.asarray(vectors)[: len(group)]
         return found
+
+    def inspect(self, text: Text | None = None, *, input: Text | None = None) -> Inspection:
+        """A look inside while it reads a text, or, without one, at what does not need any: embeddings and positions.
+
+        input: what an encoder-decoder's encoder reads; the text is then what its decoder writes.
+        """
+        from llm_jax.lab import inspection, trained  # take seconds to import
+
+        if input is not None and not self.config.encodes:
+            raise ConfigError("is for an encoder-decoder: give this model all that it reads as its text", "input")
+        batch = None
+        if text is not None:
+            row = self._ids(text) if self.config.encodes else self._rows([text])[0][0]
+            read = None if input is None else self._rows([input])[0][0]
+            first, *_ = self.config.stacks.values()
+            forward.check_length(self.config.final, len(row), "the text")
+            forward.check_length(first, len(read or ()), "the input")
+            start = self._start(read) if self.config.encodes and read else 0
+            batch = inspection.sequence(self.config, row, inputs=read, start=start)
+        history = None if self.trial is None else partial(trained.history, self.trial)
+        subject = inspection.Subject(self.source, self.config, self.vocabulary, self.params, self.tokenizer, batch, history)
+        return inspection.Inspection(subject)
 
     def generate(
         self,
@@ -247,16 +275,19 @@ def _fit(said: np.ndarray, length: int, row: Ids) -> np.ndarray:
 
 
 # ── reading and writing ──────────────────────────────────────────────────────────────────────────────────────────────
-def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, dtype: Dtype = "float32") -> LM:
+def load(
+    path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, step: int | None = None, dtype: Dtype = "float32"
+) -> LM:
     """The model in a folder: one that Hugging Face's `save_pretrained` wrote, or one that `python -m llm_jax run` trained into.
 
-    arm, trial: which of the trials of a work folder, by the arm's name or the trial's; otherwise the best final one of all. Its
-    parameters are those that its evaluation saw. dtype: of the parameters of Hugging Face. Raises `ConfigError`, in a sentence.
+    arm, trial: which of the trials of a work folder, by the arm's name or the trial's; otherwise the best final one of all. step:
+    which of its checkpoints, otherwise the last. Its parameters are those that its evaluation saw. dtype: of the parameters of
+    Hugging Face. Raises `ConfigError`, in a sentence.
     """
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
-        if arm is not None or trial is not None:
-            raise ConfigError("is a model of Hugging Face, which has no arms and trials", str(path))
+        if (arm, trial, step) != (None, None, None):
+            raise ConfigError("is a model of Hugging Face, which has no arms, trials and steps", str(path))
         found = pretrained.load(folder, dtype=dtype)
         names = ("tokenizer", "before", "after", "end", "start", "family")
         more = {name: getattr(found, name) for name in names}
@@ -266,12 +297,13 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
     if not trained.is_here(folder):
         wanted = "a folder with a config.json of transformers, or one that `python -m llm_jax run --workdir=` made"
         raise ConfigError(f"is no model: give {wanted}", str(path))
-    own = trained.load(folder, arm=arm, trial=trial)
+    own = trained.load(folder, arm=arm, trial=trial, step=step)
     end = own.tokenizer.end
     # documents follow one another, each after the end of the one before; an encoder's last token is where its decoder begins
     start = None if own.model.encodes else end
     source = f"{own.result['trial']} at step {own.step}"
-    return LM(own.model, own.tokenizer.vocabulary, own.params, own.tokenizer, (), (), () if end is None else (end,), start, source)
+    ends = () if end is None else (end,)
+    return LM(own.model, own.tokenizer.vocabulary, own.params, own.tokenizer, end=ends, start=start, source=source, trial=own)
 
 
 def export(

@@ -175,15 +175,21 @@ class Checkpointer:
         (self.folder / str(step)).rename(aside)
 
 
-def read(folder: str | os.PathLike, parts: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-    """(step, parts of the state as arrays on the host) of the newest checkpoint in a folder that is whole; None if there is none.
+def steps(folder: str | os.PathLike) -> list[int]:
+    """Those of the checkpoints in a folder that were written to their end, the oldest first."""
+    found = pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")
+    return sorted(int(file.parent.name) for file in found if file.parent.name.isdigit())
 
-    parts: name → a tree like the part, or None to take it as nested dictionaries. Nothing on the disk is changed.
+
+def read(folder: str | os.PathLike, parts: Mapping[str, Any], *, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+    """(step, parts of the state as arrays on the host) of a checkpoint in a folder that is whole; None if there is none.
+
+    parts: name → a tree like the part, or None to take it as nested dictionaries. step: whose; None is the newest's. Nothing on the
+    disk is changed.
     """
-    steps = (int(found.name) for found in pathlib.Path(folder).absolute().glob("*") if found.name.isdigit())
-    for step in sorted(steps, reverse=True):
+    for step in [one for one in reversed(steps(folder)) if step in (None, one)]:
         whole = pathlib.Path(folder).absolute() / str(step)
-        if not (whole / CHECKSUMS).is_file() or _damage(whole) is not None:
+        if _damage(whole) is not None:
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
         item = {name: stored[name] if like is None else like for name, like in parts.items()}

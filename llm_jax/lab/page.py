@@ -149,39 +149,44 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
     data, text = summary.data, escaping.escape
     notes = "".join(f"<li>{text(note)}</li>" for note in data["problems"] + _edges(data))
     figures = "".join(f"<figure><figcaption>{text(title(name))}</figcaption>{svg}</figure>" for name, svg in pictures.items())
-    claims = _table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]])
-    metrics = _table(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))
+    claims = table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]], verdicts=True)
+    metrics = table(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))
     better = "lower" if data["mode"] == "min" else "higher"
     parts = [
         f"<h1>{text(data['question'])}</h1><p class=answer>{text(data['answer'])}</p>",
         f"<p class=soft>Metric: <code>{text(data['metric'])}</code>, {better} is better. "
         f"Differences are from <code>{text(data['baseline'])}</code>. "
         f"Experiment {text(data['name'])}, scale {text(str(data['scale']))}.</p>",
-        _table(COLUMNS, [cells(row) for row in data["arms"]]),
+        table(COLUMNS, [cells(row) for row in data["arms"]], verdicts=True),
         f"<p>{text(_floor(data))}</p>",
         f"<h2>Take note</h2><ul>{notes}</ul>" if notes else "",
         f"<h2>Claims</h2>{claims}" if data["claims"] else "",
         f"<h2>Pictures</h2><div class=grid>{figures}</div>",
         f"<h2>All metrics, mean over seeds</h2><div class=numbers>{metrics}</div>",
         "<h2>What the arms change</h2>",
-        _table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
+        table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
         f"<details><summary>One arm's whole configuration</summary><pre>{text(json.dumps(data['base'], indent=1))}</pre></details>",
         f"<h2>How it was made</h2><p class=soft>{METHOD}</p><pre>{text(json.dumps(data['provenance'], indent=1))}</pre>",
     ]
+    return document(data["question"], "".join(parts))
+
+
+def document(title: str, body: str, *, style: str = "") -> str:
+    """A whole page that needs no other file; style: rules besides the reports' own."""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{text(data['question'])}</title>"
-        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+        f"<title>{escaping.escape(title)}</title><style>{STYLE}{style}</style>{body}</html>\n"
     )
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, verdicts: bool = False) -> str:
+    """A table; verdicts: the last cells of its rows are some, which have a colour."""
     head = "".join(f"<th>{escaping.escape(h)}</th>" for h in headings)
     body = "".join(
         "<tr>"
         + "".join(
             f'<td class="{escaping.escape(cell)}">{escaping.escape(cell)}</td>'
-            if i == len(row) - 1
+            if verdicts and i == len(row) - 1
             else f"<td>{escaping.escape(cell)}</td>"
             for i, cell in enumerate(row)
         )

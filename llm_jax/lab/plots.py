@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from llm_jax.lab.experiment import sign
 from llm_jax.lab.summary import Summary, finite_mean, measured_at
@@ -76,13 +74,12 @@ def png(draw: Draw, summary: Summary, file: pathlib.Path) -> None:
 
 
 def _render(draw: Draw, summary: Summary, kind: str) -> bytes:
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots()
-        draw(ax, summary)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure()
+        draw(figure.subplots(), summary)
         out = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=150, metadata=metadata)
-        plt.close(figure)
     return out.getvalue()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +26,14 @@ from llm_jax.train.pretrain import trial as functions
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model. step: of the checkpoint that its parameters are from; result: the trial's `results.json`."""
+    """A trained model. step: of the checkpoint that its parameters are from; folder: the trial's; result: its `results.json`."""
 
     experiment: Experiment
     model: Model
     params: Params
     tokenizer: Fitted
     step: int
+    folder: pathlib.Path
     result: dict[str, Any]
 
 
@@ -42,10 +43,11 @@ def is_here(path: str | os.PathLike) -> bool:
     return (folder / "trials").is_dir() or folder.parent.name == "trials"
 
 
-def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None) -> Trained:
+def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, step: int | None = None) -> Trained:
     """The trial of a work folder, or of its own folder, that is asked for: by name, or the best final one (of an arm).
 
-    Raises `ConfigError` where there is none, or where its checkpoint or its tokenizer is gone.
+    step: of the checkpoint, None is the newest. Raises `ConfigError` where there is none, or where its checkpoint or its tokenizer
+    is gone.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     if folder.parent.name == "trials":
@@ -58,8 +60,18 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
     tokenizer = experiment.tokenizer.fit(experiment.data.corpus, cache_dir())
     if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
         raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus has changed", "tokenizer")
-    step, model, params = _parameters(folder, result, experiment, tokenizer)
-    return Trained(experiment, model, params, tokenizer, step, result)
+    found, params = _parameters(folder, result, experiment, tokenizer, step)
+    return Trained(experiment, experiment.model, params, tokenizer, found, folder / "trials" / result["trial"], result)
+
+
+def history(found: Trained) -> Iterator[tuple[int, Params]]:
+    """(step, parameters as its evaluation would see them) of every checkpoint of a trial that is kept, the oldest first.
+
+    `checkpoints.keep_every` says how many there are.
+    """
+    work = found.folder.parent.parent
+    for step in checkpoint.steps(_group(work, found.result) / "checkpoints"):
+        yield _parameters(work, found.result, found.experiment, found.tokenizer, step)
 
 
 # ── which trial ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,40 +104,48 @@ def _score(result: dict[str, Any]) -> float:
 
 
 # ── its parameters ───────────────────────────────────────────────────────────────────────────────────────────────────
+def _group(folder: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
+    """The folder of the group that a trial was trained in."""
+    return WorkFolder(folder).group(result["provenance"]["group"])
+
+
 def _parameters(
-    folder: pathlib.Path, result: dict[str, Any], experiment: Experiment, tokenizer: Fitted
-) -> tuple[int, Model, Params]:
-    """Step, model, and what evaluation saw of the newest checkpoint: the average where there is one."""
-    name, group = result["trial"], WorkFolder(folder).group(result["provenance"]["group"])
+    folder: pathlib.Path, result: dict[str, Any], experiment: Experiment, tokenizer: Fitted, step: int | None
+) -> tuple[int, Params]:
+    """Step, and what evaluation saw of its checkpoint, of the newest if it is None: the average where there is one."""
+    name, group = result["trial"], _group(folder, result)
     if not (group / MEMBERS).is_file():
         kept = "only final trials' are kept" if result["phase"] == "tune" else "remove its results.json and run the command again"
         raise ConfigError(f"is gone, with the parameters of {name}: {kept}", str(group))
     members: Sequence[str] = json.loads((group / MEMBERS).read_text())
     part = "params" if experiment.train.average is None else "average"
-    found = checkpoint.read(group / "checkpoints", {part: None})
+    found = checkpoint.read(group / "checkpoints", {part: None}, step=step)
+    if found is None and step is not None:
+        kept = ", ".join(map(str, checkpoint.steps(group / "checkpoints"))) or "none"
+        raise ConfigError(f"is {step}, but the checkpoints of {name} that were kept are of {kept}", "step")
     if found is None:
         raise ConfigError(f"holds no whole checkpoint of {name}: remove its results.json and run the command again", str(group))
     step, state = found
     layers = "scanned" if _is_scanned(state[part]) else "unrolled"  # as it was where it was trained
     there = experiment.model.with_layers(layers)
     if part == "params" and type(experiment.optimizer).evaluation_params is not Optimizer.evaluation_params:
-        state = _with_optimizer(group / "checkpoints", replace(experiment, model=there), tokenizer)
+        state = _with_optimizer(group / "checkpoints", step, replace(experiment, model=there), tokenizer)
         own = _member(state, members.index(name))
         params = experiment.optimizer.evaluation_params(own["opt_state"][1], own["params"])
     else:
         params = _member(state[part], members.index(name))
-    return step, experiment.model, stack_layers(unstack_layers(params, there), experiment.model)
+    return step, stack_layers(unstack_layers(params, there), experiment.model)
 
 
 def _is_scanned(params: Params) -> bool:
     return "layers" in params or any("layers" in part for part in params.values() if isinstance(part, dict))
 
 
-def _with_optimizer(folder: pathlib.Path, experiment: Experiment, tokenizer: Fitted) -> dict[str, Any]:
+def _with_optimizer(folder: pathlib.Path, step: int, experiment: Experiment, tokenizer: Fitted) -> dict[str, Any]:
     """The parameters together with the optimizer's state, of which it makes those to evaluate."""
     one = functions(experiment, vocabulary=tokenizer.vocabulary, byte_lengths=tokenizer.byte_lengths)
     like = jax.eval_shape(one.init, {"seed": jax.ShapeDtypeStruct((), np.int32)}).opt_state
-    found = checkpoint.read(folder, {"params": None, "opt_state": like})
+    found = checkpoint.read(folder, {"params": None, "opt_state": like}, step=step)
     assert found is not None
     return found[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,32 +11,59 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
-from llm_jax.models.intervention import unrolled
-from llm_jax.models.model import Model, Params, unstack_layers
+from llm_jax.data.tokenizers import Fitted
+from llm_jax.models.model import Model, Params
+from llm_jax.nn.losses import cross_entropy
+
+SIGNS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to look at. pieces: what each id stands for, as shown; encode: text → ids, None where no tokenizer is known."""
+    """A model to look at. name: as a title has it. tokenizer: None where none is known, and tokens are shown by their ids.
+
+    batch: what it reads, one row as `sequence` makes it; None where nothing that needs a text is looked at. history: (step,
+    parameters) of the checkpoints that there are, the oldest first.
+    """
 
     name: str
     model: Model
     vocabulary: int
     params: Params
-    pieces: Sequence[str]
-    encode: Callable[[str], Sequence[int]] | None = None
+    tokenizer: Fitted | None = None
+    batch: Batch | None = None
+    history: Callable[[], Iterator[tuple[int, Params]]] | None = None
 
-    def ids(self, text: str) -> np.ndarray:
-        """`[L]`: the tokens of a text. Raises `ConfigError` where there is no tokenizer."""
-        if self.encode is None:
-            raise ConfigError("has no tokenizer here: give the token ids themselves with --ids=1,2,3", self.name)
-        return np.asarray(self.encode(text), np.int32)
+    @property
+    def read(self) -> Batch:
+        """The batch. Raises `ConfigError` where there is none."""
+        if self.batch is None:
+            raise ConfigError("is missing: this is a view of the model while it reads one", "text")
+        return self.batch
 
-    def unrolled(self) -> Subject:
-        """The same with every layer of the parameters alone."""
-        return Subject(
-            self.name, unrolled(self.model), self.vocabulary, unstack_layers(self.params, self.model), self.pieces, self.encode
-        )
+    def piece(self, number: int) -> str:
+        """What an id stands for, with signs for spaces and line ends; #5 for one that stands for no text."""
+        found = self.tokenizer.piece_bytes[number] if self.tokenizer and number < self.tokenizer.vocabulary else b""
+        text = found.decode("utf-8", "backslashreplace").translate(SIGNS)
+        return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or f"#{number}"
+
+    def pieces(self, ids: Sequence[int] | np.ndarray | jax.Array) -> list[str]:
+        """What each id stands for."""
+        return [self.piece(int(i)) for i in np.asarray(ids).reshape(-1)]
+
+    def id(self, word: str) -> int:
+        """The one token that a word is, alone or after a space; an id where there is no tokenizer. Raises `ConfigError`."""
+        if self.tokenizer is None:
+            if word.isdigit() and int(word) < self.vocabulary:
+                return int(word)
+            raise ConfigError(f"must be ids below {self.vocabulary}, for {self.name} has no tokenizer: got {word!r}", "words")
+        for text in (word, f" {word}"):
+            same = [i for i, piece in enumerate(self.tokenizer.piece_bytes) if piece == text.encode()]
+            for ids in (same, self.tokenizer.encode(text)):
+                if len(ids) == 1:
+                    return int(ids[0])
+        several = " + ".join(repr(piece) for piece in self.pieces(self.tokenizer.encode(word)))
+        raise ConfigError(f"must be single tokens of the model's, and {word!r} is {several}: name another", "words")
 
 
 def sequence(model: Model, tokens: Sequence[int], *, inputs: Sequence[int] | None = None, start: int = 0) -> Batch:
@@ -69,11 +96,6 @@ def embedding_table(model: Model, params: Params) -> np.ndarray:
     return np.asarray(table * model.width**0.5 if model.embedding.scaled else table)
 
 
-def places(stack: str) -> str:
-    """The stack's name in captions: nothing where there is only one."""
-    return f"{stack}, " if stack else ""
-
-
 def words(model: Model) -> None:
     """Raises `ConfigError` unless the model scores token ids."""
     if not model.head.words:
@@ -82,8 +104,6 @@ def words(model: Model) -> None:
 
 def mean_loss(logits_BLV: jax.Array, batch: Batch) -> jax.Array:
     """-log p of the right token in nats, averaged over the places that count."""
-    from llm_jax.nn.losses import cross_entropy
-
     nll_BL = cross_entropy(logits_BLV, batch.targets)[0]
     weights = jnp.ones_like(nll_BL) if batch.weights is None else batch.weights
     return (nll_BL * weights).sum() / jnp.maximum(weights.sum(), 1e-30)
