@@ -228,6 +228,9 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
             near = nearest(call.id, sorted(choices))
             raise ConfigError(f"has no choice {call.id!r}: did you mean {near}?", where)
         return _construct(choices[call.id], node, where)
+    items = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple), None)
+    if isinstance(node, (ast.Tuple, ast.List)) and items is not None:
+        return tuple(_evaluate(n, ast.unparse(n), items, f"{where}[{i}]") for i, n in enumerate(node.elts))
     if str in members or any(typing.get_origin(m) is typing.Literal for m in members):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
