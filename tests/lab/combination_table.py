@@ -95,7 +95,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
         "@first=(Layer(ffn=Gated(ratio=1)),)",
         "@pattern=(Layer(), Layer(position=NoPosition()))",
     ),
-    "mup": ("", "model.mup=MuP(base_width=8)"),
+    "mup": ("", "model.mup=MuP(base_width=8); optimizer=AdamW()"),
 }
 
 # Each beside the first level of all factors: variants that no other factor is likely to meddle with.
@@ -113,7 +113,10 @@ ALONE: tuple[tuple[str, ...], ...] = (
     ("@attention=LSTM(units=12, forget=2.0)",),
     ("@ffn=MoE(experts=4, active=1, router=Softmax(renormalize=False), dispatch=Dropless(form=dense))",),
     ("@ffn=MoE(experts=4, router=ExpertChoice(capacity=2.0, over=row), balance=0)", "model=Encoder()"),
-    ("@pattern=(Layer(attention=Attention(heads=2, mask=SlidingWindow(window=3))), Layer(position=NoPosition()))", "@position=Rope()"),
+    (
+        "@pattern=(Layer(attention=Attention(heads=2, mask=SlidingWindow(window=3))), Layer(position=NoPosition()))",
+        "@position=Rope()",
+    ),
     ("@residual=HyperConnections(rate=1)",),
     ("model.embedding.rank=16",),
     ("model.head=SequenceClassifier(pooling=last)", "model.precision=Precision()"),
@@ -183,11 +186,15 @@ class Supervised(Objective):
 
 def assignments(levels: Iterable[str]) -> list[str]:
     """The levels as `--set` takes them, with the sizes; a whole model first."""
-    texts = [text for text in levels if text]
+    texts = [text for level in levels for text in level.split("; ") if text]
     whole = [text for text in texts if text.startswith("model=")][-1:]
     both = "EncoderDecoder" in "".join(whole)
     sized = "Stack(" in "".join(whole)
-    sizes = () if sized else (f"@width={WIDTH}", f"@depth={DEPTH}", *(("model.cross=Attention(heads=2, mask=Bidirectional())",) if both else ()))
+    sizes = (
+        ()
+        if sized
+        else (f"@width={WIDTH}", f"@depth={DEPTH}", *(("model.cross=Attention(heads=2, mask=Bidirectional())",) if both else ()))
+    )
     rest = [text for text in texts if not text.startswith("model=")]
     network = next((text for text in reversed(rest) if text.startswith("@ffn=")), "")
     dot = ".expert." if "MoE(" in network else "."
@@ -198,8 +205,8 @@ def assignments(levels: Iterable[str]) -> list[str]:
 
 @cache
 def base() -> Experiment:
-    """What all rows change: the sizes of data, and a rate that does not warm up."""
-    given = [f"data.sequence_length={LENGTH}", f"data.batch_size={ROWS}", "schedule=Constant(warmup=0)", "train.clip=none"]
+    """What all rows change: the sizes of data, and an optimizer whose state shows the gradient."""
+    given = [f"data.sequence_length={LENGTH}", f"data.batch_size={ROWS}", "optimizer=Momentum()", "train.clip=none"]
     return override_text(Experiment(), given)
 
 
