@@ -236,6 +236,10 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
             return node.value
         if not isinstance(node, ast.Constant):
             return None if type(None) in members and text.lower() == "none" else text
+    return _literal(node, text)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Name):
         return {"true": True, "false": False, "none": None}.get(node.id.lower(), text)
     try:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llm_jax.core.config import require, require_fraction, traced
 from llm_jax.core.types import Batch, Predictions, Weighted
 from llm_jax.nn.losses import cross_entropy
-from llm_jax.objectives.objective import Objective
+from llm_jax.objectives.objective import Objective, Predicts
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class NextToken(Objective):
     def check(self, model):
         require(model.head.words, "model.head", "must score token ids to predict the next one: take LanguageModel()")
         require(not model.encodes, "objective", "has no input for an encoder: take Continuation(), or a Decoder as the model")
-        sentence = "lets a token see those it is to predict: take a causal mask, or the objective Continuation()"
-        require(model.causal, "model", sentence)
+        check_blind(model)
+        given = "is Prefix(), and NextToken() gives no prefix to see: take Causal(), or the objective Continuation()"
+        require(not model.prefix_mask, f"model.{model.prefix_mask}", given)
 
     def loss(self, apply, params, batch, *, model, rng, byte_lengths, train):
         """Evaluation reports "loss" (nats a token), "bits_per_byte" = Σ nll / (ln 2 · Σ bytes), which compares across tokenizers
@@ -74,6 +75,17 @@ class NextToken(Objective):
             nll_BL = cross_entropy(logits_BLV, jnp.roll(batch.targets, -step, 1))[0]
             total = total + self.ahead / len(said.ahead) * (nll_BL * inside * weights_BL).sum()
         return total
+
+
+def check_blind(model: Predicts) -> None:
+    """Raises `ConfigError` where a token sees those that it is to predict."""
+    part = model.sees_later
+    way = (
+        "take Dropless(), Capacity(over='row', priority='position'), or a router by which tokens choose"
+        if part.endswith("ffn")
+        else "take a causal mask"
+    )
+    require(not part, f"model.{part}", f"lets a token see those it is to predict: {way}")
 
 
 def _penalty(said: Predictions, weight: jax.Array) -> jax.Array | float:

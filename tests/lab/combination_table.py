@@ -24,7 +24,7 @@ WIDTH, DEPTH, LENGTH, ROWS, VOCABULARY = 16, 2, 8, 4, 32
 FACTORS: dict[str, tuple[str, ...]] = {
     "architecture": ("model=Decoder()", "model=Encoder()", "model=EncoderDecoder()"),
     "mixer": (
-        "@attention=Attention(heads=2)",
+        "@attention=Attention(heads=2, mask=Causal())",
         "@attention=Attention(heads=4, kv_heads=2, head_dim=8, qk_norm=RMSNorm(), soft_cap=5.0, sinks=True, bias=True)",
         "@attention=MLA(heads=2, kv_rank=8, q_rank=6, nope_dim=4, rope_dim=4, value_dim=6)",
         "@attention=LSTM()",
@@ -72,7 +72,11 @@ FACTORS: dict[str, tuple[str, ...]] = {
         "@residual=HyperConnections(rate=2)",
         "@residual=HyperConnections(rate=2, dynamic=False)",
     ),
-    "dropout": ("", *(f"@dropout.{site}=0.1" for site in ("embedding", "attention", "residual", "ffn", "layer"))),
+    "dropout": (
+        "",
+        "@dropout=Dropout(embedding=0.1)",
+        *(f"@dropout.{site}=0.1" for site in ("attention", "residual", "ffn", "layer")),
+    ),
     "embedding": (
         "model.embedding=Embed()",
         "model.embedding=Embed(scaled=False)",
@@ -111,7 +115,7 @@ ALONE: tuple[tuple[str, ...], ...] = (
     ("@attention=MLA(heads=2, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=4)", "@position=Rope(scaling=YarnScaling())"),
     ("@attention=Attention(heads=4, kv_heads=1, scale=1.0, backend=blockwise)", "@position=Alibi()"),
     ("@attention=LSTM(units=12, forget=2.0)",),
-    ("@ffn=MoE(experts=4, active=1, router=Softmax(renormalize=False), dispatch=Dropless(form=dense))",),
+    ("@ffn=MoE(experts=4, active=1, router=Softmax(renormalize=False), dispatch=Dropless(form=ragged))",),
     ("@ffn=MoE(experts=4, router=ExpertChoice(capacity=2.0, over=row), balance=0)", "model=Encoder()"),
     (
         "@pattern=(Layer(attention=Attention(heads=2, mask=SlidingWindow(window=3))), Layer(position=NoPosition()))",
