@@ -65,12 +65,17 @@ class NextToken(Objective):
         return nll_BL if _is_zero(self.z_loss) else nll_BL + self.z_loss * jnp.square(log_sum_BL)
 
     def _later(self, said: Predictions, batch: Batch) -> jax.Array | float:
-        """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing."""
+        """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing.
+
+        Nor do those that are seen: step k puts token i + k into place i, and a prefix's places are seen from before them.
+        """
         total = 0.0
         for step, logits_BLV in enumerate(said.ahead, 1):
             inside = jnp.arange(batch.targets.shape[1])[None] < batch.targets.shape[1] - step
             if batch.segments is not None:
                 inside = inside & (jnp.roll(batch.segments, -step, 1) == batch.segments)
+            if batch.prefix is not None:
+                inside = inside & ~jnp.roll(batch.prefix, -1, 1)
             weights_BL = 1.0 if batch.weights is None else jnp.roll(batch.weights, -step, 1)
             nll_BL = cross_entropy(logits_BLV, jnp.roll(batch.targets, -step, 1))[0]
             total = total + self.ahead / len(said.ahead) * (nll_BL * inside * weights_BL).sum()
