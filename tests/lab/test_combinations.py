@@ -187,6 +187,10 @@ SENTENCES = {
     ),
     ("@pattern=(Layer(), Layer(attention=NoMixing(), ffn=NoFeedForward()))",): r"pattern\[1\].ffn is NoFeedForward\(\) in a",
     ("model.embedding.rank=17",): r"model.embedding.rank must be at most width=16, got 17: take a smaller one, or None",
+    (
+        "model.embedding.rank=12",
+        "model.mup=MuP(base_width=8)",
+    ): (r"model.embedding.rank must be at most width=8, got 12: .* \(in the base model of mup.base_width=8\)"),
     ("@attention=MLA(heads=2, rope_dim=1)", "@position=Rope()"): r"model.position turns pairs of channels, but a head has only 1",
     ("@attention=Attention(heads=3)",): r"model.attention.heads must divide width=16 unless attention.head_dim is given, got 3",
     ("@attention=Attention(heads=2, kv_heads=4)",): r"model.attention.kv_heads must divide heads=2, got 4",
