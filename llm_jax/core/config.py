@@ -233,7 +233,7 @@ def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
         raise ConfigError(f"takes a component by its name alone, not {ast.unparse(node)!r}: did you mean {near}?", where)
     inner = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple), None)
     if inner is not None and _is_config_type(inner) and (items := _items(node)) is not None:
-        return tuple(_evaluate(item, ast.unparse(item), inner, where) for item in items)
+        return tuple(_evaluate(item, ast.unparse(item), inner, f"{where}[{i}]") for i, item in enumerate(items))
     if str in members or any(typing.get_origin(m) is typing.Literal for m in members):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from llm_jax.core.sharding import constrain
+from llm_jax.models.combinations import check_embedding, check_head, check_stack
 from llm_jax.models.heads import Head, LanguageModel
 from llm_jax.models.model import Model
 from llm_jax.models.mup import MuP
@@ -29,6 +30,9 @@ class Decoder(Stack, Model):
 
     def validate(self):
         super().validate()
+        check_stack(self)
+        check_embedding(self.embedding, self.width)
+        check_head(self.head, self)
         if self.mup:
             self.mup.check(self)
 

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import require
+from llm_jax.core.config import ConfigError, require
 from llm_jax.core.sharding import constrain
+from llm_jax.models.combinations import check_embedding, check_head, check_stack, check_without_prefix
 from llm_jax.models.heads import Head, LanguageModel
 from llm_jax.models.model import Model
 from llm_jax.models.stack import Stack, enter, layers
@@ -44,6 +45,16 @@ class EncoderDecoder(Model):
         require(known, "cross", f"must be given where the decoder mixes by {type(self.decoder.attention).__name__}")
         free = self.across.mask == Bidirectional()
         require(free, "cross.mask", f"must be Bidirectional(): the encoder's places are not the decoder's, got {self.across.mask}")
+        heads, split = self.across.heads, self.across.head_dim is not None or self.width % self.across.heads == 0
+        require(split, "cross.heads", f"must divide width={self.width} unless cross.head_dim is given, got {heads}")
+        for name, stack in self.stacks.items():
+            try:
+                check_stack(stack, self.across if stack is self.decoder else None)
+                check_without_prefix(stack)
+            except ConfigError as error:
+                raise error.inside(name) from None
+        check_embedding(self.embedding, self.width)
+        check_head(self.head, self.decoder)
 
     @property
     def across(self) -> Attention:

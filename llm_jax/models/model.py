@@ -16,6 +16,7 @@ from llm_jax.core.config import Config, substitute
 from llm_jax.core.sharding import unbox
 from llm_jax.core.types import Batch
 from llm_jax.models.stack import Stack
+from llm_jax.nn.masks import Prefix
 from llm_jax.nn.multihead import Attention
 
 Params = Mapping[str, Any]
@@ -79,6 +80,19 @@ class Model(Config):
     def causal(self) -> bool:
         """Whether no output sees a later token of its own sequence."""
         return self.final.causal
+
+    @property
+    def sees_later(self) -> str:
+        """What of it shows a token later ones, as a path; empty if nothing does."""
+        name = list(self.stacks)[-1]
+        return f"{name}.{self.final.sees_later}" if name and self.final.sees_later else self.final.sees_later
+
+    @property
+    def prefix_mask(self) -> str:
+        """Where a mask shows a prefix, as a path; empty if none does."""
+        stack = self.final
+        kinds = {where: stack.resolved(layer).attention for where, layer in stack.described.items()}
+        return next((f"{w}attention.mask" for w, mixer in kinds.items() if isinstance(getattr(mixer, "mask", None), Prefix)), "")
 
     @property
     def scanned(self) -> bool:

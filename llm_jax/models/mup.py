@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from llm_jax.core.config import Config, override, require, require_positive
+from llm_jax.core.config import Config, ConfigError, override, require, require_positive
 from llm_jax.core.sharding import unbox
 from llm_jax.models.block import Layer
 from llm_jax.models.model import abstract_parameters, input_output_axes, parameter_roles
@@ -43,7 +43,10 @@ class MuP(Config):
         require(model.width % self.base_width == 0, "mup.base_width", f"must divide width={model.width}, got {self.base_width}")
         own = any(isinstance(layer.attention, Attention) for layer in (*model.first, *model.pattern))
         require(not (own and self.base_heads), "mup.base_heads", "cannot be given where single layers have attention of their own")
-        self.base(model)
+        try:
+            self.base(model)
+        except ConfigError as error:
+            raise ConfigError(f"{error.problem} (in the base model of mup.base_width={self.base_width})", error.path) from None
 
     def parametrized(self, model: Any) -> Any:
         """The model with its scores and logits scaled, as plain configuration."""

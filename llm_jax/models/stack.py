@@ -56,8 +56,8 @@ class Stack(Config):
         require_positive(self, "width", "depth")
         fits = len(self.first) <= self.depth
         require(fits, "first", f"describes {len(self.first)} layers, but depth={self.depth}: shorten it or deepen the model")
-        for where, kind in self._kinds():
-            self._check_heads(kind, where)
+        for where, layer in {"": Layer(), **self.described}.items():
+            self._check_heads(self.resolved(layer), where)
         single = self.placement in ("pre", "sandwich", "parallel", "parallel_shared")
         require(
             self.residual.streams == 1 or single,
@@ -67,11 +67,12 @@ class Stack(Config):
         kept = not (isinstance(self.residual, NoResidual) and "layer" in self.dropout.rates())
         require(kept, "dropout.layer", "drops whole branches, and without a residual nothing is left: take another residual")
 
-    def _kinds(self) -> list[tuple[str, Layer]]:
-        """Where each kind of layer is described, and what it is in full."""
-        described = [(f"first[{i}].", layer) for i, layer in enumerate(self.first)]
-        described += [(f"pattern[{i}].", layer) for i, layer in enumerate(self.pattern)]
-        return [(where, self.resolved(layer)) for where, layer in [("", Layer()), *described]]
+    @property
+    def described(self) -> dict[str, Layer]:
+        """Where each kind of layer that there is is described ("": by the stack alone), and what it does differently."""
+        rest = self.depth - len(self.first)
+        pattern = {f"pattern[{i}].": layer for i, layer in enumerate(self.pattern[:rest])} if self.pattern else {"": Layer()}
+        return {f"first[{i}].": layer for i, layer in enumerate(self.first)} | (pattern if rest else {})
 
     def resolved(self, layer: Layer) -> Layer:
         """The layer with everything that it takes from the stack."""
@@ -126,9 +127,25 @@ class Stack(Config):
         return all(part.causal for kind in self.in_full for part in (kind.attention, kind.ffn) if part)
 
     @property
+    def sees_later(self) -> str:
+        """What it is of the stack that shows a token later ones; empty if nothing does."""
+        for where, layer in self.described.items():
+            whole = self.resolved(layer)
+            for name, part in (("attention", whole.attention), ("ffn", whole.ffn)):
+                if part and not part.causal:
+                    return where + name
+        return ""
+
+    @property
+    def position_takers(self) -> list[Mixer]:
+        """What mixes in each layer that attends by the stack's own position."""
+        layers = [layer for layer in self.in_full if layer.attention and layer.attention.attends]
+        return [layer.attention for layer in layers if layer.attention and layer.position == self.position]
+
+    @property
     def heads_for_bias(self) -> int:
         """Heads of a bias that all layers share."""
-        return self.attention.heads_for_bias
+        return next(iter(self.position_takers), self.attention).heads_for_bias
 
 
 def enter(config: Stack, x_BLD: jax.Array, positions_BL: jax.Array, *, unit: float) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -32,6 +32,8 @@ class MLA(Mixer):
     None is 1/√(nope_dim + rope_dim), times what the positional scheme asks for (YaRN).
     """
 
+    attends = True
+
     heads: int = 4
     kv_rank: int = 64
     q_rank: int | None = None

@@ -16,6 +16,7 @@ class Mixer(Config):
     """How tokens are mixed. The counts are of one layer of a model of that width."""
 
     abstract = True
+    attends = False  # whether tokens look at each other by scores, which a position may turn or bias
 
     def build(self, position: Position, gain: float, dtype: Any, name: str) -> nn.Module:
         """The module `(x [B, L, D], Context) -> [B, L, D]`; gain: of its last matrix's initialisation."""

@@ -30,6 +30,8 @@ class Attention(Mixer):
     head that no value belongs to, in the softmax's denominator (gpt-oss). scale: of the scores, None is 1/√head_dim.
     """
 
+    attends = True
+
     heads: int = 4
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -169,7 +171,7 @@ class MultiHead(nn.Module):
 
 def score_bias(position: Position, context: Context, heads: int) -> Bias | None:
     """What the positional scheme adds to the scores; None for a scheme that adds nothing."""
-    if type(position).bias is Position.bias:
+    if not position.biases_scores:
         return None
     return Bias(partial(_bias, position, heads), dict(context.shared))
 

@@ -54,6 +54,29 @@ class Position(Config):
         """What is added to the scores, `[B or 1, H, L, M]` float32, for any block of query and key positions."""
         return None
 
+    def _overrides(self, *hooks: str) -> bool:
+        return any(getattr(type(self), hook) is not getattr(Position, hook) for hook in hooks)
+
+    @property
+    def added_to_embeddings(self) -> bool:
+        """Whether it works before the first layer."""
+        return self._overrides("embed")
+
+    @property
+    def shared_by_layers(self) -> bool:
+        """Whether all layers share parameters of it."""
+        return self._overrides("shared")
+
+    @property
+    def inside_attention(self) -> bool:
+        """Whether it works on queries, keys or scores."""
+        return self._overrides("rotate", "bias")
+
+    @property
+    def biases_scores(self) -> bool:
+        """Whether something is added to the scores."""
+        return self._overrides("bias")
+
 
 @dataclass(frozen=True)
 class NoPosition(Position):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import require
 from llm_jax.core.types import Batch
-from llm_jax.objectives.next_token import NextToken
+from llm_jax.objectives.next_token import NextToken, check_blind
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Continuation(NextToken):
 
     def check(self, model):
         require(model.head.words, "model.head", "must score token ids to continue a text: take LanguageModel()")
-        require(model.causal, "model", "lets a token see those it is to predict: take the mask Causal() or Prefix()")
+        check_blind(model)
 
     def loss(self, apply, params, batch, *, model, rng, byte_lengths, train):
         length = batch.tokens.shape[1]

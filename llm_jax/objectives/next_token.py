@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llm_jax.core.config import require, require_fraction, traced
 from llm_jax.core.types import Batch, Predictions, Weighted
 from llm_jax.nn.losses import cross_entropy
-from llm_jax.objectives.objective import Objective
+from llm_jax.objectives.objective import Objective, Predicts
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class NextToken(Objective):
     def check(self, model):
         require(model.head.words, "model.head", "must score token ids to predict the next one: take LanguageModel()")
         require(not model.encodes, "objective", "has no input for an encoder: take Continuation(), or a Decoder as the model")
-        sentence = "lets a token see those it is to predict: take a causal mask, or the objective Continuation()"
-        require(model.causal, "model", sentence)
+        check_blind(model)
+        given = "is Prefix(), and NextToken() gives no prefix to see: take Causal(), or the objective Continuation()"
+        require(not model.prefix_mask, f"model.{model.prefix_mask}", given)
 
     def loss(self, apply, params, batch, *, model, rng, byte_lengths, train):
         """Evaluation reports "loss" (nats a token), "bits_per_byte" = Σ nll / (ln 2 · Σ bytes), which compares across tokenizers
@@ -78,16 +79,32 @@ class NextToken(Objective):
         return nll_BL if _is_zero(self.z_loss) else nll_BL + self.z_loss * jnp.square(log_sum_BL)
 
     def _later(self, said: Predictions, batch: Batch) -> jax.Array | float:
-        """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing."""
+        """Σ of the weighted losses of the tokens after the next one; those outside the document count nothing.
+
+        Nor do those that are seen: step k puts token i + k into place i, and a prefix's places are seen from before them.
+        """
         total = 0.0
         for step, logits_BLV in enumerate(said.ahead, 1):
             inside = jnp.arange(batch.targets.shape[1])[None] < batch.targets.shape[1] - step
             if batch.segments is not None:
                 inside = inside & (jnp.roll(batch.segments, -step, 1) == batch.segments)
+            if batch.prefix is not None:
+                inside = inside & ~jnp.roll(batch.prefix, -1, 1)
             weights_BL = 1.0 if batch.weights is None else jnp.roll(batch.weights, -step, 1)
             nll_BL = cross_entropy(logits_BLV, jnp.roll(batch.targets, -step, 1))[0]
             total = total + self.ahead / len(said.ahead) * (nll_BL * inside * weights_BL).sum()
         return total
+
+
+def check_blind(model: Predicts) -> None:
+    """Raises `ConfigError` where a token sees those that it is to predict."""
+    part = model.sees_later
+    way = (
+        "take Dropless(), Capacity(over='row', priority='position'), or a router by which tokens choose"
+        if part.endswith("ffn")
+        else "take a causal mask"
+    )
+    require(not part, f"model.{part}", f"lets a token see those it is to predict: {way}")
 
 
 def _penalty(said: Predictions, weight: jax.Array) -> jax.Array | float:

@@ -26,6 +26,10 @@ class Predicts(Protocol):
     @property
     def causal(self) -> bool: ...  # no output depends on a later token
     @property
+    def sees_later(self) -> str: ...  # what of it makes an output depend on a later token, or nothing
+    @property
+    def prefix_mask(self) -> str: ...  # where it has a mask for a prefix, if it has
+    @property
     def encodes(self) -> bool: ...  # it reads an input besides
     @property
     def head(self) -> Says: ...

@@ -104,7 +104,7 @@ def test_what_may_be_typed(assignments, expected):
         (["shape=Circle(2, 3)"], "shape has 1 fields in Circle, got 2 values"),
         (["shape=Circle(2, radius=3)"], "shape is given 'radius' twice in Circle"),
         (["shape=shapes.Circle(2)"], "shape takes a component by its name alone, not 'shapes.Circle(2)': did you mean Circle?"),
-        (["shapes=(Circle(), Bax())"], "shapes has no choice 'Bax': did you mean Box?"),
+        (["shapes=(Circle(), Bax())"], "shapes[1] has no choice 'Bax': did you mean Box?"),
         (["shapes=Circle()"], "shapes must be"),
         (["shape=Circle(size=2)"], "shape has no 'size' in Circle: did you mean radius?"),
         (["shape.radius=-1.0"], "shape.radius must be > 0, got -1.0"),

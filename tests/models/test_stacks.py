@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Predictions
 from llm_jax.lab.components import (
     LSTM,
     Attention,
@@ -231,6 +231,31 @@ def test_the_loss_of_later_tokens_counts_those_in_the_document():
                 if k == 0 or (i + k < L and segments[b, i + k] == segments[b, i]):
                     expected -= float(logp[b, i, targets[b, i + k if k else i]]) * (1 if k == 0 else 0.5 / 2)
     np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
+
+
+def test_no_later_token_that_counts_has_been_seen():
+    """A place of the prefix is seen from everywhere, and with it the later token that a layer ahead has put there."""
+    model, cut = small(head=MultiToken(ahead=2), attention=Attention(heads=2, mask=Prefix())), 4
+    params, network, objective = initial(model), model.build(V), Continuation(fraction=cut / L)
+    prefix = np.broadcast_to(np.arange(L)[None] < cut, (B, L))
+
+    def ahead(tokens):
+        sown = network.apply({"params": params}, tokens, prefix_BL=prefix, mutable=["ahead"])[1]["ahead"]["head"]
+        return [sown["logits_1"], sown["logits_2"]]
+
+    def loss(later):
+        said = Predictions(jnp.zeros((B, L, V)), tuple(later))
+        given = {"model": model, "rng": None, "byte_lengths": jnp.ones(V, jnp.int32), "train": True}
+        return objective.loss(lambda *_: said, params, Batch(TOKENS, np.roll(TOKENS, -1, 1)), **given)[0].total
+
+    before = ahead(TOKENS)
+    for step, counts in enumerate(jax.grad(loss)(before), 1):
+        places = np.flatnonzero(np.abs(counts).max((0, 2)))
+        np.testing.assert_array_equal(places, np.arange(cut - 1, L - step))
+        for place in set(places) & set(range(L - step - 1)):
+            changed = TOKENS.copy()
+            changed[:, place + step + 1] = (changed[:, place + step + 1] + 1) % V
+            np.testing.assert_array_equal(ahead(changed)[step - 1][:, place], before[step - 1][:, place])
 
 
 # ── what training adds ───────────────────────────────────────────────────────────────────────────────────────────────
