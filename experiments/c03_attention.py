@@ -19,7 +19,7 @@ LOCAL = {"model.attention.mask": SlidingWindow(window=24)}
 ablation = Ablation(
     question="Which mixers recall a fact that was told 1, 2, … 32 facts ago?",
     base=override(
-        presets.nano(steps=1500),
+        presets.nano(steps=1600),
         {"data.corpus": Recall(), "objective": NextToken(after=ord("?"), skip=1), "evaluation.every": 100, "train.log_every": 20},
     ),
     scientific=Arms(
