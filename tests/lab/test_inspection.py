@@ -428,7 +428,7 @@ def test_schemes_are_where_layers_use_them():
     found = positions.schemes(model, random_parameters(model))
     assert [(scheme.name, scheme.layers) for scheme in found] == [("T5Bias", (0,)), ("Rope", (2,))]
     assert schemes_of(NoPosition())[0] == []
-    recurrent = Decoder(width=8, depth=2, attention=LSTM(), position=Rope())
+    recurrent = Decoder(width=8, depth=2, attention=LSTM(), position=NoPosition())
     assert positions.schemes(recurrent, random_parameters(recurrent)) == []
     both = KINDS["encoder-decoder"]
     assert [s.stack for s in positions.schemes(both, random_parameters(both))] == ["encoder", "decoder"]
@@ -500,7 +500,7 @@ def test_a_page_works_alone_and_says_what_it_leaves_out(name, tmp_path):
 
 
 def test_what_a_model_has_not_is_left_out_or_refused(tmp_path):
-    model = Decoder(**TINY, attention=LSTM(), position=Rope())
+    model = Decoder(**TINY, attention=LSTM(), position=NoPosition())
     lm = LM(model, VOCABULARY, random_parameters(model), source="memory")
     written = lm.inspect([1, 2, 3]).write(tmp_path)
     assert [view.name for view in written.views] == ["lens", "depth", "embeddings"]
