@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -294,7 +295,7 @@ def test_what_no_family_computes_is_said_in_a_sentence(speller, tmp_path):
     other = dataclasses.replace(speller, config=dataclasses.replace(speller.config, position=Alibi()))
     with pytest.raises(ConfigError, match="position is a Alibi, gpt2 has Learned"):
         llm_jax.export(other, tmp_path / "out", family="gpt2")
-    with pytest.raises(ConfigError, match=r"model is like no family of gpt2, .*: name one with family="):
+    with pytest.raises(ConfigError, match=r"model is like no family of gpt2, .* The nearest: bloom has "):
         llm_jax.export(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -369,6 +370,22 @@ def test_the_best_final_trial_is_taken_of_all_or_of_an_arm(work):
     assert llm_jax.load(folder / "trials" / name).source == llm_jax.load(folder, trial=name).source == f"{name} at step 2"
     lm = llm_jax.load(folder)
     assert (lm.vocabulary, lm.end, lm.start) == (257, (256,), 256) and isinstance(lm.generate("the", max_new_tokens=3), str)
+
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_what_the_readme_shows_is_true_of_what_was_trained(work, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(import llm_jax\n.*?)```", README, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "c06").symlink_to(work[0])
+    monkeypatch.chdir(tmp_path)
+    said: dict = {}
+    exec(block, said)
+    again, tokens = llm_jax.load("folder"), [[1, 2, 3], [4, 5]]
+    assert again.family == "gpt_neox" and (again.end, again.start) == (said["lm"].end, said["lm"].start)
+    np.testing.assert_allclose(again.logits(tokens), said["lm"].logits(tokens), rtol=0, atol=1e-4)
+    assert again.generate("the", max_new_tokens=4) == said["lm"].generate("the", max_new_tokens=4)
 
 
 def test_what_is_missing_is_named(work, tmp_path):

@@ -26,9 +26,10 @@ from llm_jax.io.huggingface.encoders import BERT, T5
 from llm_jax.io.huggingface.experts import DEEPSEEK_V3, MIXTRAL, QWEN3_MOE
 from llm_jax.io.huggingface.family import Family
 from llm_jax.io.huggingface.fields import Fields, harmless, read_json
+from llm_jax.io.huggingface.forms import forms, rewritten
 from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
 from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from llm_jax.io.huggingface.names import Plan, plans
+from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
 from llm_jax.models.model import Model, Params, abstract_parameters
 
@@ -155,14 +156,17 @@ def export(
 ) -> None:
     """A new folder that transformers loads: config.json, safetensors and the tokenizer's files. Raises `ConfigError`.
 
-    family: a `model_type`; None is the first that computes what the model computes. max_shard_bytes: of one file. settings: further
-    keys of config.json, of those that leave the arithmetic alone.
+    family: a `model_type`; None is the first that computes what the model computes, if need be in another of its `forms`, whose
+    parameters are then not those that were given. max_shard_bytes: of one file. settings: further keys of config.json, of those
+    that leave the arithmetic alone.
     """
-    kind, values = _described(model, family)
-    values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, model)
-    leaves = arrays.flatten(params)
-    found = _matching(plans(FAMILIES[kind].rows(model, values), model, parameter_shapes(model, vocabulary)), leaves)
-    tensors = arrays.Tensors(found, leaves, FAMILIES[kind].copies)
+    kind, form, values = _described(model, family)
+    values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, form)
+    leaves, shapes = arrays.flatten(params), parameter_shapes(form, vocabulary)
+    _check_shapes(parameter_shapes(model, vocabulary), leaves)
+    if form != model:
+        leaves = rewritten(model, form, leaves, shapes)
+    tensors = arrays.Tensors(plans(FAMILIES[kind].rows(form, values), form, shapes), leaves, FAMILIES[kind].copies)
     with weights.new_folder(path) as folder:
         weights.write(folder, tensors.shapes, tensors, dtype=dtype, limit=max_shard_bytes)
         for file in tokenizer_files:
@@ -170,16 +174,27 @@ def export(
         weights.write_json(folder / weights.CONFIG, values)
 
 
-def _described(model: Model, family: str | None) -> tuple[str, dict[str, Any]]:
-    """The family and its config.json."""
+def _described(model: Model, family: str | None) -> tuple[str, Model, dict[str, Any]]:
+    """The family, the form of the model that it has, and its config.json."""
+    families = FAMILIES if family is None else {family: _family(family, "export")}
+    reasons: dict[str, list[ConfigError]] = {kind: [] for kind in families}
+    for form in forms(model):
+        for kind, candidate in families.items():
+            try:
+                return kind, form, candidate.config(form)
+            except ConfigError as error:
+                reasons[kind].append(error)
+    nearest = {kind: min(errors, key=_distance) for kind, errors in reasons.items()}
     if family is not None:
-        return family, _family(family, "export").config(model)
-    for kind, candidate in FAMILIES.items():
-        try:
-            return kind, candidate.config(model)
-        except ConfigError:
-            continue
-    raise ConfigError(f"is like no family of {', '.join(FAMILIES)}: name one with family= to see what differs", "model")
+        raise nearest[family]
+    order = sorted(nearest, key=lambda kind: _distance(nearest[kind]))[:3]
+    ways = "; ".join(f"{kind} has {', '.join(getattr(nearest[kind], 'wants', [str(nearest[kind])]))}" for kind in order)
+    raise ConfigError(f"is like no family of {', '.join(FAMILIES)}. The nearest: {ways}", "model")
+
+
+def _distance(error: ConfigError) -> tuple[int, int]:
+    """How far a model is from a family: components of other classes, then other values."""
+    return getattr(error, "kinds", 0), len(getattr(error, "wants", ("",)))
 
 
 def _with_settings(values: dict[str, Any], more: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -193,12 +208,11 @@ def _with_settings(values: dict[str, Any], more: Mapping[str, Any], model: Model
     return usual_length(model.final.in_full[0].position) | more | values | names
 
 
-def _matching(found: dict[str, Plan], leaves: Mapping[str, Any]) -> dict[str, Plan]:
-    """The plans. Raises `ConfigError` unless the parameters are those of the model."""
-    for path, plan in found.items():
-        if path not in leaves or tuple(leaves[path].shape) != plan.shape:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless the parameters are those of the model."""
+    for path, shape in shapes.items():
+        if path not in leaves or tuple(leaves[path].shape) != shape:
             got = list(leaves[path].shape) if path in leaves else "nothing"
-            raise ConfigError(f"must have the shape {list(plan.shape)} that the model says, got {got}", f"params {path}")
+            raise ConfigError(f"must have the shape {list(shape)} that the model says, got {got}", f"params {path}")
         if not getattr(leaves[path], "is_fully_addressable", True):
             raise ConfigError("is spread over several processes: bring it together with process_allgather first", f"params {path}")
-    return found
