@@ -77,14 +77,16 @@ class LM:
         classifier says `[B, L, labels]` or `[B, labels]`.
         """
         rows, _ = self._rows(tokens)
+        kinds = None if types is None else self._kinds(types, rows)
         inputs = None
+        if targets is not None and not self.config.encodes:
+            raise ConfigError("are what an encoder-decoder reads, and this model has one stack: leave them out", "targets")
         if self.config.encodes:
             if targets is None:
                 raise ConfigError("is missing: what an encoder-decoder's logits are of, beginning with a start token", "targets")
             rows, inputs = self._rows(targets, whole=False)[0], rows
             if len(rows) != len(inputs):
                 raise ConfigError(f"has {len(rows)} rows, but tokens has {len(inputs)}", "targets")
-        kinds = None if types is None else _several(types)[0]
         length = max(map(len, rows))
         said: list[Any] = [None] * len(rows)
         for group, given, read in self._batches(rows, inputs, batch_size):
@@ -171,6 +173,21 @@ class LM:
         if not rows or min(map(len, rows)) == 0:
             raise ConfigError("has nothing in it: give at least one token", "a text" if rows else "the list of texts")
         return rows, single
+
+    def _kinds(self, types: Any, rows: Sequence[Ids]) -> list[Ids]:
+        """A kind for each token of each row. Raises `ConfigError` unless they are so many and the model has them."""
+        count = 0 if self.config.encodes else self.config.embedding.types  # type: ignore[attr-defined]
+        if not count:
+            raise ConfigError("are kinds of tokens, and this model has none: leave them out", "types")
+        kinds = _several(types)[0]
+        if list(map(len, kinds)) != list(map(len, rows)):
+            raise ConfigError(
+                f"has rows of {list(map(len, kinds))} kinds, but tokens has rows of {list(map(len, rows))} tokens", "types"
+            )
+        wrong = next((int(kind) for row in kinds for kind in row if not 0 <= kind < count), None)
+        if wrong is not None:
+            raise ConfigError(f"has {wrong}, but there are only 0 … {count - 1}", "types")
+        return kinds
 
     @property
     def _after(self) -> tuple[int, ...]:
