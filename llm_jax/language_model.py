@@ -46,7 +46,7 @@ class LM:
 
     config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids
     that end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with
-    it; family: what Hugging Face calls the architecture.
+    it; family: what Hugging Face calls the architecture; untold: why it has no tokenizer, where there are files of one.
     """
 
     config: Model
@@ -60,6 +60,7 @@ class LM:
     source: str = ""
     folder: pathlib.Path | None = None
     family: str | None = None
+    untold: str = ""
 
     def __repr__(self) -> str:
         stacks = " + ".join(f"{stack.depth} layers" for stack in self.config.stacks.values())
@@ -202,7 +203,8 @@ class LM:
                 raise ConfigError(f"is {wrong}, but there are only 0 … {self.vocabulary - 1}", "a token id")
             return ids
         if self.tokenizer is None:
-            raise ConfigError(f"are what this model takes, for {self.source} has no tokenizer: got {text[:40]!r}", "token ids")
+            why = self.untold or f"{self.source} has no tokenizer"
+            raise ConfigError(f"are what this model takes, got {text[:40]!r}: {why}", "token ids")
         return [*before, *map(int, self.tokenizer.encode(text)), *after]
 
     def _scored(self, context: Text, continuation: Text) -> tuple[list[int], int, list[int]]:
@@ -275,7 +277,7 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
         if arm is not None or trial is not None:
             raise ConfigError("is a model of Hugging Face, which has no arms and trials", str(path))
         found = pretrained.load(folder, dtype=dtype)
-        names = ("tokenizer", "before", "after", "end", "start", "family")
+        names = ("tokenizer", "before", "after", "end", "start", "family", "untold")
         more = {name: getattr(found, name) for name in names}
         return LM(found.model, found.vocabulary, found.params, source=str(path), folder=folder, **more)
     from llm_jax.lab import trained  # takes a second to import

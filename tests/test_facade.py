@@ -152,7 +152,7 @@ def test_generation_is_the_loop_that_reads_everything_again(case):
 def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path):
     lm, _ = golden("gpt2")
     for call, sentence in {
-        lambda: lm.logits("a text"): "token ids are what this model takes, for .*gpt2 has no tokenizer: got 'a text'",
+        lambda: lm.logits("a text"): "token ids are what this model takes, got 'a text': .*gpt2 has no tokenizer",
         lambda: lm.logits([[3, 23]]): "a token id is 23, but there are only 0 … 22",
         lambda: lm.logits([[1], []]): "a text has nothing in it",
         lambda: lm.logits([[1] * 17]): "a row takes 17 tokens, but the model has learned only 16 positions",
@@ -273,6 +273,57 @@ def test_a_tokenizer_puts_its_own_tokens_around_a_text(case, tmp_path):
         assert lm.loglikelihood("", "d") == pytest.approx(lm.loglikelihood([1], [6]))
         text, ids = (lm.generate(prompt, max_new_tokens=6, end=()) for prompt in ("abc", around))
         assert text == "".join(pieces[i] for i in ids if 3 <= i < len(pieces))
+
+
+@pytest.mark.parametrize(
+    "case, said, around",
+    [
+        ("llama", {}, ((1,), ())),
+        ("llama", {"add_bos_token": False, "add_eos_token": True, "eos_token": {"content": "</s>"}}, ((), (2,))),
+        ("t5", {}, ((), (2,))),
+    ],
+)
+def test_a_sentencepiece_model_alone_has_its_class_put_tokens_around_a_text(case, said, around, tmp_path):
+    import sentencepiece
+
+    shutil.copytree(GOLDEN / case, tmp_path / "m")
+    name = "spiece" if case == "t5" else "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the fox has a hat"] * 9),
+        model_prefix=str(tmp_path / "m" / name),
+        vocab_size=23,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    if said:
+        (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(said))
+    lm = llm_jax.load(tmp_path / "m")
+    assert (lm.before, lm.after) == around
+    ids = lm.tokenizer.encode("the fox").tolist()
+    np.testing.assert_array_equal(lm.embed("the fox"), lm.embed([*around[0], *ids, *(around[1] if case == "t5" else ())]))
+
+
+def test_vocabularies_without_a_tokenizer_json(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    for case in ("gpt2", "bert", "llama"):
+        shutil.copytree(GOLDEN / case, tmp_path / case)
+    pairs, words = tokenizers.ByteLevelBPETokenizer(), tokenizers.BertWordPieceTokenizer()
+    for trained, case, specials in (
+        (pairs, "gpt2", ["<|endoftext|>"]),
+        (words, "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]),
+    ):
+        trained.train_from_iterator([TEXT] * 9, vocab_size=290, special_tokens=specials, show_progress=False)
+        trained.save_model(str(tmp_path / case))
+    found = {case: llm_jax.load(tmp_path / case) for case in ("gpt2", "bert")}
+    text = "The Quick fóx, it's 12  jumps"
+    assert found["gpt2"].tokenizer.encode(text).tolist() == pairs.encode(text).ids
+    assert found["bert"].tokenizer.encode(text).tolist() == words.encode(text, add_special_tokens=False).ids
+    assert (found["gpt2"].before, found["gpt2"].after, found["bert"].before, found["bert"].after) == ((), (), (2,), (3,))
+    shutil.copy(tmp_path / "gpt2" / "vocab.json", tmp_path / "llama")
+    lm = llm_jax.load(tmp_path / "llama")
+    assert lm.logits([[1, 2]]).shape == (1, 2, 23)
+    with pytest.raises(ConfigError, match=r"vocab.json of a tokenizer of llama and no tokenizer.json: write one with `AutoTok"):
+        lm.logits("a")
 
 
 # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────────
