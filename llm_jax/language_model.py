@@ -23,7 +23,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, override
+from llm_jax.core.mesh import Mesh
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.infer import decode, forward
 from llm_jax.infer.forward import Pooling
@@ -32,6 +33,7 @@ from llm_jax.infer.sampling import Greedy, Sampling
 from llm_jax.io import huggingface, pretrained, tokenizer_json
 from llm_jax.io.huggingface import Dtype
 from llm_jax.models.model import Model, Params
+from llm_jax.nn.linear import Precision
 
 Text = str | Ids
 Texts = Text | Sequence[Text]
@@ -266,20 +268,30 @@ def _fit(said: np.ndarray, length: int, row: Ids) -> np.ndarray:
 
 
 # ── reading and writing ──────────────────────────────────────────────────────────────────────────────────────────────
-def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, dtype: Dtype = "float32") -> LM:
+def load(
+    path: str | os.PathLike,
+    *,
+    arm: str | None = None,
+    trial: str | None = None,
+    dtype: Dtype = "float32",
+    compute: Literal["float32", "bfloat16"] | None = None,
+    mesh: Mesh | None = None,
+) -> LM:
     """The model in a folder: one that Hugging Face's `save_pretrained` wrote, or one that `python -m llm_jax run` trained into.
 
     arm, trial: which of the trials of a work folder, by the arm's name or the trial's; otherwise the best final one of all. Its
-    parameters are those that its evaluation saw. dtype: of the parameters of Hugging Face. Raises `ConfigError`, in a sentence.
+    parameters are those that its evaluation saw. dtype: of the parameters of Hugging Face. compute: dtype of the activations; None
+    is float32, or what a trial was trained in. mesh: whose devices the parameters are split over, `Mesh(data=1, fsdp=-1)` over all;
+    None: all on one. Raises `ConfigError`, in a sentence.
     """
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
         if arm is not None or trial is not None:
             raise ConfigError("is a model of Hugging Face, which has no arms and trials", str(path))
-        found = pretrained.load(folder, dtype=dtype)
+        found = pretrained.load(folder, dtype=dtype, mesh=mesh)
         names = ("tokenizer", "before", "after", "end", "start", "family", "untold")
         more = {name: getattr(found, name) for name in names}
-        return LM(found.model, found.vocabulary, found.params, source=str(path), folder=folder, **more)
+        return LM(_computing(found.model, compute), found.vocabulary, found.params, source=str(path), folder=folder, **more)
     from llm_jax.lab import trained  # takes a second to import
 
     if not trained.is_here(folder):
@@ -290,7 +302,16 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
     # documents follow one another, each after the end of the one before; an encoder's last token is where its decoder begins
     start = None if own.model.encodes else end
     source = f"{own.result['trial']} at step {own.step}"
-    return LM(own.model, own.tokenizer.vocabulary, own.params, own.tokenizer, (), (), () if end is None else (end,), start, source)
+    model, vocabulary, ends = _computing(own.model, compute), own.tokenizer.vocabulary, () if end is None else (end,)
+    params = own.params if mesh is None else jax.device_put(own.params, pretrained.shardings(model, vocabulary, mesh))
+    return LM(model, vocabulary, params, own.tokenizer, (), (), ends, start, source)
+
+
+def _computing(model: Model, compute: Literal["float32", "bfloat16"] | None) -> Model:
+    """The model with its activations in that dtype."""
+    if compute is None:
+        return model
+    return override(model, {f"{path}.precision" if path else "precision": Precision(compute=compute) for path in model.stacks})
 
 
 def export(

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import llm_jax
 from llm_jax import LM, Greedy, Sample
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
 from llm_jax.core.sharding import unbox
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
@@ -175,6 +176,21 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=sentence):
             call()
+
+
+@pytest.mark.parametrize("case", ["llama", "t5"])
+def test_a_model_is_split_over_a_mesh_and_computes_in_bfloat16_where_that_is_asked(case):
+    plain, given = golden(case)
+    targets = [[0, 3]] * 3 if case == "t5" else None
+    tokens = rows(given["tokens"], given["mask"])
+    split = llm_jax.load(GOLDEN / case, mesh=Mesh(data=1, fsdp=4, tensor=2))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(split.params)} == {8}
+    np.testing.assert_allclose(split.logits(tokens, targets), plain.logits(tokens, targets), rtol=1e-5, atol=1e-5)
+    half = llm_jax.load(GOLDEN / case, dtype="bfloat16", compute="bfloat16")
+    assert {stack.precision.compute for stack in half.config.stacks.values()} == {"bfloat16"}
+    wide = llm_jax.load(GOLDEN / case, dtype="bfloat16").logits(tokens, targets)
+    apart = np.abs(half.logits(tokens, targets) - wide).max()
+    assert 1e-4 < apart < 0.1 * np.abs(wide).max()
 
 
 # ── with a tokenizer ─────────────────────────────────────────────────────────────────────────────────────────────────

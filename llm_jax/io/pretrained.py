@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
+from llm_jax.core.sharding import named, parameter_specs
 from llm_jax.data.corpora import StandardLibrary
 from llm_jax.data.tokenizers import Fitted, HuggingFace, SentencePiece
 from llm_jax.io import huggingface, vocabularies
 from llm_jax.io.huggingface import Dtype
 from llm_jax.io.huggingface.fields import read_json
-from llm_jax.models.model import Model, Params
+from llm_jax.models.model import Model, Params, abstract_parameters
 
 TOKENIZER, MODELS = "tokenizer.json", ("tokenizer.model", "spiece.model")
 
@@ -45,10 +47,11 @@ def is_here(path: str | os.PathLike) -> bool:
     return file.is_file() and "model_type" in read_json(file)
 
 
-def load(path: str | os.PathLike, *, dtype: Dtype = "float32") -> Pretrained:
-    """Everything of a folder. Raises `ConfigError`."""
+def load(path: str | os.PathLike, *, dtype: Dtype = "float32", mesh: Mesh | None = None) -> Pretrained:
+    """Everything of a folder; mesh: whose devices the parameters are split over. Raises `ConfigError`."""
     folder = pathlib.Path(path).expanduser()
-    model, vocabulary, params = huggingface.load(folder, dtype=dtype)
+    split = None if mesh is None else shardings(*huggingface.read_config(folder), mesh)
+    model, vocabulary, params = huggingface.load(folder, dtype=dtype, shardings=split)
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     says = config | (read_json(generation) if generation.is_file() else {})
@@ -60,6 +63,12 @@ def load(path: str | os.PathLike, *, dtype: Dtype = "float32") -> Pretrained:
         (tokenizer, around), untold = (None, ((), ())), str(error)
     ends, kind = _ids(says.get("eos_token_id")), config["model_type"]
     return Pretrained(model, vocabulary, params, tokenizer, *around, ends, start, kind, untold)
+
+
+def shardings(model: Model, vocabulary: int, mesh: Mesh) -> Any:
+    """Where on the mesh each parameter lies."""
+    built = mesh.build()
+    return named(built, parameter_specs(abstract_parameters(model, vocabulary), built))
 
 
 Around = tuple[tuple[int, ...], tuple[int, ...]]

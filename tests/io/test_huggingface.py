@@ -297,6 +297,20 @@ def test_half_precision_files(dtype, tmp_path):
     assert_equal_trees(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
 
 
+def test_what_chooses_experts_stays_float32(tmp_path):
+    """As in transformers, and in the files that it writes."""
+    folder = GOLDEN / "deepseek-v3"
+    model, vocabulary, params = huggingface.load(folder, layers="unrolled", dtype="bfloat16")
+    whole, leaves = (arrays.flatten(tree) for tree in (loaded("deepseek-v3")[2], params))
+    kept = {path for path, leaf in leaves.items() if leaf.dtype == np.float32}
+    assert kept == {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}
+    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype="bfloat16", max_shard_bytes=3000)
+    again = arrays.flatten(huggingface.load(tmp_path / "out", layers="unrolled")[2])
+    for path in kept:
+        np.testing.assert_array_equal(leaves[path], whole[path])
+        np.testing.assert_array_equal(again[path], whole[path])
+
+
 def dropped(pattern):
     return lambda found: {name: tensor for name, tensor in found.items() if not re.search(pattern, name)}
 

@@ -94,7 +94,8 @@ def load(
     """Model, vocabulary and parameters of a folder. Raises `ConfigError`.
 
     shardings: a tree like the parameters, of shardings; each process then reads only what its devices hold. None: all on the
-    default device. dtype: of the parameters. layers: as in the model's configuration.
+    default device. dtype: of the parameters, but for those that the family keeps in float32. layers: as in the model's
+    configuration.
     """
     folder = weights.Folder(path)
     fields = _fields(folder.path / weights.CONFIG, folder.shapes)
@@ -111,8 +112,11 @@ def load(
         ignored.append(output.replace(".", r"\."))
     tensors.check(found, ignored)
     places = arrays.flatten(shardings) if shardings is not None else {}
-    number = np.dtype(jax.numpy.dtype(dtype))
-    return model, vocabulary, arrays.nested({p: arrays.read(tensors, plan, places.get(p), number) for p, plan in found.items()})
+    narrow, wide = np.dtype(jax.numpy.dtype(dtype)), np.dtype("float32")
+    leaves = {
+        path: arrays.read(tensors, plan, places.get(path), wide if family.is_wide(path) else narrow) for path, plan in found.items()
+    }
+    return model, vocabulary, arrays.nested(leaves)
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,9 +170,12 @@ def export(
     _check_shapes(parameter_shapes(model, vocabulary), leaves)
     if form != model:
         leaves = rewritten(model, form, leaves, shapes)
-    tensors = arrays.Tensors(plans(FAMILIES[kind].rows(form, values), form, shapes), leaves, FAMILIES[kind].copies)
+    found = plans(FAMILIES[kind].rows(form, values), form, shapes)
+    tensors = arrays.Tensors(found, leaves, FAMILIES[kind].copies)
+    wide = {name for path, plan in found.items() if FAMILIES[kind].is_wide(path) for name, _ in plan.pieces.values()}
+    dtypes = {name: "float32" if name in wide else dtype for name in tensors.shapes}
     with weights.new_folder(path) as folder:
-        weights.write(folder, tensors.shapes, tensors, dtype=dtype, limit=max_shard_bytes)
+        weights.write(folder, tensors.shapes, tensors, dtypes=dtypes, limit=max_shard_bytes)
         for file in tokenizer_files:
             shutil.copy(file, folder)
         weights.write_json(folder / weights.CONFIG, values)

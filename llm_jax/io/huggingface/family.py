@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,7 @@ class Family:
     renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
     feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
     unread: keys in its files that no version of the code reads. copies: (tensor, the one that it repeats), of those written.
+    wide: pattern of the parameters that stay float32 whatever the others are read and written as.
     """
 
     kind: str
@@ -101,6 +103,7 @@ class Family:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    wide: str | None = None
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
@@ -145,6 +148,10 @@ class Family:
             wants = [f"{name}={value!r}" for name, (value, _) in unlike.items() if name != "pattern"] or ["other layers"]
             raise Unlike(f"is {here!r}, which {self.kind} cannot say: it would be {there!r}", path, wants)
         return found
+
+    def is_wide(self, path: str) -> bool:
+        """Whether a parameter stays float32."""
+        return self.wide is not None and re.search(self.wide, path) is not None
 
     def _architecture(self, head: Head) -> str:
         found = next((name for name, own in self.heads.items() if type(own) is type(head)), None)
