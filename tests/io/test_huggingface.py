@@ -642,7 +642,7 @@ OTHER_FORMS = {
     "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
     "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
     "louder": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(multiplier=2.5), embedding=Embed(scaled=False))),
-    "experts": ("mixtral", own(norm=RMSNorm(), ffn=MoE(experts=4))),
+    "experts": ("mixtral", own(norm=RMSNorm(), ffn=MoE(experts=4, expert=Gated(units=6, activation="relu")))),
 }
 
 

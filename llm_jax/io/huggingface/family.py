@@ -78,7 +78,7 @@ def key(name: str, *paths: str, **more: Any) -> Key:
     return Key(name, paths, **more)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A `model_type` of transformers.
 
