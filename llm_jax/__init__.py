@@ -12,11 +12,12 @@ HOMES = {
     "LM": "llm_jax.language_model",
     "load": "llm_jax.language_model",
     "export": "llm_jax.language_model",
+    "Mesh": "llm_jax.core.mesh",
     "Greedy": "llm_jax.infer.sampling",
     "Sample": "llm_jax.infer.sampling",
 }
 
-__all__ = ["LM", "Greedy", "Sample", "export", "load"]
+__all__ = ["LM", "Greedy", "Mesh", "Sample", "export", "load"]
 
 
 def __getattr__(name: str):

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, override
+from llm_jax.core.mesh import Mesh
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.infer import decode, forward
 from llm_jax.infer.forward import Pooling
@@ -33,6 +34,7 @@ from llm_jax.infer.sampling import Greedy, Sampling
 from llm_jax.io import huggingface, pretrained, tokenizer_json
 from llm_jax.io.huggingface import Dtype
 from llm_jax.models.model import Model, Params
+from llm_jax.nn.linear import Precision
 
 if TYPE_CHECKING:
     from llm_jax.lab.inspection import Inspection
@@ -51,7 +53,8 @@ class LM:
 
     config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids
     that end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with
-    it; family: what Hugging Face calls the architecture; trial: what it was trained as here.
+    it; family: what Hugging Face calls the architecture; untold: why it has no tokenizer, where there are files of one; trial: what
+    it was trained as here.
     """
 
     config: Model
@@ -65,6 +68,7 @@ class LM:
     source: str = ""
     folder: pathlib.Path | None = None
     family: str | None = None
+    untold: str = ""
     trial: Trained | None = None
 
     def __repr__(self) -> str:
@@ -83,14 +87,16 @@ class LM:
         classifier says `[B, L, labels]` or `[B, labels]`.
         """
         rows, _ = self._rows(tokens)
+        kinds = None if types is None else self._kinds(types, rows)
         inputs = None
+        if targets is not None and not self.config.encodes:
+            raise ConfigError("are what an encoder-decoder reads, and this model has one stack: leave them out", "targets")
         if self.config.encodes:
             if targets is None:
                 raise ConfigError("is missing: what an encoder-decoder's logits are of, beginning with a start token", "targets")
             rows, inputs = self._rows(targets, whole=False)[0], rows
             if len(rows) != len(inputs):
                 raise ConfigError(f"has {len(rows)} rows, but tokens has {len(inputs)}", "targets")
-        kinds = None if types is None else _several(types)[0]
         length = max(map(len, rows))
         said: list[Any] = [None] * len(rows)
         for group, given, read in self._batches(rows, inputs, batch_size):
@@ -200,6 +206,21 @@ class LM:
             raise ConfigError("has nothing in it: give at least one token", "a text" if rows else "the list of texts")
         return rows, single
 
+    def _kinds(self, types: Any, rows: Sequence[Ids]) -> list[Ids]:
+        """A kind for each token of each row. Raises `ConfigError` unless they are so many and the model has them."""
+        count = 0 if self.config.encodes else self.config.embedding.types  # type: ignore[attr-defined]
+        if not count:
+            raise ConfigError("are kinds of tokens, and this model has none: leave them out", "types")
+        kinds = _several(types)[0]
+        if list(map(len, kinds)) != list(map(len, rows)):
+            raise ConfigError(
+                f"has rows of {list(map(len, kinds))} kinds, but tokens has rows of {list(map(len, rows))} tokens", "types"
+            )
+        wrong = next((int(kind) for row in kinds for kind in row if not 0 <= kind < count), None)
+        if wrong is not None:
+            raise ConfigError(f"has {wrong}, but there are only 0 … {count - 1}", "types")
+        return kinds
+
     @property
     def _after(self) -> tuple[int, ...]:
         """What the tokenizer puts after a text, unless the model is to go on from there."""
@@ -213,7 +234,8 @@ class LM:
                 raise ConfigError(f"is {wrong}, but there are only 0 … {self.vocabulary - 1}", "a token id")
             return ids
         if self.tokenizer is None:
-            raise ConfigError(f"are what this model takes, for {self.source} has no tokenizer: got {text[:40]!r}", "token ids")
+            why = self.untold or f"{self.source} has no tokenizer"
+            raise ConfigError(f"are what this model takes, got {text[:40]!r}: {why}", "token ids")
         return [*before, *map(int, self.tokenizer.encode(text)), *after]
 
     def _scored(self, context: Text, continuation: Text) -> tuple[list[int], int, list[int]]:
@@ -276,22 +298,30 @@ def _fit(said: np.ndarray, length: int, row: Ids) -> np.ndarray:
 
 # ── reading and writing ──────────────────────────────────────────────────────────────────────────────────────────────
 def load(
-    path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, step: int | None = None, dtype: Dtype = "float32"
+    path: str | os.PathLike,
+    *,
+    arm: str | None = None,
+    trial: str | None = None,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+    compute: Literal["float32", "bfloat16"] | None = None,
+    mesh: Mesh | None = None,
 ) -> LM:
     """The model in a folder: one that Hugging Face's `save_pretrained` wrote, or one that `python -m llm_jax run` trained into.
 
     arm, trial: which of the trials of a work folder, by the arm's name or the trial's; otherwise the best final one of all. step:
     which of its checkpoints, otherwise the last. Its parameters are those that its evaluation saw. dtype: of the parameters of
-    Hugging Face. Raises `ConfigError`, in a sentence.
+    Hugging Face. compute: dtype of the activations; None is float32, or what a trial was trained in. mesh: whose devices the
+    parameters are split over, `Mesh(data=1, fsdp=-1)` over all; None: all on one. Raises `ConfigError`, in a sentence.
     """
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
         if (arm, trial, step) != (None, None, None):
             raise ConfigError("is a model of Hugging Face, which has no arms, trials and steps", str(path))
-        found = pretrained.load(folder, dtype=dtype)
-        names = ("tokenizer", "before", "after", "end", "start", "family")
+        found = pretrained.load(folder, dtype=dtype, mesh=mesh)
+        names = ("tokenizer", "before", "after", "end", "start", "family", "untold")
         more = {name: getattr(found, name) for name in names}
-        return LM(found.model, found.vocabulary, found.params, source=str(path), folder=folder, **more)
+        return LM(_computing(found.model, compute), found.vocabulary, found.params, source=str(path), folder=folder, **more)
     from llm_jax.lab import trained  # takes a second to import
 
     if not trained.is_here(folder):
@@ -302,8 +332,16 @@ def load(
     # documents follow one another, each after the end of the one before; an encoder's last token is where its decoder begins
     start = None if own.model.encodes else end
     source = f"{own.result['trial']} at step {own.step}"
-    ends = () if end is None else (end,)
-    return LM(own.model, own.tokenizer.vocabulary, own.params, own.tokenizer, end=ends, start=start, source=source, trial=own)
+    model, vocabulary, ends = _computing(own.model, compute), own.tokenizer.vocabulary, () if end is None else (end,)
+    params = own.params if mesh is None else jax.device_put(own.params, pretrained.shardings(model, vocabulary, mesh))
+    return LM(model, vocabulary, params, own.tokenizer, end=ends, start=start, source=source, trial=own)
+
+
+def _computing(model: Model, compute: Literal["float32", "bfloat16"] | None) -> Model:
+    """The model with its activations in that dtype."""
+    if compute is None:
+        return model
+    return override(model, {f"{path}.precision" if path else "precision": Precision(compute=compute) for path in model.stacks})
 
 
 def export(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 import llm_jax
 from llm_jax import LM, Greedy, Sample
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
 from llm_jax.core.sharding import unbox
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
@@ -151,13 +153,21 @@ def test_generation_is_the_loop_that_reads_everything_again(case):
 def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path):
     lm, _ = golden("gpt2")
     for call, sentence in {
-        lambda: lm.logits("a text"): "token ids are what this model takes, for .*gpt2 has no tokenizer: got 'a text'",
+        lambda: lm.logits("a text"): "token ids are what this model takes, got 'a text': .*gpt2 has no tokenizer",
         lambda: lm.logits([[3, 23]]): "a token id is 23, but there are only 0 … 22",
         lambda: lm.logits([[1], []]): "a text has nothing in it",
         lambda: lm.logits([[1] * 17]): "a row takes 17 tokens, but the model has learned only 16 positions",
         lambda: lm.loglikelihood([[1], [2]], [[3], [4], [5]]): "continuation has 3 texts, but context has 2",
         lambda: lm.generate([1] * 10, max_new_tokens=7): "10 tokens with max_new_tokens=7 takes 17 tokens",
         lambda: golden("t5")[0].logits([[1]]): "targets is missing",
+        lambda: lm.logits([[1]], [[2]]): "targets are what an encoder-decoder reads, and this model has one stack",
+        lambda: lm.logits([[1]], types=[[0]]): "types are kinds of tokens, and this model has none",
+        lambda: golden("t5")[0].logits([[1]], [[0]], types=[[0]]): "types are kinds of tokens, and this model has none",
+        lambda: golden("bert")[0].logits([[3, 4]], types=[[0, 5]]): "types has 5, but there are only 0 … 1",
+        lambda: golden("bert")[0].logits([[3, 4]], types=[[-1, 1]]): "types has -1, but there are only 0 … 1",
+        lambda: golden("bert")[0].logits([[3, 4], [5]], types=[[0, 1], [1, 1]]): r"types has rows of \[2, 2\] kinds, .* \[2, 1\]",
+        lambda: golden("bert")[0].logits([[3, 4]], types=[[0, 1], [1]]): r"types has rows of \[2, 1\] kinds, .* \[2\] tokens",
+        lambda: golden("t5")[0].logits([[1]], [[0, 99]]): "a token id is 99, but there are only 0 … 22",
         lambda: golden("bert")[0].generate([1]): "model is not causal",
         lambda: golden("bert")[0].loglikelihood([1], [2]): "model is not causal",
         lambda: llm_jax.load(tmp_path): "is no model: give a folder with a config.json",
@@ -166,6 +176,21 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=sentence):
             call()
+
+
+@pytest.mark.parametrize("case", ["llama", "t5"])
+def test_a_model_is_split_over_a_mesh_and_computes_in_bfloat16_where_that_is_asked(case):
+    plain, given = golden(case)
+    targets = [[0, 3]] * 3 if case == "t5" else None
+    tokens = rows(given["tokens"], given["mask"])
+    split = llm_jax.load(GOLDEN / case, mesh=Mesh(data=1, fsdp=4, tensor=2))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(split.params)} == {8}
+    np.testing.assert_allclose(split.logits(tokens, targets), plain.logits(tokens, targets), rtol=1e-5, atol=1e-5)
+    half = llm_jax.load(GOLDEN / case, dtype="bfloat16", compute="bfloat16")
+    assert {stack.precision.compute for stack in half.config.stacks.values()} == {"bfloat16"}
+    wide = llm_jax.load(GOLDEN / case, dtype="bfloat16").logits(tokens, targets)
+    apart = np.abs(half.logits(tokens, targets) - wide).max()
+    assert 1e-4 < apart < 0.1 * np.abs(wide).max()
 
 
 # ── with a tokenizer ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,6 +291,57 @@ def test_a_tokenizer_puts_its_own_tokens_around_a_text(case, tmp_path):
         assert text == "".join(pieces[i] for i in ids if 3 <= i < len(pieces))
 
 
+@pytest.mark.parametrize(
+    "case, said, around",
+    [
+        ("llama", {}, ((1,), ())),
+        ("llama", {"add_bos_token": False, "add_eos_token": True, "eos_token": {"content": "</s>"}}, ((), (2,))),
+        ("t5", {}, ((), (2,))),
+    ],
+)
+def test_a_sentencepiece_model_alone_has_its_class_put_tokens_around_a_text(case, said, around, tmp_path):
+    import sentencepiece
+
+    shutil.copytree(GOLDEN / case, tmp_path / "m")
+    name = "spiece" if case == "t5" else "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the fox has a hat"] * 9),
+        model_prefix=str(tmp_path / "m" / name),
+        vocab_size=23,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    if said:
+        (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(said))
+    lm = llm_jax.load(tmp_path / "m")
+    assert (lm.before, lm.after) == around
+    ids = lm.tokenizer.encode("the fox").tolist()
+    np.testing.assert_array_equal(lm.embed("the fox"), lm.embed([*around[0], *ids, *(around[1] if case == "t5" else ())]))
+
+
+def test_vocabularies_without_a_tokenizer_json(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    for case in ("gpt2", "bert", "llama"):
+        shutil.copytree(GOLDEN / case, tmp_path / case)
+    pairs, words = tokenizers.ByteLevelBPETokenizer(), tokenizers.BertWordPieceTokenizer()
+    for trained, case, specials in (
+        (pairs, "gpt2", ["<|endoftext|>"]),
+        (words, "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]),
+    ):
+        trained.train_from_iterator([TEXT] * 9, vocab_size=290, special_tokens=specials, show_progress=False)
+        trained.save_model(str(tmp_path / case))
+    found = {case: llm_jax.load(tmp_path / case) for case in ("gpt2", "bert")}
+    text = "The Quick fóx, it's 12  jumps"
+    assert found["gpt2"].tokenizer.encode(text).tolist() == pairs.encode(text).ids
+    assert found["bert"].tokenizer.encode(text).tolist() == words.encode(text, add_special_tokens=False).ids
+    assert (found["gpt2"].before, found["gpt2"].after, found["bert"].before, found["bert"].after) == ((), (), (2,), (3,))
+    shutil.copy(tmp_path / "gpt2" / "vocab.json", tmp_path / "llama")
+    lm = llm_jax.load(tmp_path / "llama")
+    assert lm.logits([[1, 2]]).shape == (1, 2, 23)
+    with pytest.raises(ConfigError, match=r"vocab.json of a tokenizer of llama and no tokenizer.json: write one with `AutoTok"):
+        lm.logits("a")
+
+
 # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("case", ["mistral", "t5-gated", "bert-sequence"])
 def test_what_is_exported_is_loaded_again(case, tmp_path):
@@ -294,7 +370,7 @@ def test_what_no_family_computes_is_said_in_a_sentence(speller, tmp_path):
     other = dataclasses.replace(speller, config=dataclasses.replace(speller.config, position=Alibi()))
     with pytest.raises(ConfigError, match="position is a Alibi, gpt2 has Learned"):
         llm_jax.export(other, tmp_path / "out", family="gpt2")
-    with pytest.raises(ConfigError, match=r"model is like no family of gpt2, .*: name one with family="):
+    with pytest.raises(ConfigError, match=r"model is like no family of gpt2, .* The nearest: bloom has "):
         llm_jax.export(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -369,6 +445,22 @@ def test_the_best_final_trial_is_taken_of_all_or_of_an_arm(work):
     assert llm_jax.load(folder / "trials" / name).source == llm_jax.load(folder, trial=name).source == f"{name} at step 2"
     lm = llm_jax.load(folder)
     assert (lm.vocabulary, lm.end, lm.start) == (257, (256,), 256) and isinstance(lm.generate("the", max_new_tokens=3), str)
+
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_what_the_readme_shows_is_true_of_what_was_trained(work, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(import llm_jax\n.*?)```", README, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "c06").symlink_to(work[0])
+    monkeypatch.chdir(tmp_path)
+    said: dict = {}
+    exec(block, said)
+    again, tokens = llm_jax.load("folder"), [[1, 2, 3], [4, 5]]
+    assert again.family == "gpt_neox" and (again.end, again.start) == (said["lm"].end, said["lm"].start)
+    np.testing.assert_allclose(again.logits(tokens), said["lm"].logits(tokens), rtol=0, atol=1e-4)
+    assert again.generate("the", max_new_tokens=4) == said["lm"].generate("the", max_new_tokens=4)
 
 
 def test_what_is_missing_is_named(work, tmp_path):

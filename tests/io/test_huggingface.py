@@ -1,5 +1,6 @@
 """Folders of transformers, against the logits that it computes: golden models (`tests/golden/make_huggingface.py`), both ways."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -30,8 +31,9 @@ from llm_jax.models.block import Layer
 from llm_jax.models.count import parameters
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
-from llm_jax.models.heads import LanguageModel
+from llm_jax.models.heads import LanguageModel, TokenClassifier
 from llm_jax.models.model import abstract_parameters, unstack_layers
+from llm_jax.models.mup import MuP
 from llm_jax.nn.attention import Chunked, SlidingWindow
 from llm_jax.nn.dispatch import Capacity
 from llm_jax.nn.embedding import Embed
@@ -293,6 +295,20 @@ def test_half_precision_files(dtype, tmp_path):
     wide = huggingface.load(tmp_path / "out", layers="unrolled")[2]
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}
     assert_equal_trees(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
+
+
+def test_what_chooses_experts_stays_float32(tmp_path):
+    """As in transformers, and in the files that it writes."""
+    folder = GOLDEN / "deepseek-v3"
+    model, vocabulary, params = huggingface.load(folder, layers="unrolled", dtype="bfloat16")
+    whole, leaves = (arrays.flatten(tree) for tree in (loaded("deepseek-v3")[2], params))
+    kept = {path for path, leaf in leaves.items() if leaf.dtype == np.float32}
+    assert kept == {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}
+    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype="bfloat16", max_shard_bytes=3000)
+    again = arrays.flatten(huggingface.load(tmp_path / "out", layers="unrolled")[2])
+    for path in kept:
+        np.testing.assert_array_equal(leaves[path], whole[path])
+        np.testing.assert_array_equal(again[path], whole[path])
 
 
 def dropped(pattern):
@@ -603,10 +619,52 @@ def test_the_family_of_a_model_is_found(family, model, tmp_path):
     assert_equal_trees(read, params)
 
 
+def drawn(model, vocabulary=12):
+    """Random parameters, of the size that trained ones have."""
+    rng = np.random.default_rng(0)
+    shapes = huggingface.parameter_shapes(model, vocabulary)
+    return arrays.nested({path: jnp.asarray(0.4 * rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()})
+
+
+def own(**changes):
+    """The model that our experiments start from."""
+    return dataclasses.replace(Decoder(width=8, depth=2, attention=Attention(heads=2)), **changes)
+
+
+SHARP = Attention(heads=2, scale=0.9, bias=True)
+OTHER_FORMS = {
+    "as-it-is-by-default": ("gpt_neox", own()),
+    "half-turned": ("gpt_neox", own(position=Rope(fraction=0.5), placement="parallel", layers="scanned")),
+    "units": ("gpt_neox", own(ffn=Dense(ratio=3, activation="squared_relu"))),
+    "learned": ("gpt2", own(position=Learned(16), norm=LayerNorm(bias=False))),
+    "gated": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(tied=False, gain=0.5))),
+    "transferred": ("llama", own(width=16, norm=RMSNorm(), ffn=Gated(units=12), mup=MuP(base_width=8))),
+    "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
+    "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
+    "louder": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(multiplier=2.5), embedding=Embed(scaled=False))),
+    "experts": ("mixtral", own(norm=RMSNorm(), ffn=MoE(experts=4, expert=Gated(units=6, activation="relu")))),
+}
+
+
+def run(model, params, vocabulary=12):
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (2, 7))
+    forward = jax.jit(lambda p: model.build(vocabulary).apply({"params": p}, tokens)).lower(params)
+    return tokens, forward.compile(compiler_options={"xla_backend_optimization_level": 0})(params)
+
+
+@pytest.mark.parametrize("family, model", OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_factors_are_folded_and_absent_biases_are_zeros(family, model, tmp_path):
+    params = drawn(model)
+    huggingface.export(model, 12, params, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    again, _, read = huggingface.load(tmp_path / "out")
+    assert values["model_type"] == family and values.get("intermediate_size", 32)
+    np.testing.assert_allclose(run(again, read)[1], run(model, params)[1], rtol=0, atol=1e-4)
+
+
 EXPERTS = MoE(experts=4, expert=Gated(units=12), dispatch=Capacity())
 OTHER_NETWORKS = {
     "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
-    "scaled": (like_llama(embedding=Embed(scaled=True)), "embedding.scaled is True, which llama cannot say: it would be False"),
     "mask": (
         like_llama(attention=Attention(heads=2, mask=Chunked(4))),
         r"attention.mask is Chunked\(size=4\), which llama cannot say",
@@ -626,6 +684,12 @@ def test_a_family_that_cannot_say_it_says_why(model, sentence, tmp_path):
         huggingface.export(model, 12, {}, tmp_path / "out", family="llama")
     with pytest.raises(ConfigError, match="is like no family of gpt2, llama"):
         huggingface.export(model, 12, {}, tmp_path / "out")
+
+
+def test_the_nearest_families_are_named_with_what_they_have(tmp_path):
+    way = r"The nearest: bloom has ffn.activation='gelu_tanh', embedding.norm=LayerNorm\(.*\); gpt2 has position=Learned; gpt_neox"
+    with pytest.raises(ConfigError, match=way):
+        huggingface.export(own(position=Alibi()), 12, {}, tmp_path / "out")
 
 
 def test_experts_that_drop_tokens_are_none_of_transformers(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax.io import huggingface
 from tests.golden import make_huggingface as golden
-from tests.io.test_huggingface import assert_equal_logits, logits
+from tests.io.test_huggingface import OTHER_FORMS, assert_equal_logits, drawn, logits, run
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
@@ -44,6 +44,25 @@ def test_the_family_that_is_found_computes_the_same(case, tmp_path):
     again = getattr(transformers, name).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     again.set_experts_implementation("eager") if hasattr(again, "set_experts_implementation") else None
     assert_equal_logits(golden.logits(again, given), given, golden.logits(golden.build(case), given))
+
+
+@pytest.mark.parametrize("family, model", OTHER_FORMS.values(), ids=OTHER_FORMS)
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_our_own_in_a_form_that_it_has(family, model, tmp_path):
+    import torch
+
+    params = drawn(model)
+    huggingface.export(model, 12, params, tmp_path / "ours")
+    name = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"][0]
+    theirs, told = getattr(transformers, name).from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    theirs.set_experts_implementation("eager") if hasattr(theirs, "set_experts_implementation") else None
+    tokens, expected = run(model, params)
+    with torch.no_grad():
+        found = theirs.eval()(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

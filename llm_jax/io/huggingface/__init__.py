@@ -26,9 +26,10 @@ from llm_jax.io.huggingface.encoders import BERT, T5
 from llm_jax.io.huggingface.experts import DEEPSEEK_V3, MIXTRAL, QWEN3_MOE
 from llm_jax.io.huggingface.family import Family
 from llm_jax.io.huggingface.fields import Fields, harmless, read_json
+from llm_jax.io.huggingface.forms import forms, rewritten
 from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
 from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from llm_jax.io.huggingface.names import Plan, plans
+from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
 from llm_jax.models.model import Model, Params, abstract_parameters
 
@@ -93,7 +94,8 @@ def load(
     """Model, vocabulary and parameters of a folder. Raises `ConfigError`.
 
     shardings: a tree like the parameters, of shardings; each process then reads only what its devices hold. None: all on the
-    default device. dtype: of the parameters. layers: as in the model's configuration.
+    default device. dtype: of the parameters, but for those that the family keeps in float32. layers: as in the model's
+    configuration.
     """
     folder = weights.Folder(path)
     fields = _fields(folder.path / weights.CONFIG, folder.shapes)
@@ -110,8 +112,11 @@ def load(
         ignored.append(output.replace(".", r"\."))
     tensors.check(found, ignored)
     places = arrays.flatten(shardings) if shardings is not None else {}
-    number = np.dtype(jax.numpy.dtype(dtype))
-    return model, vocabulary, arrays.nested({p: arrays.read(tensors, plan, places.get(p), number) for p, plan in found.items()})
+    narrow, wide = np.dtype(jax.numpy.dtype(dtype)), np.dtype("float32")
+    leaves = {
+        path: arrays.read(tensors, plan, places.get(path), wide if family.is_wide(path) else narrow) for path, plan in found.items()
+    }
+    return model, vocabulary, arrays.nested(leaves)
 
 
 @functools.lru_cache(maxsize=8)
@@ -155,31 +160,48 @@ def export(
 ) -> None:
     """A new folder that transformers loads: config.json, safetensors and the tokenizer's files. Raises `ConfigError`.
 
-    family: a `model_type`; None is the first that computes what the model computes. max_shard_bytes: of one file. settings: further
-    keys of config.json, of those that leave the arithmetic alone.
+    family: a `model_type`; None is the first that computes what the model computes, if need be in another of its `forms`, whose
+    parameters are then not those that were given. max_shard_bytes: of one file. settings: further keys of config.json, of those
+    that leave the arithmetic alone.
     """
-    kind, values = _described(model, family)
-    values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, model)
-    leaves = arrays.flatten(params)
-    found = _matching(plans(FAMILIES[kind].rows(model, values), model, parameter_shapes(model, vocabulary)), leaves)
+    kind, form, values = _described(model, family)
+    values = _with_settings(values | {"vocab_size": vocabulary, "torch_dtype": dtype}, settings or {}, form)
+    leaves, shapes = arrays.flatten(params), parameter_shapes(form, vocabulary)
+    _check_shapes(parameter_shapes(model, vocabulary), leaves)
+    if form != model:
+        leaves = rewritten(model, form, leaves, shapes)
+    found = plans(FAMILIES[kind].rows(form, values), form, shapes)
     tensors = arrays.Tensors(found, leaves, FAMILIES[kind].copies)
+    wide = {name for path, plan in found.items() if FAMILIES[kind].is_wide(path) for name, _ in plan.pieces.values()}
+    dtypes = {name: "float32" if name in wide else dtype for name in tensors.shapes}
     with weights.new_folder(path) as folder:
-        weights.write(folder, tensors.shapes, tensors, dtype=dtype, limit=max_shard_bytes)
+        weights.write(folder, tensors.shapes, tensors, dtypes=dtypes, limit=max_shard_bytes)
         for file in tokenizer_files:
             shutil.copy(file, folder)
         weights.write_json(folder / weights.CONFIG, values)
 
 
-def _described(model: Model, family: str | None) -> tuple[str, dict[str, Any]]:
-    """The family and its config.json."""
+def _described(model: Model, family: str | None) -> tuple[str, Model, dict[str, Any]]:
+    """The family, the form of the model that it has, and its config.json."""
+    families = FAMILIES if family is None else {family: _family(family, "export")}
+    reasons: dict[str, list[ConfigError]] = {kind: [] for kind in families}
+    for form in forms(model):
+        for kind, candidate in families.items():
+            try:
+                return kind, form, candidate.config(form)
+            except ConfigError as error:
+                reasons[kind].append(error)
+    nearest = {kind: min(errors, key=_distance) for kind, errors in reasons.items()}
     if family is not None:
-        return family, _family(family, "export").config(model)
-    for kind, candidate in FAMILIES.items():
-        try:
-            return kind, candidate.config(model)
-        except ConfigError:
-            continue
-    raise ConfigError(f"is like no family of {', '.join(FAMILIES)}: name one with family= to see what differs", "model")
+        raise nearest[family]
+    order = sorted(nearest, key=lambda kind: _distance(nearest[kind]))[:3]
+    ways = "; ".join(f"{kind} has {', '.join(getattr(nearest[kind], 'wants', [str(nearest[kind])]))}" for kind in order)
+    raise ConfigError(f"is like no family of {', '.join(FAMILIES)}. The nearest: {ways}", "model")
+
+
+def _distance(error: ConfigError) -> tuple[int, int]:
+    """How far a model is from a family: components of other classes, then other values."""
+    return getattr(error, "kinds", 0), len(getattr(error, "wants", ("",)))
 
 
 def _with_settings(values: dict[str, Any], more: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -193,12 +215,11 @@ def _with_settings(values: dict[str, Any], more: Mapping[str, Any], model: Model
     return usual_length(model.final.in_full[0].position) | more | values | names
 
 
-def _matching(found: dict[str, Plan], leaves: Mapping[str, Any]) -> dict[str, Plan]:
-    """The plans. Raises `ConfigError` unless the parameters are those of the model."""
-    for path, plan in found.items():
-        if path not in leaves or tuple(leaves[path].shape) != plan.shape:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless the parameters are those of the model."""
+    for path, shape in shapes.items():
+        if path not in leaves or tuple(leaves[path].shape) != shape:
             got = list(leaves[path].shape) if path in leaves else "nothing"
-            raise ConfigError(f"must have the shape {list(plan.shape)} that the model says, got {got}", f"params {path}")
+            raise ConfigError(f"must have the shape {list(shape)} that the model says, got {got}", f"params {path}")
         if not getattr(leaves[path], "is_fully_addressable", True):
             raise ConfigError("is spread over several processes: bring it together with process_allgather first", f"params {path}")
-    return found

@@ -9,9 +9,9 @@ from typing import Any
 from llm_jax.io.huggingface.family import Family, key
 from llm_jax.io.huggingface.fields import Fields
 from llm_jax.io.huggingface.layouts import flat, part, transposed
-from llm_jax.io.huggingface.llama import ACTIVATIONS, NAMES, heads, with_layers
 from llm_jax.io.huggingface.names import Row
 from llm_jax.io.huggingface.rotary import read_rope, write_rope
+from llm_jax.io.huggingface.shared import activation, heads, with_layers
 from llm_jax.models.block import Layer
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.heads import LanguageModel, SequenceClassifier
@@ -84,23 +84,23 @@ def _write_gpt2(model: Decoder) -> dict[str, Any]:
 
 
 GPT2 = Family(
-    "gpt2",
-    Decoder(attention=Attention(bias=True), ffn=Dense(bias=True), position=Learned(), norm=LayerNorm(), embedding=PLAIN),
-    {"GPT2LMHeadModel": LanguageModel()} | {name: head for name, head in heads("GPT2").items() if "Classification" in name},
-    (
+    kind="gpt2",
+    preset=Decoder(attention=Attention(bias=True), ffn=Dense(bias=True), position=Learned(), norm=LayerNorm(), embedding=PLAIN),
+    heads={"GPT2LMHeadModel": LanguageModel()} | {name: head for name, head in heads("GPT2").items() if "Classification" in name},
+    keys=(
         key("n_embd", "width"),
         key("n_layer", "depth"),
         key("n_head", "attention.heads"),
         key("n_positions", "position.max_length", default=1024),
-        key("activation_function", "ffn.activation", default="gelu_new", table=ACTIVATIONS, back=NAMES),
+        activation("activation_function", "ffn.activation", "gelu_new"),
         key("layer_norm_epsilon", "norm.epsilon", default=1e-5),
         key("tie_word_embeddings", "head.tied", default=True, words=True),
     ),
-    _gpt2_rows,
-    _gpt2,
-    _write_gpt2,
-    (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),  # the causal mask
-    ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),  # files of the model without a head
+    rows=_gpt2_rows,
+    read=_gpt2,
+    write=_write_gpt2,
+    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),  # the causal mask
+    renames=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),  # files of the model without a head
     synonyms={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -128,8 +128,8 @@ def _neox_rows(model: Model, values: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 NEOX = Family(
-    "gpt_neox",
-    Decoder(
+    kind="gpt_neox",
+    preset=Decoder(
         attention=Attention(bias=True),
         ffn=Dense(bias=True),
         position=Rope(),
@@ -137,24 +137,24 @@ NEOX = Family(
         placement="parallel",
         embedding=PLAIN,
     ),
-    heads("GPTNeoX"),
-    (
+    heads=heads("GPTNeoX"),
+    keys=(
         key("hidden_size", "width"),
         key("num_hidden_layers", "depth"),
         key("num_attention_heads", "attention.heads"),
         key("intermediate_size", "ffn.units"),
-        key("hidden_act", "ffn.activation", default="gelu", table=ACTIVATIONS, back=NAMES),
+        activation("hidden_act", "ffn.activation", "gelu"),
         key("layer_norm_eps", "norm.epsilon", default=1e-5),
         key("attention_bias", "attention.bias", default=True),
         key("use_parallel_residual", "placement", default=True, table={True: "parallel", False: "pre"}),
         key("tie_word_embeddings", "head.tied", default=False, words=True),
     ),
-    _neox_rows,
-    lambda fields, model: replace(model, position=read_rope(fields, fraction=0.25)),
+    rows=_neox_rows,
+    read=lambda fields, model: replace(model, position=read_rope(fields, fraction=0.25)),
     # the part is always written: where it is absent a quarter is meant
-    lambda model: _with_part(write_rope(model.position), model.position),
-    (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.\w+)",),
-    ((r"^lm_head\.", "embed_out."),),
+    write=lambda model: _with_part(write_rope(model.position), model.position),
+    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.\w+)",),
+    renames=((r"^lm_head\.", "embed_out."),),
 )
 
 
@@ -188,27 +188,25 @@ def _bloom(fields: Fields, model: Decoder) -> Decoder:
 
 
 BLOOM = Family(
-    "bloom",
-    Decoder(
+    kind="bloom",
+    preset=Decoder(
         attention=Attention(bias=True),
         ffn=Dense(activation="gelu_tanh", bias=True),
         position=Alibi(),
         norm=LayerNorm(),
         embedding=Embed(scaled=False, norm=LayerNorm()),
     ),
-    heads("Bloom", tied=True),
-    (
+    heads=heads("Bloom", tied=True),
+    keys=(
         key("hidden_size", "width"),
         key("n_layer", "depth"),
         key("n_head", "attention.heads"),
         key("layer_norm_epsilon", "norm.epsilon", "embedding.norm.epsilon", default=1e-5),
         key("tie_word_embeddings", "head.tied", default=True, words=True),
     ),
-    _bloom_rows,
-    _bloom,
-    lambda model: {},
-    (),
-    ((r"^(?=(word_embeddings|word_embeddings_layernorm|h|ln_f)\.)", "transformer."),),
+    rows=_bloom_rows,
+    read=_bloom,
+    renames=((r"^(?=(word_embeddings|word_embeddings_layernorm|h|ln_f)\.)", "transformer."),),
     synonyms={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     unread=(
         "attention_softmax_in_fp32",

@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_jax.io.huggingface.family import Family, Unlike, key
 from llm_jax.io.huggingface.fields import Fields
-from llm_jax.io.huggingface.llama import ACTIVATIONS, NAMES
 from llm_jax.io.huggingface.names import Row
+from llm_jax.io.huggingface.shared import activation
 from llm_jax.models.encoder import Encoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel, SequenceClassifier, TokenClassifier
@@ -55,8 +55,8 @@ def _bert(fields: Fields, model: Encoder) -> Encoder:
 
 
 BERT = Family(
-    "bert",
-    Encoder(
+    kind="bert",
+    preset=Encoder(
         attention=Attention(mask=Bidirectional(), bias=True),
         ffn=Dense(bias=True),
         position=Learned(max_length=512),
@@ -64,29 +64,33 @@ BERT = Family(
         placement="post",
         embedding=Embed(scaled=False, norm=LayerNorm(epsilon=1e-12), types=2),
     ),
-    {
+    heads={
         "BertForMaskedLM": LanguageModel(bias=True, transform="gelu"),
         "BertForPreTraining": LanguageModel(bias=True, transform="gelu"),
         "BertForSequenceClassification": SequenceClassifier(pooling="first", transform="tanh"),
         "BertForTokenClassification": TokenClassifier(),
     },
-    (
+    keys=(
         key("hidden_size", "width"),
         key("num_hidden_layers", "depth"),
         key("num_attention_heads", "attention.heads"),
         key("intermediate_size", "ffn.units"),
-        key("hidden_act", "ffn.activation", default="gelu", table=ACTIVATIONS, back=NAMES),
+        activation("hidden_act", "ffn.activation", "gelu"),
         key("max_position_embeddings", "position.max_length", default=512),
         key("type_vocab_size", "embedding.types", default=2),
         key("layer_norm_eps", "norm.epsilon", "embedding.norm.epsilon", default=1e-12),
         key("tie_word_embeddings", "head.tied", default=True, words=True),
     ),
-    _bert_rows,
-    _bert,
-    lambda model: {},
+    rows=_bert_rows,
+    read=_bert,
     # what is there besides in files of models with other heads: the choice of the next sentence, and the vector that it looks at
-    (r"bert\.embeddings\.position_ids", r"cls\.seq_relationship\..*", r"cls\.predictions\.(decoder\.)?bias", r"bert\.pooler\..*"),
-    ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    ignored=(
+        r"bert\.embeddings\.position_ids",
+        r"cls\.seq_relationship\..*",
+        r"cls\.predictions\.(decoder\.)?bias",
+        r"bert\.pooler\..*",
+    ),
+    renames=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     unread=(
         "directionality",
         "pooler_fc_size",
@@ -173,10 +177,10 @@ def _both(path: str) -> tuple[str, str]:
 
 
 T5 = Family(
-    "t5",
-    EncoderDecoder(encoder=_tower(True), decoder=_tower(False), embedding=Embed(scaled=False)),
-    {"T5ForConditionalGeneration": LanguageModel()},
-    (
+    kind="t5",
+    preset=EncoderDecoder(encoder=_tower(True), decoder=_tower(False), embedding=Embed(scaled=False)),
+    heads={"T5ForConditionalGeneration": LanguageModel()},
+    keys=(
         key("d_model", *_both("width")),
         key("num_layers", *_both("depth")),
         key("num_heads", *_both("attention.heads")),
@@ -185,11 +189,11 @@ T5 = Family(
         key("relative_attention_num_buckets", *_both("position.buckets"), default=32),
         key("relative_attention_max_distance", *_both("position.max_distance"), default=128),
     ),
-    _t5_rows,
-    _t5,
-    _write_t5,
+    rows=_t5_rows,
+    read=_t5,
+    write=_write_t5,
     # copies of the shared table, and a bias that the first version saved and never used
-    (
+    ignored=(
         r"(encoder|decoder)\.embed_tokens\.weight",
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),

@@ -6,23 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llm_jax.io.huggingface import shared
 from llm_jax.io.huggingface.family import Family, key
 from llm_jax.io.huggingface.fields import Fields
 from llm_jax.io.huggingface.layouts import Layout, shuffled, transposed
-from llm_jax.io.huggingface.llama import (
-    BIAS,
-    EPSILON_OF_HEADS,
-    IGNORED,
-    heads,
-    keys,
-    preset,
-    read_window,
-    rows,
-    windows,
-    with_layers,
-    with_windows,
-    write_window,
-)
 from llm_jax.io.huggingface.names import Arrange, Row
 from llm_jax.io.huggingface.rotary import read_rope, write_rope
 from llm_jax.models.block import Layer
@@ -58,26 +45,26 @@ def _both(shape: tuple[int, ...], place: int) -> Layout:
 
 # ── Mixtral ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 MIXTRAL = Family(
-    "mixtral",
-    preset(ffn=MoE(), norm=RMSNorm(epsilon=1e-5)),
-    heads("Mixtral"),
-    (
-        *(entry for entry in keys(8, epsilon=1e-5) if entry.name != "hidden_act"),
-        key("hidden_act", "ffn.expert.activation", default="silu", table={"silu": "silu", "gelu": "gelu"}),
+    kind="mixtral",
+    preset=shared.preset(ffn=MoE(), norm=RMSNorm(epsilon=1e-5)),
+    heads=shared.heads("Mixtral"),
+    keys=(
+        *shared.keys(8, epsilon=1e-5),
+        shared.ACTIVATION_OF_EXPERTS,
         key("intermediate_size", "ffn.expert.units"),
         key("num_local_experts", "ffn.experts", default=8),
         key("num_experts_per_tok", "ffn.active", default=2),
     ),
-    lambda model, values: rows(
+    rows=lambda model, values: shared.rows(
         more=[
             Row("layers_{i}/ffn/router", "model.layers.{i}.block_sparse_moe.gate"),
             *expert_rows("block_sparse_moe", "w1", "w3", "w2"),
         ]
     ),
-    lambda fields, model: read_window(fields, model, theta=1_000_000.0),
-    write_window,
-    IGNORED,
-    ((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
+    read=lambda fields, model: shared.read_window(fields, model, theta=1_000_000.0),
+    write=shared.write_window,
+    ignored=shared.IGNORED,
+    renames=((r"\.mlp\.gate\.", ".block_sparse_moe.gate."),),
     synonyms={"num_experts": "num_local_experts"},
 )
 
@@ -89,14 +76,14 @@ def _qwen(fields: Fields, model: Decoder) -> Decoder:
     model = replace(model, position=read_rope(fields))
     window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
     fields.get("sliding_window", None)
-    model = with_windows(model, ["full_attention" if window is None else "sliding_attention"] * model.depth, window)
+    model = shared.with_windows(model, ["full_attention" if window is None else "sliding_attention"] * model.depth, window)
     dense = Layer(ffn=Gated(units=fields.get("intermediate_size", 6144), activation=moe.expert.activation))
     step, plain = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers", None) or ()
-    return with_layers(model, [dense if i in plain or (i + 1) % step else Layer() for i in range(model.depth)])
+    return shared.with_layers(model, [dense if i in plain or (i + 1) % step else Layer() for i in range(model.depth)])
 
 
 def _write_qwen(model: Decoder) -> dict[str, Any]:
-    window = windows(model)[1]
+    window = shared.windows(model)[1]
     dense = {i: layer.ffn for i, layer in enumerate(model.in_full) if isinstance(layer.ffn, Gated)}
     units = max((ffn.hidden(model.width) for ffn in dense.values()), default=model.ffn.expert.hidden(model.width))  # type: ignore[attr-defined]
     sparse = {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
@@ -105,25 +92,25 @@ def _write_qwen(model: Decoder) -> dict[str, Any]:
 
 
 QWEN3_MOE = Family(
-    "qwen3_moe",
-    preset(attention=Attention(qk_norm=RMSNorm()), ffn=MoE()),
-    heads("Qwen3Moe"),
-    (
-        *(entry for entry in keys(4) if entry.name != "hidden_act"),
-        key("hidden_act", "ffn.expert.activation", default="silu", table={"silu": "silu", "gelu": "gelu"}),
-        EPSILON_OF_HEADS,
-        BIAS,
+    kind="qwen3_moe",
+    preset=shared.preset(attention=Attention(qk_norm=RMSNorm()), ffn=MoE()),
+    heads=shared.heads("Qwen3Moe"),
+    keys=(
+        *shared.keys(4),
+        shared.ACTIVATION_OF_EXPERTS,
+        shared.EPSILON_OF_HEADS,
+        shared.BIAS,
         key("moe_intermediate_size", "ffn.expert.units", default=768),
         key("num_experts", "ffn.experts", default=128),
         key("num_experts_per_tok", "ffn.active", default=8),
         key("norm_topk_prob", "ffn.router.renormalize", default=False),
     ),
-    lambda model, values: rows(
+    rows=lambda model, values: shared.rows(
         more=[Row("layers_{i}/ffn/router", "model.layers.{i}.mlp.gate"), *expert_rows("mlp", "gate_proj", "up_proj", "down_proj")]
     ),
-    _qwen,
-    _write_qwen,
-    IGNORED,
+    read=_qwen,
+    write=_write_qwen,
+    ignored=shared.IGNORED,
     layers=(Gated,),
     synonyms={"num_local_experts": "num_experts"},  # which versions from 5 on write
     unread=("max_window_layers",),
@@ -143,7 +130,7 @@ def _deepseek_rows(model: Model, values: Mapping[str, Any]) -> tuple[Row, ...]:
         bias = shuffled(lambda shape: Layout((shape,), tuple(range(len(shape)))), factor, lambda size: _halves(size, mla.rope_dim))
         return Row(f"layers_{{i}}/attention/{name}", f"{attention}.{theirs}", {"kernel": mixed, "bias": bias})
 
-    return rows(
+    return shared.rows(
         more=[
             turned("query", "q_proj", 1),
             Row("layers_{i}/attention/query_down", f"{attention}.q_a_proj"),
@@ -179,28 +166,28 @@ def _deepseek(fields: Fields, model: Decoder) -> Decoder:
     fields.expect("scoring_func", "sigmoid")
     fields.get("rope_interleave", True)  # how the matrices lie on disk: see the rows
     moe: Any = model.ffn
-    shared = Gated(units=fields.get("n_shared_experts", 1) * moe.expert.units, activation=moe.expert.activation)
-    model = replace(model, ffn=replace(moe, shared=shared), position=read_rope(fields))
+    together = Gated(units=fields.get("n_shared_experts", 1) * moe.expert.units, activation=moe.expert.activation)
+    model = replace(model, ffn=replace(moe, shared=together), position=read_rope(fields))
     dense = Layer(ffn=Gated(units=fields.get("intermediate_size"), activation=moe.expert.activation))
     start = min(fields.get("first_k_dense_replace", 3), model.depth)
-    return with_layers(model, [dense] * start + [Layer()] * (model.depth - start))
+    return shared.with_layers(model, [dense] * start + [Layer()] * (model.depth - start))
 
 
 def _write_deepseek(model: Decoder) -> dict[str, Any]:
     moe: Any = model.ffn
     dense = [layer.ffn for layer in model.in_full if isinstance(layer.ffn, Gated)]
     units = moe.expert.hidden(model.width)
-    shared = (moe.shared.hidden(model.width) if moe.shared else 0) // units
-    found = {"n_shared_experts": shared, "first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
+    together = (moe.shared.hidden(model.width) if moe.shared else 0) // units
+    found = {"n_shared_experts": together, "first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
     found |= {"intermediate_size": dense[0].hidden(model.width) if dense else units, "rope_interleave": True}
     return write_rope(model.position) | found | {"num_key_value_heads": model.attention.heads}  # type: ignore[arg-type,attr-defined]
 
 
 DEEPSEEK_V3 = Family(
-    "deepseek_v3",
-    preset(attention=MLA(), ffn=MoE(router=Sigmoid(bias=True))),
-    heads("DeepseekV3"),
-    (
+    kind="deepseek_v3",
+    preset=shared.preset(attention=MLA(), ffn=MoE(router=Sigmoid(bias=True))),
+    heads=shared.heads("DeepseekV3"),
+    keys=(
         key("hidden_size", "width"),
         key("num_hidden_layers", "depth"),
         key("rms_norm_eps", "norm.epsilon", default=1e-6),
@@ -211,8 +198,8 @@ DEEPSEEK_V3 = Family(
         key("qk_nope_head_dim", "attention.nope_dim", default=128),
         key("qk_rope_head_dim", "attention.rope_dim", default=64),
         key("v_head_dim", "attention.value_dim", default=128),
-        BIAS,
-        key("hidden_act", "ffn.expert.activation", default="silu", table={"silu": "silu", "gelu": "gelu"}),
+        shared.BIAS,
+        shared.ACTIVATION_OF_EXPERTS,
         key("moe_intermediate_size", "ffn.expert.units", default=2048),
         key("n_routed_experts", "ffn.experts", default=256),
         key("num_experts_per_tok", "ffn.active", default=8),
@@ -221,11 +208,12 @@ DEEPSEEK_V3 = Family(
         key("norm_topk_prob", "ffn.router.renormalize", default=True),
         key("routed_scaling_factor", "ffn.router.scale", default=2.5),
     ),
-    _deepseek_rows,
-    _deepseek,
-    _write_deepseek,
-    (*IGNORED, r"model\.layers\.{depth}\..*"),  # the layer that predicts further tokens
+    rows=_deepseek_rows,
+    read=_deepseek,
+    write=_write_deepseek,
+    ignored=(*shared.IGNORED, r"model\.layers\.{depth}\..*"),  # the layer that predicts further tokens
     layers=(Gated,),
     synonyms={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     unread=("num_nextn_predict_layers",),  # predicts further tokens; the next one does not depend on it
+    wide=r"/ffn/router/",  # transformers' `_keep_in_fp32_modules_strict`; experts are chosen by small differences
 )

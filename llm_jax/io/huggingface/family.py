@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,12 @@ from llm_jax.nn.routing import Sigmoid
 
 
 class Unlike(ConfigError):
-    """The model has something that the family has not."""
+    """The model has something that the family has not. wants: what all would have to be otherwise; kinds: of these, components of
+    another class."""
+
+    def __init__(self, problem: str, path: str = "", wants: Sequence[str] = (), kinds: int = 0):
+        super().__init__(problem, path)
+        self.wants, self.kinds = tuple(wants) or (f"{path} that it can say",), kinds
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Key:
             return {} if self.spare and value is None else {self.name: value}
         inverse = {here: there for there, here in self.table.items()} | dict(self.back)
         if value not in inverse:
-            raise Unlike(f"is {value!r}, for which {self.name} has no value", self.paths[0])
+            ways = f"{self.paths[0]}={' or '.join(map(repr, inverse))}"
+            raise Unlike(f"is {value!r}, for which {self.name} has no value", self.paths[0], [ways])
         return {self.name: inverse[value]}
 
 
@@ -71,7 +78,7 @@ def key(name: str, *paths: str, **more: Any) -> Key:
     return Key(name, paths, **more)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A `model_type` of transformers.
 
@@ -80,6 +87,7 @@ class Family:
     renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
     feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
     unread: keys in its files that no version of the code reads. copies: (tensor, the one that it repeats), of those written.
+    wide: pattern of the parameters that stay float32 whatever the others are read and written as.
     """
 
     kind: str
@@ -95,6 +103,7 @@ class Family:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    wide: str | None = None
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
@@ -136,31 +145,43 @@ class Family:
         unlike = differences(normal(again), normal(model))
         if unlike:
             path, (there, here) = next(iter(unlike.items()))
-            raise Unlike(f"is {here!r}, which {self.kind} cannot say: it would be {there!r}", path)
+            wants = [f"{name}={value!r}" for name, (value, _) in unlike.items() if name != "pattern"] or ["other layers"]
+            raise Unlike(f"is {here!r}, which {self.kind} cannot say: it would be {there!r}", path, wants)
         return found
+
+    def is_wide(self, path: str) -> bool:
+        """Whether a parameter stays float32."""
+        return self.wide is not None and re.search(self.wide, path) is not None
 
     def _architecture(self, head: Head) -> str:
         found = next((name for name, own in self.heads.items() if type(own) is type(head)), None)
         if found is None:
-            raise Unlike(f"is {head!r}, and {self.kind} has only {', '.join(self.heads)}", "head")
+            raise Unlike(f"is {head!r}, and {self.kind} has only {', '.join(self.heads)}", "head", ["another head"], 1)
         return found
 
     def _check_kinds(self, model: Model) -> None:
         """Raises `Unlike` where a component is of another class than the preset's."""
         if type(model) is not type(self.preset):
-            raise Unlike(f"is a {type(model).__name__}, {self.kind} is a {type(self.preset).__name__}", "model")
+            names = type(model).__name__, type(self.preset).__name__
+            raise Unlike(f"is a {names[0]}, {self.kind} is a {names[1]}", "model", [f"a {names[1]}"], 9)
+        found: dict[str, tuple[str, str]] = {}
+        for path, component, kinds in self._components(model):
+            if type(component) not in kinds:
+                found.setdefault(path, (type(component).__name__, " or ".join(kind.__name__ for kind in kinds)))
+        if found:
+            path, (here, there) = next(iter(found.items()))
+            wants = [f"{name}={kinds}" for name, (_, kinds) in found.items()]
+            raise Unlike(f"is a {here}, {self.kind} has {there}", path, wants, len(found))
+
+    def _components(self, model: Model) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+        """Path and component of whatever has a class, and the classes that the family has there."""
         for (path, ours), theirs in zip(model.stacks.items(), self.preset.stacks.values(), strict=True):
             for name in ("norm", "position", "residual"):
-                _require_kind(getattr(ours, name), (type(getattr(theirs, name)),), f"{path}.{name}" if path else name, self.kind)
+                yield f"{path}.{name}" if path else name, getattr(ours, name), (type(getattr(theirs, name)),)
             for layer in ours.in_full:
-                _require_kind(layer.attention, (type(theirs.attention),), "attention", self.kind)
-                _require_kind(layer.ffn, (type(theirs.ffn), *self.layers), "ffn", self.kind)
-                _require_kind(layer.position, (type(theirs.position),), "position", self.kind)
-
-
-def _require_kind(component: Any, kinds: tuple[type, ...], path: str, family: str) -> None:
-    if type(component) not in kinds:
-        raise Unlike(f"is a {type(component).__name__}, {family} has {' or '.join(k.__name__ for k in kinds)}", path)
+                yield "attention", layer.attention, (type(theirs.attention),)
+                yield "ffn", layer.ffn, (type(theirs.ffn), *self.layers)
+                yield "position", layer.position, (type(theirs.position),)
 
 
 def _based(model: Any, preset: Any) -> Any:
@@ -170,7 +191,8 @@ def _based(model: Any, preset: Any) -> Any:
         return replace(
             model, encoder=_based(model.encoder, preset.encoder), decoder=_based(model.decoder, preset.decoder), cross=across
         )
-    layers = model.in_full
+    layers = [replace(layer, ffn=_sized(layer.ffn, model.width)) for layer in model.in_full]
+    model = replace(model, ffn=_sized(model.ffn, model.width))
     ffn = next((ffn for ffn in (*(layer.ffn for layer in layers), model.ffn) if type(ffn) is type(preset.ffn)), layers[0].ffn)
     attention = layers[0].attention
     if isinstance(attention, Attention):
@@ -180,18 +202,27 @@ def _based(model: Any, preset: Any) -> Any:
     return replace(model, attention=attention, ffn=ffn, first=(), pattern=tuple(layers))
 
 
+def _sized(ffn: Any, width: int) -> Any:
+    """The feed-forward network with its units as a number, which is what files have."""
+    if isinstance(ffn, MoE):
+        return replace(ffn, expert=_sized(ffn.expert, width), shared=ffn.shared and _sized(ffn.shared, width))
+    return replace(ffn, units=ffn.hidden(width)) if isinstance(ffn, (Dense, Gated)) else ffn
+
+
 def _labels(fields: Fields) -> int:
     names = fields.get("id2label", None)
     return len(names) if names else fields.get("num_labels", 2)
 
 
 # ── what computes the same ───────────────────────────────────────────────────────────────────────────────────────────
-def normal(model: Model) -> Model:
-    """The model that computes the same, written in one way: layers in full, defaults written out, no training."""
+def normal(model: Any) -> Any:
+    """The model that computes the same, written in one way: layers in full, defaults written out, no first draw and no training."""
+    if isinstance(model.head, LanguageModel):
+        model = replace(model, head=replace(model.head, gain=1.0))
     if isinstance(model, EncoderDecoder):
         across = _plain(model.across, model.width)
         return replace(model, encoder=_plain_stack(model.encoder), decoder=_plain_stack(model.decoder), cross=across)
-    return _plain_stack(model)  # type: ignore[type-var]
+    return _plain_stack(model)
 
 
 def _plain_stack(stack: Any) -> Any:

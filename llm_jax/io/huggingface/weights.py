@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -76,12 +77,11 @@ class Folder:
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
-    """Names in order, cut so that a file holds at most `limit` bytes, or a single tensor."""
+def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut so that a file holds at most `limit` bytes, or a single tensor. sizes: bytes of each."""
     found: list[list[str]] = []
     used = limit
-    for name, shape in shapes.items():
-        size = itemsize * int(np.prod(shape))
+    for name, size in sizes.items():
         if used + size > limit and (not found or found[-1]):
             found.append([])
             used = 0
@@ -95,21 +95,21 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensor: Callable[[str], np.ndarray],
     *,
-    dtype: Any,
+    dtypes: Mapping[str, str],
     limit: int,
 ) -> None:
-    """Writes every tensor; one file's are in memory at a time. tensor: gives one by name."""
+    """Writes every tensor; one file's are in memory at a time. tensor: gives one by name; dtypes: of each, in the file."""
     from safetensors.numpy import save_file
 
-    dtype = np.dtype(jnp.dtype(dtype))
-    plan = shards(shapes, dtype.itemsize, limit)
+    numbers = {name: np.dtype(jnp.dtype(dtypes[name])) for name in shapes}
+    sizes = {name: numbers[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
+    plan = shards(sizes, limit)
     files = [WHOLE] if len(plan) == 1 else [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
     for file, names in zip(files, plan, strict=True):
-        save_file({name: tensor(name).astype(dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: tensor(name).astype(numbers[name]) for name in names}, folder / file, metadata={"format": "pt"})
     if len(plan) > 1:
-        total = dtype.itemsize * sum(int(np.prod(shape)) for shape in shapes.values())
         places = {name: file for file, names in zip(files, plan, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
 
 
 def write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
