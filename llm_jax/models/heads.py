@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
-from llm_jax.models.block import Block, layer_entries, layer_parameters
+from llm_jax.models.block import Block, Layer, layer_entries, layer_parameters
 from llm_jax.nn.activations import ACTIVATIONS, Activation
 from llm_jax.nn.context import Context
 from llm_jax.nn.embedding import Embedding
@@ -42,6 +42,10 @@ class Head(Config):
     def entries(self, stack: Stack, vocabulary: int) -> int:
         """Entries of matrices that multiply every token, without a tied table."""
         raise NotImplementedError
+
+    def layers(self, stack: Stack) -> dict[tuple[str, ...], Layer]:
+        """Layers of its own, in full, and where in its parameters each lies."""
+        return {}
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,6 +140,9 @@ class MultiToken(LanguageModel):
         once = super().entries(stack, vocabulary)
         words = once + (stack.width * vocabulary if self.tied else 0)
         return once + self.ahead * (layer_entries(stack, stack.in_full[-1]) + 2 * stack.width**2 + words)
+
+    def layers(self, stack):
+        return {(f"ahead_{step}", "block"): stack.in_full[-1] for step in range(1, self.ahead + 1)}
 
 
 class WordsAhead(nn.Module):

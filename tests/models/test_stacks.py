@@ -271,6 +271,30 @@ def test_experts_add_their_losses_and_move_their_biases():
         assert 1 <= float(metrics["moe/max_load"].mean) <= 2 and float(metrics["moe/dropped"].mean) == 0
 
 
+def test_experts_of_a_head_that_looks_ahead_are_balanced_too():
+    """Its layer is one more: its choices are counted, its bias moves, and the auxiliary loss reaches its router."""
+    moe = MoE(experts=4, balance=5.0, router=Sigmoid(bias=True, bias_rate=0.1))
+    model = small(ffn=moe, depth=1, head=MultiToken(ahead=2))
+    params, batch, key = initial(model), Batch(TOKENS, TOKENS), jax.random.key(0)
+    heads = [("head", f"ahead_{step}", "block", "ffn") for step in (1, 2)]
+    assert list(experts.expert_layers(model)) == [("layers_0", "ffn"), *heads]
+
+    def penalty(params):
+        said = predict(model, V, params, batch, key, train=True)
+        return said.penalty.mean, said.routing
+
+    grads, routing = jax.grad(penalty, has_aux=True)(params)
+    settled, metrics = experts.settle(model, params, routing)
+    for step in (1, 2):
+        grad, sown, before, after = (tree["head"][f"ahead_{step}"]["block"]["ffn"] for tree in (grads, routing, params, settled))
+        assert np.abs(grad["router"]["kernel"]).max() > 1e-4
+        moved = after["router"]["bias"] - before["router"]["bias"]
+        np.testing.assert_allclose(moved, 0.1 * np.sign(sown["load"].mean() - sown["load"]), atol=1e-6)
+        assert np.abs(moved).max() > 0
+    loads = [tree["ffn"]["load"] for tree in (routing["layers_0"], *(routing["head"][f"ahead_{step}"]["block"] for step in (1, 2)))]
+    np.testing.assert_allclose(metrics["moe/max_load"].mean, np.mean([load.max() / load.mean() for load in loads]), rtol=1e-6)
+
+
 def test_a_decoder_and_an_encoder_decoder_continue_the_same_tokens():
     """Continuation scores the targets after the given part, whichever model reads it."""
     objective, targets = Continuation(fraction=0.5), np.roll(TOKENS, -1, 1)
