@@ -240,13 +240,12 @@ class Labels(nn.Module):
 
 def pool(x_BLD: jax.Array, how: Literal["first", "last", "mean"], valid_BL: jax.Array | None) -> jax.Array:
     """`[B, D]`: the first token's vector, the last's, or the mean of all that are no padding."""
-    if how == "first":
-        return x_BLD[:, 0]
     if valid_BL is None:
-        return x_BLD[:, -1] if how == "last" else x_BLD.mean(1)
-    if how == "last":
+        return x_BLD.mean(1) if how == "mean" else x_BLD[:, 0 if how == "first" else -1]
+    if how != "mean":
         last_B = jnp.where(valid_BL, jnp.arange(x_BLD.shape[1])[None], 0).max(-1)
-        return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
+        place_B = valid_BL.argmax(-1) if how == "first" else last_B
+        return jnp.take_along_axis(x_BLD, place_B[:, None, None], 1)[:, 0]
     weights_BL1 = valid_BL[..., None].astype(x_BLD.dtype)
     return (x_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1)
 

@@ -24,7 +24,7 @@ def extend(module: nn.Module, name: str, new_BL: jax.Array, index_BL: jax.Array,
 
 
 def keys(module: nn.Module, queries: Places, index_BL: jax.Array, slots: int) -> Places:
-    """Where the kept keys stand: in the slot of their index, and in the prefix or at the position where they were when they came."""
+    """Where the kept keys stand: in the slot of their index, and in the prefix and at the position that came with them."""
     prefix, position = queries.prefix, queries.position
     return Places(
         prefix=None if prefix is None else extend(module, "prefix", prefix, index_BL, slots),

@@ -63,7 +63,10 @@ class Mask(Config):
         return None
 
     def span(self, first: Any, last: Any, *, packed: bool = False) -> Span:
-        """What queries with an index in [first, last] may see at most, apart from the `anchors`; packed: positions are not indices."""
+        """What queries with an index in [first, last] may see at most, apart from the `anchors`.
+
+        packed: positions are not indices.
+        """
         return None, None
 
     @property

@@ -182,18 +182,25 @@ def test_what_an_encoder_decoder_cannot_be():
 
 
 # ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def hidden(model, params):
-    return model.build(V).apply({"params": params}, TOKENS, mutable=["intermediates"])[1]["intermediates"]["hidden"][0]
+def hidden(model, params, *given):
+    return model.build(V).apply({"params": params}, TOKENS, *given, mutable=["intermediates"])[1]["intermediates"]["hidden"][0]
 
 
 def test_heads_read_the_last_layer():
-    segments = np.array([[0] * 8, [0] * 5 + [-1] * 3], np.int32)
-    for pooling, rows in (("first", [0, 0]), ("last", [7, 4])):
+    right, left = ([[0] * 8, [0] * 5 + [-1] * 3], [[-1] * 2 + [0] * 6, [0] * 8])
+    for pooling, segments, rows in (
+        ("first", right, [0, 0]),
+        ("first", left, [2, 0]),
+        ("last", right, [7, 4]),
+        ("last", left, [7, 7]),
+    ):
         model = small(head=SequenceClassifier(labels=3, pooling=pooling))
         params = initial(model)
-        x = hidden(model, params)[np.arange(B), rows]
+        segments = np.array(segments, np.int32)
+        x = hidden(model, params, None, segments)[np.arange(B), rows]
         expected = x @ params["head"]["labels"]["kernel"] + params["head"]["labels"]["bias"][None]
         np.testing.assert_allclose(run(model, params, TOKENS, None, segments), expected, atol=1e-5)
+    segments = np.array(right, np.int32)
     model = small(head=SequenceClassifier(labels=3, pooling="mean", transform="tanh"))
     params = initial(model)
     x = np.stack([hidden(model, params)[0].mean(0), hidden(model, params)[1, :5].mean(0)])
