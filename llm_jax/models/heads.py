@@ -184,13 +184,15 @@ class Ahead(nn.Module):
 # ── classes and numbers ──────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class TokenClassifier(Head):
-    """A score for every label of every token, `[B, L, labels]` float32."""
+    """A score for every label of every token, `[B, L, labels]` float32. gain: the matrix is drawn with deviation gain / √width."""
 
     labels: int = 2
     bias: bool = True
+    gain: float = 1.0
 
     def validate(self):
         require_positive(self, "labels")
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Labels(self, stack, name=name)
@@ -234,7 +236,7 @@ class Labels(nn.Module):
             if c.transform:
                 square = Linear((width,), (width,), ("embed", "embed_out"), bias=True, dtype=dtype, name="transform")
                 x = ACTIVATIONS[c.transform](square(x))
-        labels = Linear((width,), (c.labels,), ("embed", None), bias=c.bias, dtype=dtype, name="labels")
+        labels = Linear((width,), (c.labels,), ("embed", None), c.gain, bias=c.bias, dtype=dtype, name="labels")
         return project(x, labels)[0].astype(jnp.promote_types(dtype, jnp.float32))
 
 
@@ -252,9 +254,13 @@ def pool(x_BLD: jax.Array, how: Literal["first", "last", "mean"], valid_BL: jax.
 
 @dataclass(frozen=True)
 class Scalar(Head):
-    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward."""
+    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward. gain: as `TokenClassifier`'s."""
 
     bias: bool = False
+    gain: float = 1.0
+
+    def validate(self):
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Number(self, stack, name=name)
@@ -274,6 +280,6 @@ class Number(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, embedding: Embedding, tokens_BL: jax.Array, context: Context) -> jax.Array:
-        dtype = jnp.promote_types(self.stack.precision.dtype, jnp.float32)
-        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), bias=self.config.bias, dtype=dtype, name="number")
+        c, dtype = self.config, jnp.promote_types(self.stack.precision.dtype, jnp.float32)
+        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), c.gain, bias=c.bias, dtype=dtype, name="number")
         return linear(x_BLD)[..., 0]
