@@ -14,7 +14,7 @@ class Batch:
 
     `None` stands for the cheap common case, so that nothing is moved or masked for it: `weights=None` counts every target
     once, `segments=None` is one document a row, `positions=None` is 0 … L-1. inputs `[..., B, M]`: what an encoder reads, with
-    input_segments; prefix: bool, tokens that all others of their document may see.
+    input_segments and input_positions; prefix: bool, tokens that all others of their document may see.
     """
 
     tokens: jax.Array
@@ -25,6 +25,7 @@ class Batch:
     inputs: jax.Array | None = None
     input_segments: jax.Array | None = None
     prefix: jax.Array | None = None
+    input_positions: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

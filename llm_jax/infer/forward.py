@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -58,8 +59,10 @@ def has_prefix(model: Model) -> bool:
     return any(isinstance(getattr(kind.attention, "mask", None), Prefix) for kind in model.final.in_full)
 
 
-def _stretches(stack: Stack) -> bool:
-    return any(isinstance(k.position, Rope) and isinstance(k.position.scaling, DynamicScaling) for k in stack.in_full)
+def stretches(stack: Stack, length: float = math.inf) -> bool:
+    """Whether rows of that length turn queries and keys otherwise than their beginnings alone would be."""
+    ropes = [kind.position for kind in stack.in_full if isinstance(kind.position, Rope)]
+    return any(isinstance(rope.scaling, DynamicScaling) and rope.scaling.original_length < length for rope in ropes)
 
 
 def segments(rows: Rows) -> jax.Array:
@@ -69,7 +72,7 @@ def segments(rows: Rows) -> jax.Array:
 
 def index(stack: Stack, rows: Rows) -> jax.Array | None:
     """`[B, L]` places in the row, None for 0 … L-1. Padding counts only where the longest place stretches all angles."""
-    return jnp.where(rows.real, jnp.arange(rows.tokens.shape[1])[None], -1) if _stretches(stack) else None
+    return jnp.where(rows.real, jnp.arange(rows.tokens.shape[1])[None], -1) if stretches(stack) else None
 
 
 # ── programs, one a model and shape ──────────────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,7 @@ def parameters(model: Model, vocabulary: int) -> int:
 def active_parameters(model: Model, vocabulary: int) -> int:
     """The same without the experts that a token does not visit."""
     layers = [layer for stack in model.stacks.values() for layer in stack.in_full]
+    layers += model.head.layers(model.final).values()
     return parameters(model, vocabulary) - sum(layer.ffn.idle(model.width) for layer in layers if layer.ffn)
 
 

@@ -76,10 +76,9 @@ class Transformer(nn.Module):
         deterministic: no dropout."""
         c = self.config
         rates = {} if deterministic else c.dropout.rates()
-        places = Places(index_BL, segments_BL, prefix_BL)
+        places = Places(index_BL, segments_BL, prefix_BL, positions_BL)
         embedding = Embedding(c.embedding, self.vocabulary, c.width, c.precision.dtype, name="embedding")
-        positions_BL = places.written(tokens_BL.shape[1]) if positions_BL is None else positions_BL
-        x_BLD, shared = enter(c, embedding(tokens_BL), positions_BL, unit=c.embedding.deviation)
+        x_BLD, shared = enter(c, embedding(tokens_BL), places.in_document(tokens_BL.shape[1]), unit=c.embedding.deviation)
         x_BLD = embedding.finish(x_BLD, types_BL)
         if "embedding" in rates:
             x_BLD = dropout(x_BLD, rates["embedding"], self.make_rng("dropout"))

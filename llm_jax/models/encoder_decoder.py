@@ -65,8 +65,8 @@ class EncoderDecoder(Model):
         return replace(self.decoder.attention, mask=Bidirectional(), sinks=False)
 
     def arguments(self, batch):
-        given = {"input_segments_BM": batch.input_segments, "segments_BL": batch.segments}
-        return (batch.inputs, batch.tokens), given
+        inputs = {"input_positions_BM": batch.input_positions, "input_segments_BM": batch.input_segments}
+        return (batch.inputs, batch.tokens), inputs | {"positions_BL": batch.positions, "segments_BL": batch.segments}
 
     @property
     def tables(self):
@@ -117,21 +117,31 @@ class SequenceToSequence(nn.Module):
         inputs_BM: jax.Array,
         targets_BL: jax.Array,
         *,
+        input_positions_BM: jax.Array | None = None,
         input_segments_BM: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
         index_BL: jax.Array | None = None,
         slots: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """targets: the decoder's input, each row beginning with a start token. Segments, index and slots as a `Transformer`'s: a
-        target sees the inputs of its own segment."""
-        memory = self.encode(inputs_BM, segments_BM=input_segments_BM, deterministic=deterministic)
-        given = {"segments_BL": segments_BL, "index_BL": index_BL, "slots": slots, "deterministic": deterministic}
-        return self.decode(memory, targets_BL, **given)
+        """targets: the decoder's input, each row beginning with a start token. Positions, segments, index and slots as a
+        `Transformer`'s: a target sees the inputs of its own segment."""
+        read = {"positions_BM": input_positions_BM, "segments_BM": input_segments_BM}
+        memory = self.encode(inputs_BM, **read, deterministic=deterministic)
+        given = {"positions_BL": positions_BL, "segments_BL": segments_BL, "index_BL": index_BL, "slots": slots}
+        return self.decode(memory, targets_BL, **given, deterministic=deterministic)
 
-    def encode(self, inputs_BM: jax.Array, *, segments_BM: jax.Array | None = None, deterministic: bool = True) -> Memory:
+    def encode(
+        self,
+        inputs_BM: jax.Array,
+        *,
+        positions_BM: jax.Array | None = None,
+        segments_BM: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> Memory:
         """What the decoder looks at."""
-        places = Places(segment=segments_BM)
+        places = Places(segment=segments_BM, position=positions_BM)
         rates = {} if deterministic else self.config.encoder.dropout.rates()
         return Memory(self.encoder(self.input_embedding, inputs_BM, Context(places, rates=rates)), places)
 
@@ -140,6 +150,7 @@ class SequenceToSequence(nn.Module):
         memory: Memory,
         targets_BL: jax.Array,
         *,
+        positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
         index_BL: jax.Array | None = None,
         slots: int | None = None,
@@ -149,7 +160,8 @@ class SequenceToSequence(nn.Module):
         if segments_BL is None and memory.places.segment is not None:  # one document a row: its inputs are of segment 0
             segments_BL = jnp.zeros(targets_BL.shape, jnp.int32)
         rates = {} if deterministic else self.config.decoder.dropout.rates()
-        context = Context(Places(index_BL, segments_BL), rates=rates, memory=memory, slots=slots)
+        places = Places(index_BL, segments_BL, position=positions_BL)
+        context = Context(places, rates=rates, memory=memory, slots=slots)
         x_BLD = self.decoder(self.embedding, targets_BL, context)
         return self.head(x_BLD, self.embedding, targets_BL, context)
 
@@ -164,7 +176,7 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, embedding: Embedding, tokens_BL: jax.Array, context: Context) -> jax.Array:
         c = self.config
-        x_BLD, shared = enter(c, embedding(tokens_BL), context.places.written(tokens_BL.shape[1]), unit=self.embed.deviation)
+        x_BLD, shared = enter(c, embedding(tokens_BL), context.places.in_document(tokens_BL.shape[1]), unit=self.embed.deviation)
         x_BLD = embedding.finish(x_BLD, None)
         if "embedding" in context.rates:
             x_BLD = dropout(x_BLD, context.rates["embedding"], self.make_rng("dropout"))

@@ -19,12 +19,15 @@ Tree = Mapping[str, Any]
 
 
 def expert_layers(model: Model) -> dict[Path, MoE]:
-    """Where in the parameters each layer with experts lies, and its configuration."""
+    """Where in the parameters each layer with experts lies, the head's own among them, and its configuration."""
     found: dict[Path, MoE] = {}
     for name, stack in model.stacks.items():
         for index, layer in enumerate(stack.in_full):
             if isinstance(layer.ffn, MoE):
                 found[(*((name,) if name else ()), *stack.place(index), "ffn")] = layer.ffn
+    for place, layer in model.head.layers(model.final).items():
+        if isinstance(layer.ffn, MoE):
+            found[("head", *place, "ffn")] = layer.ffn
     return found
 
 

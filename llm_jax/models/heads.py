@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
-from llm_jax.models.block import Block, layer_entries, layer_parameters
+from llm_jax.models.block import Block, Layer, layer_entries, layer_parameters
 from llm_jax.nn.activations import ACTIVATIONS, Activation
 from llm_jax.nn.context import Context
 from llm_jax.nn.embedding import Embedding
@@ -42,6 +42,10 @@ class Head(Config):
     def entries(self, stack: Stack, vocabulary: int) -> int:
         """Entries of matrices that multiply every token, without a tied table."""
         raise NotImplementedError
+
+    def layers(self, stack: Stack) -> dict[tuple[str, ...], Layer]:
+        """Layers of its own, in full, and where in its parameters each lies."""
+        return {}
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,6 +141,9 @@ class MultiToken(LanguageModel):
         words = once + (stack.width * vocabulary if self.tied else 0)
         return once + self.ahead * (layer_entries(stack, stack.in_full[-1]) + 2 * stack.width**2 + words)
 
+    def layers(self, stack):
+        return {(f"ahead_{step}", "block"): stack.in_full[-1] for step in range(1, self.ahead + 1)}
+
 
 class WordsAhead(nn.Module):
     """`[B, L, D] -> [B, L, V]` float32, and the tokens ahead in the collection "ahead"."""
@@ -177,13 +184,15 @@ class Ahead(nn.Module):
 # ── classes and numbers ──────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class TokenClassifier(Head):
-    """A score for every label of every token, `[B, L, labels]` float32."""
+    """A score for every label of every token, `[B, L, labels]` float32. gain: the matrix is drawn with deviation gain / √width."""
 
     labels: int = 2
     bias: bool = True
+    gain: float = 1.0
 
     def validate(self):
         require_positive(self, "labels")
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Labels(self, stack, name=name)
@@ -227,28 +236,31 @@ class Labels(nn.Module):
             if c.transform:
                 square = Linear((width,), (width,), ("embed", "embed_out"), bias=True, dtype=dtype, name="transform")
                 x = ACTIVATIONS[c.transform](square(x))
-        labels = Linear((width,), (c.labels,), ("embed", None), bias=c.bias, dtype=dtype, name="labels")
+        labels = Linear((width,), (c.labels,), ("embed", None), c.gain, bias=c.bias, dtype=dtype, name="labels")
         return project(x, labels)[0].astype(jnp.promote_types(dtype, jnp.float32))
 
 
 def pool(x_BLD: jax.Array, how: Literal["first", "last", "mean"], valid_BL: jax.Array | None) -> jax.Array:
     """`[B, D]`: the first token's vector, the last's, or the mean of all that are no padding."""
-    if how == "first":
-        return x_BLD[:, 0]
     if valid_BL is None:
-        return x_BLD[:, -1] if how == "last" else x_BLD.mean(1)
-    if how == "last":
+        return x_BLD.mean(1) if how == "mean" else x_BLD[:, 0 if how == "first" else -1]
+    if how != "mean":
         last_B = jnp.where(valid_BL, jnp.arange(x_BLD.shape[1])[None], 0).max(-1)
-        return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
+        place_B = valid_BL.argmax(-1) if how == "first" else last_B
+        return jnp.take_along_axis(x_BLD, place_B[:, None, None], 1)[:, 0]
     weights_BL1 = valid_BL[..., None].astype(x_BLD.dtype)
     return (x_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1)
 
 
 @dataclass(frozen=True)
 class Scalar(Head):
-    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward."""
+    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward. gain: as `TokenClassifier`'s."""
 
     bias: bool = False
+    gain: float = 1.0
+
+    def validate(self):
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Number(self, stack, name=name)
@@ -268,6 +280,6 @@ class Number(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, embedding: Embedding, tokens_BL: jax.Array, context: Context) -> jax.Array:
-        dtype = jnp.promote_types(self.stack.precision.dtype, jnp.float32)
-        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), bias=self.config.bias, dtype=dtype, name="number")
+        c, dtype = self.config, jnp.promote_types(self.stack.precision.dtype, jnp.float32)
+        linear = Linear((x_BLD.shape[-1],), (1,), ("embed", None), c.gain, bias=c.bias, dtype=dtype, name="number")
         return linear(x_BLD)[..., 0]

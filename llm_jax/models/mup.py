@@ -22,9 +22,10 @@ class MuP(Config):
 
     For Adam-like optimizers (ibid., table 8): matrices learn at the rate times base fan in / fan in, scores are divided by
     head_dim / √base_head_dim, and logits by width / base_width, where a matrix of the head's own is drawn as large as the base's.
-    What that draw adds to the logits fades with the width: `head.gain=0` starts all widths alike (ibid., app. D.2). base_heads:
-    heads of the base model, None for as many as the model has, each of them narrower. Everything else that is given as a number
-    of channels stays what it is.
+    Matrices that give labels or a number are the same without the factor (ibid., table 3): drawn smaller by base width / width,
+    which the rate is multiplied by too, so that their biases keep their own. What a head's draw adds to its output fades with the
+    width: `head.gain=0` starts all widths alike (ibid., app. D.2). base_heads: heads of the base model, None for as many as the
+    model has, each of them narrower. Everything else that is given as a number of channels stays what it is.
     """
 
     base_width: int = 64
@@ -66,6 +67,8 @@ class MuP(Config):
         if model.head.words:
             changes["head.multiplier"] = model.head.multiplier * logits
             changes["head.gain"] = model.head.gain * (1 if model.head.tied else math.sqrt(1 / ratio))
+        else:
+            changes["head.gain"] = model.head.gain * math.sqrt(ratio)
         return override(model, changes | {"mup": None})
 
     def rates(self, model: Any, vocabulary: int) -> Any:
@@ -75,7 +78,7 @@ class MuP(Config):
 
         def rate(path, role: str, small: jax.ShapeDtypeStruct, large: jax.ShapeDtypeStruct) -> float:
             names = [key.key for key in path]
-            if role == "matrix":
+            if role == "matrix" or (role == "head" and not model.head.words):
                 return _inputs(path, small) / _inputs(path, large)
             return table if names[0] == names[-1] == "embedding" else 1.0
 

@@ -52,12 +52,14 @@ def attend(
     rate: Any = 0.0,
     key: jax.Array | None = None,
     backend: Backend = "auto",
+    strict: bool = True,
 ) -> jax.Array:
     """Attention of H query heads over G key-value heads, each shared by H/G of them; `[B, L, H, V]`. What sees nothing is 0.
 
     queries, keys: where they stand; None is 0 … L-1, one document. scale: of the scores, 1/√K unless given. soft_cap:
     s → c·tanh(s/c) before bias and mask (Gemma 2). sinks: a learned logit for each head in the softmax's sum (gpt-oss). rate,
-    key: dropout of the attention weights. Raises `ConfigError` where the back end cannot do what is asked for.
+    key: dropout of the attention weights. Raises `ConfigError` where the back end cannot do what is asked for; strict=False takes
+    that of "auto" then.
     """
     call = Call(
         q_BLHK,
@@ -73,16 +75,18 @@ def attend(
         rate=rate,
         key=None if isinstance(rate, (int, float)) and rate == 0 else key,
     )
-    return _kernel(backend, call).attend(call)
+    return _kernel(backend, call, strict).attend(call)
 
 
-def _kernel(backend: str, call: Call) -> Kernel:
+def _kernel(backend: str, call: Call, strict: bool) -> Kernel:
     if backend == "auto":
         return _choice(call)
     if backend not in KERNELS:
         raise ConfigError(f"must be one of auto, {', '.join(KERNELS)}, got {backend!r}", "backend")
     kernel = KERNELS[backend]()
     why = kernel.refusal(call)
+    if why is not None and not strict:
+        return _choice(call)
     if why is not None:
         raise ConfigError(f"{backend!r} {why}: use 'blockwise', which can do everything, or 'auto'", "backend")
     return kernel

@@ -29,7 +29,7 @@ class MLA(Mixer):
 
     A head's query and key have `nope_dim` channels without position and `rope_dim` with it; the latter part of the key is shared by
     all heads. q_rank: of the queries' own latent vector, None for none. norm: of the latent vectors. scale: of the scores,
-    None is 1/√(nope_dim + rope_dim), times what the positional scheme asks for (YaRN).
+    None is 1/√(nope_dim + rope_dim), times what the positional scheme asks for (YaRN). backend: as `Attention`'s.
     """
 
     attends = True
@@ -121,6 +121,7 @@ class LatentAttention(nn.Module):
             "rate": context.rates.get("attention", 0.0),
             "key": self.make_rng("dropout") if "attention" in context.rates else None,
             "backend": c.backend,
+            "strict": context.slots is None,
         }
         if self.is_mutable_collection("intermediates"):  # each head's own, whichever form computes the result
             q_BLHK, k_BMHK = each_heads(q_BLHN, q_BLHR, product(c_BMC, up_CHN), k_BMR)

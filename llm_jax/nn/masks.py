@@ -25,21 +25,27 @@ class Places:
     index: place in the row, `[B or 1, L]`, by which causality and distances are counted; None is 0 … L-1, and lets every back end
     skip what a mask hides. segment: document number, `[B, L]`; attention stays inside a document, and a negative number is padding,
     which sees nothing and is seen by nobody. None belongs to every document. prefix: part of a prefix that is seen from everywhere
-    in its document, `[B, L]` bool.
+    in its document, `[B, L]` bool. position: place in the document, `[B or 1, L]`, rising within it, by which chunks and the first
+    tokens are counted; None is the index.
     """
 
     index: jax.Array | None = None
     segment: jax.Array | None = None
     prefix: jax.Array | None = None
+    position: jax.Array | None = None
 
     def written(self, length: int) -> jax.Array:
         """The index of `length` tokens, `[B or 1, L]`."""
         return jnp.arange(length, dtype=jnp.int32)[None] if self.index is None else self.index
 
+    def in_document(self, length: int) -> jax.Array:
+        """The position of `length` tokens, `[B or 1, L]`."""
+        return self.written(length) if self.position is None else self.position
+
     def rows(self, start: int, stop: int) -> Places:
         """Those of the tokens [start, stop), with the index written out."""
         index = jnp.arange(start, stop)[None] if self.index is None else self.index[:, start:stop]
-        return Places(index, *(None if x is None else x[:, start:stop] for x in (self.segment, self.prefix)))
+        return Places(index, *(None if x is None else x[:, start:stop] for x in (self.segment, self.prefix, self.position)))
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,22 @@ class Mask(Config):
         """`[B or 1, L, M]` bool, of places with their index written out; None: all."""
         return None
 
-    def span(self, first: Any, last: Any) -> Span:
-        """What queries with an index in [first, last] may see at most, apart from the `anchors`."""
+    def span(self, first: Any, last: Any, *, packed: bool = False) -> Span:
+        """What queries with an index in [first, last] may see at most, apart from the `anchors`.
+
+        packed: positions are not indices.
+        """
         return None, None
 
     @property
     def anchors(self) -> int:
-        """Keys with an index below it may be seen from anywhere, whatever the span."""
+        """Keys with a position below it may be seen from anywhere in their document, whatever the span."""
         return 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it asks for positions in the document, not for distances alone."""
+        return self.anchors > 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class Causal(Mask):
     def visible(self, queries, keys):
         return _reached(queries, keys)
 
-    def span(self, first, last):
+    def span(self, first, last, *, packed=False):
         return None, last + 1
 
 
@@ -97,7 +111,7 @@ class Prefix(Mask):
 class SlidingWindow(Mask):
     """The `window` nearest keys up to the query and itself (Beltagy et al. 2020); if not causal, those less than `window` away.
 
-    sinks: the first so many tokens of the row stay visible (StreamingLLM, Xiao et al. 2024).
+    sinks: the first so many tokens of the document stay visible (StreamingLLM, Xiao et al. 2024).
     """
 
     window: int = 1024
@@ -112,10 +126,10 @@ class SlidingWindow(Mask):
         distance = _distance(queries, keys)
         near = (distance < self.window) & (distance > -self.window)
         if self.sinks:
-            near = near | (keys.index < self.sinks)[:, None]
+            near = near | (_position(keys) < self.sinks)[:, None]
         return near & _reached(queries, keys) if self.causal else near
 
-    def span(self, first, last):
+    def span(self, first, last, *, packed=False):
         return first - self.window + 1, last + (1 if self.causal else self.window)
 
     @property
@@ -125,7 +139,7 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True)
 class Chunked(Mask):
-    """Causal inside chunks of `size` tokens of the row (Llama 4)."""
+    """Causal inside chunks of `size` tokens of the document (Llama 4)."""
 
     size: int = 8192
 
@@ -133,11 +147,19 @@ class Chunked(Mask):
         require_positive(self, "size")
 
     def visible(self, queries, keys):
-        same = (queries.index // self.size)[:, :, None] == (keys.index // self.size)[:, None]
+        same = (_position(queries) // self.size)[:, :, None] == (_position(keys) // self.size)[:, None]
         return same & _reached(queries, keys)
 
-    def span(self, first, last):
-        return first // self.size * self.size, last + 1
+    def span(self, first, last, *, packed=False):
+        return first - self.size + 1 if packed else first // self.size * self.size, last + 1
+
+    @property
+    def counts(self):
+        return True
+
+
+def _position(places: Places) -> Any:
+    return places.index if places.position is None else places.position
 
 
 def _reached(queries: Places, keys: Places) -> Any:
@@ -166,8 +188,8 @@ def _same_document(queries_BL: jax.Array | None, keys_BM: jax.Array | None) -> j
     return (queries_BL[:, :, None] == keys_BM[:, None]) & (keys_BM >= 0)[:, None]
 
 
-def bounds(mask: Mask, first: int, last: int, keys: int) -> tuple[int, int]:
-    """The key positions [low, high) of `keys` that queries at [first, last] may meet, all counted from 0."""
-    low, high = mask.span(first, last)
+def bounds(mask: Mask, first: int, last: int, keys: int, *, packed: bool) -> tuple[int, int]:
+    """The keys [low, high) of `keys` that queries at [first, last] may meet, all counted from 0; packed: as `span` has it."""
+    low, high = mask.span(first, last, packed=packed)
     low = 0 if low is None or mask.anchors else min(max(low, 0), keys)
     return low, keys if high is None else min(max(high, low), keys)

@@ -28,6 +28,7 @@ class Attention(Mixer):
     bias: on queries, keys and values; output_bias: None is as bias. qk_norm: of each head's queries and keys, before
     they are turned (Henry et al. 2020). soft_cap c: scores become c·tanh(score / c) (Gemma 2). sinks: a learned score per
     head that no value belongs to, in the softmax's denominator (gpt-oss). scale: of the scores, None is 1/√head_dim.
+    backend: the kernel; with a cache, whose keys outnumber the queries, "auto" where it cannot.
     """
 
     attends = True
@@ -139,6 +140,7 @@ class MultiHead(nn.Module):
             rate=context.rates.get("attention", 0.0),
             key=self.make_rng("dropout") if "attention" in context.rates else None,
             backend=c.backend,
+            strict=context.slots is None,
         )
         return output(out_BLHK, x_BLD.shape[-1], gain=self.gain, bias=c.biased_output, dtype=self.dtype)
 

@@ -87,9 +87,11 @@ def _boundaries(context: Context, x_BLD: jax.Array) -> tuple[jax.Array, jax.Arra
     if segment_BL is None:
         length = x_BLD.shape[1]
         return jnp.zeros((length, 1, 1), bool), jnp.ones((length, 1, 1), bool)
-    before_BL = jnp.concatenate([segment_BL[:, :1], segment_BL[:, :-1]], 1)
     real_BL = segment_BL >= 0
-    return ((segment_BL != before_BL) & real_BL).T[..., None], real_BL.T[..., None]
+    token_BL = jax.lax.cummax(jnp.where(real_BL, jnp.arange(segment_BL.shape[1])[None], -1), 1)  # the last one up to each place
+    before_BL = jnp.pad(token_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    changes_BL = segment_BL != jnp.take_along_axis(segment_BL, jnp.maximum(before_BL, 0), 1)
+    return (changes_BL & (before_BL >= 0) & real_BL).T[..., None], real_BL.T[..., None]
 
 
 def _step(recurrent_UGU: jax.Array):

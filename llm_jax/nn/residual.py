@@ -100,8 +100,9 @@ class HyperConnections(Residual):
     """n copies of the stream: a branch reads one mixture of them, adds its result to each by a weight, and mixes them.
 
     With H `[n, D]`: the branch sees αᵀH and H becomes β·branch + MᵀH (Zhu et al. 2025, "Hyper-Connections", eq. 2–5). All start
-    so that every branch reads one copy in turn and adds to all, which is the plain residual. dynamic: α, β and M also depend
-    on H, by tanh of a projection of the normalized copies (ibid., eq. 10–13).
+    so that every branch reads one copy in turn and adds to all: each copy is the plain residual. Their sum leaves the last layer
+    (ibid., algorithm 1), n times the plain stream, which a final norm does not see. dynamic: α, β and M also depend on H, by tanh
+    of a projection of the normalized copies (ibid., eq. 10–13).
     """
 
     rate: int = 4

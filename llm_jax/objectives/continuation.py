@@ -46,11 +46,16 @@ def _prefixed(batch: Batch, cut: int) -> Batch:
 
 
 def _second_part(batch: Batch, cut: int) -> Batch:
-    """The first `cut` tokens as inputs, and the rest, which begins with the last of them, for the decoder."""
+    """The first `cut` tokens as inputs, and the rest, which begins with the last of them, for the decoder.
+
+    Positions of what goes on in the rest are counted from there.
+    """
     rest = {
         name: getattr(batch, name)[:, cut - 1 :]
         for name in ("tokens", "targets", "weights", "segments", "positions")
         if getattr(batch, name) is not None
     }
-    segments_BM = None if batch.segments is None else batch.segments[:, :cut]
-    return Batch(**rest, inputs=batch.tokens[:, :cut], input_segments=segments_BM)
+    if "positions" in rest:
+        rest["positions"] = jnp.minimum(rest["positions"], jnp.arange(rest["positions"].shape[1])[None])
+    segments_BM, positions_BM = (None if x is None else x[:, :cut] for x in (batch.segments, batch.positions))
+    return Batch(**rest, inputs=batch.tokens[:, :cut], input_segments=segments_BM, input_positions=positions_BM)

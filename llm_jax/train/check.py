@@ -17,6 +17,7 @@ import numpy as np
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, require, substitute
 from llm_jax.core.types import Batch
+from llm_jax.infer.forward import stretches
 from llm_jax.models import count
 from llm_jax.models.heads import LanguageModel, SequenceClassifier
 from llm_jax.models.model import Model, initial_parameters, stack_layers
@@ -263,7 +264,7 @@ def _causal(given: Subject) -> Finding:
 def _decoding(given: Subject) -> Finding:
     """A text's first half at once and then token by token, with what came before in the cache, against the whole at once."""
     name, model = "decoding by the cache = at once", variant(given.model)
-    why = _no_decoding(given.model)
+    why = _no_decoding(given.model, given.batch.tokens.shape[1])
     if why:
         return Finding(name, None, 0, why)
     params, tokens_BL = jax.tree.map(jnp.asarray, stack_layers(given.params, model)), given.batch.tokens
@@ -287,7 +288,7 @@ def _decoding(given: Subject) -> Finding:
     return Finding(name, error, EQUAL, f"token {worst}" if error > EQUAL else f"{length - half} of {length} tokens one by one")
 
 
-def _no_decoding(model: Model) -> str:
+def _no_decoding(model: Model, length: int) -> str:
     if not model.causal:
         return "the model says that tokens see later ones"
     if isinstance(model.head, SequenceClassifier):
@@ -295,4 +296,6 @@ def _no_decoding(model: Model) -> str:
     networks = [layer.ffn for layer in model.final.in_full]
     if any(isinstance(ffn, MoE) and not isinstance(ffn.dispatch, Dropless) for ffn in networks):
         return "what experts have room for depends on how many tokens come together"
+    if stretches(model.final, length):
+        return "how far a token is turned depends on how long its row is"
     return ""

@@ -5,6 +5,9 @@ import sys
 import pytest
 
 from llm_jax import __main__
+from llm_jax.models.decoder import Decoder
+from llm_jax.nn.position import Rope
+from llm_jax.nn.rope import DynamicScaling
 from llm_jax.train import check
 from llm_jax.train.check import Finding
 
@@ -93,3 +96,9 @@ def test_a_mistake_is_one_sentence(flags, sentence, tmp_path, monkeypatch, capsy
     (tmp_path / "two.py").write_text(FILE)
     code, out, err = run([flag.replace("{folder}", str(tmp_path)) for flag in flags], monkeypatch, capsys)
     assert code == 2 and sentence in err and "\n" not in err and not out, err
+
+
+@pytest.mark.parametrize("original, reason", [(4, "how far a token is turned depends on how long its row is"), (16, "")])
+def test_a_row_that_stretches_as_it_grows_is_not_decoded(original, reason):
+    model = Decoder(width=8, depth=1, position=Rope(scaling=DynamicScaling(original_length=original)))
+    assert check._no_decoding(model, 16) == reason

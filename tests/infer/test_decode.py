@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
 from llm_jax.infer import decode, forward
 from llm_jax.infer.decode import generate
@@ -66,6 +66,10 @@ TABLE = {
     "chunked": model(Attention(heads=4, mask=Chunked(4))),
     "prefix": model(Attention(heads=4, mask=Prefix())),
     "prefix-mla": model(MLA(heads=2, kv_rank=6, nope_dim=4, rope_dim=4, mask=Prefix())),
+    "splash": model(Attention(heads=4, backend="splash")),  # which has no cached call, nor has cuDNN here any call
+    "cudnn": model(Attention(heads=4, backend="cudnn")),
+    "splash-mla": model(MLA(heads=2, kv_rank=6, nope_dim=4, rope_dim=4, backend="splash")),
+    "blockwise": model(Attention(heads=4, backend="blockwise")),
     "lstm": model(LSTM(), NoPosition(), ffn=NoFeedForward()),
     "lstm-and-attention": model(LSTM(units=12), pattern=(Layer(), Layer(attention=MHA)), depth=2),
     "local-global-scanned": model(
@@ -120,12 +124,14 @@ def whole_pass(config, params, rows, inputs):
 @pytest.mark.parametrize("name", TABLE)
 def test_cached_generation_is_the_argmax_of_the_whole_pass(name):
     config = TABLE[name]
-    params = parameters(config, SEEDS.get(name, 0))
+    named = getattr(getattr(config, "attention", None), "backend", "auto") != "auto"
+    plain = override(config, {"attention.backend": "auto"}) if named else config
+    params = parameters(plain, SEEDS.get(name, 0))
     starts, inputs = ([[1]] * 3, PROMPTS) if config.encodes else (PROMPTS, None)
     found = generate(config, V, params, starts, max_new_tokens=NEW, key=jax.random.key(0), inputs=inputs)
     assert found.tokens.shape == (3, NEW) and (found.count == NEW).all()
     rows = [[*start, *map(int, new)] for start, new in zip(starts, found.tokens, strict=True)]
-    logits = np.asarray(whole_pass(config, params, rows, inputs))
+    logits = np.asarray(whole_pass(plain, params, rows, inputs))
     for start, new, log_p, said in zip(starts, found.tokens, found.log_p, logits, strict=True):
         said = said[len(start) - 1 : len(start) - 1 + NEW]
         np.testing.assert_array_equal(said.argmax(-1), new)

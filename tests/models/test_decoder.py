@@ -1,17 +1,20 @@
 """The whole network: causal, packed = unpacked, scanned = unrolled, remat = not, counted right, for every component."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
 from llm_jax.models import count
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.model import abstract_parameters, initial_parameters, stack_layers, unstack_layers
+from llm_jax.nn.attention import Chunked, SlidingWindow
 from llm_jax.nn.ffn import Dense, Gated, NoFeedForward
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, NoNorm, RMSNorm
@@ -60,9 +63,17 @@ def test_no_token_sees_a_later_one(position):
     assert all(np.abs(before[:, i] - after[:, i]).max() > 1e-4 for i in range(7, LENGTH)), "later tokens should see it"
 
 
-@pytest.mark.parametrize("position", POSITIONS, ids=name)
-def test_packed_documents_are_as_if_alone(position):
-    model = base(position=position)
+MASKS = [SlidingWindow(2), SlidingWindow(2, sinks=1), Chunked(3)]
+PACKED = [
+    *({"position": position} for position in POSITIONS),
+    *({"attention.mask": mask, "attention.backend": backend} for mask in MASKS for backend in ("dense", "blockwise")),
+]
+
+
+@pytest.mark.parametrize("changes", PACKED, ids=lambda changes: "-".join(str(value) for value in changes.values()))
+def test_packed_documents_are_as_if_alone(changes, monkeypatch):
+    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, attention_row_block=4, attention_block=4))
+    model = base(**changes)
     params, cut = initial(model), 5
     segments = np.array([[0] * cut + [1] * (LENGTH - cut)] * 2, np.int32)
     positions = np.array([[*range(cut), *range(LENGTH - cut)]] * 2, np.int32)

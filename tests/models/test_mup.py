@@ -6,7 +6,7 @@ import pytest
 
 from llm_jax.core.config import ConfigError, override
 from llm_jax.lab import presets
-from llm_jax.lab.components import Attention, Decoder, Embed, Gated, LanguageModel
+from llm_jax.lab.components import Attention, Decoder, Embed, Gated, LanguageModel, Scalar, SequenceClassifier, TokenClassifier
 from llm_jax.lab.coordinates import coordinate_check, growth
 from llm_jax.models.model import initial_parameters
 from llm_jax.models.mup import MuP
@@ -50,6 +50,31 @@ def test_scores_and_logits_are_scaled():
     more_heads = override(wide, {"mup": MuP(base_width=16, base_heads=2), "attention": Attention(heads=8)})
     assert more_heads.mup.parametrized(more_heads).attention.scale == pytest.approx(1 / np.sqrt(8)), "heads as wide as the base's"
     assert more_heads.mup.parametrized(more_heads).head == LanguageModel(tied=False, multiplier=0.25, gain=2.0)
+
+
+@pytest.mark.parametrize(
+    "head", [SequenceClassifier(), TokenClassifier(bias=False), Scalar(bias=True)], ids=lambda h: type(h).__name__
+)
+def test_other_heads_are_drawn_and_learn_so_that_a_step_moves_their_output_alike(head):
+    """Their matrix moved by its rate along what it reads, as Adam's first step does."""
+
+    def step(width):
+        """How far it moves the last token's output, the matrix's first deviation, its rate."""
+        wide = model(width, head=head)
+        params = initial_parameters(wide, 16, jax.random.key(0))
+        ((name, linear),) = params["head"].items()
+        rates = wide.rates(16)["head"][name]
+        assert rates.get("bias", 1.0) == 1.0
+        _, sown = wide.build(16).apply({"params": params}, TOKENS, mutable=["intermediates"])
+        read_D = np.sign(sown["intermediates"]["hidden"][0][0, -1])
+        moved = params | {"head": {name: linear | {"kernel": linear["kernel"] + rates["kernel"] * read_D[:, None]}}}
+        change = np.asarray(logits(wide, moved) - logits(wide, params))
+        last = change[0] if isinstance(head, SequenceClassifier) else change[0, -1]
+        return float(np.abs(last).max()), float(linear["kernel"].std()), rates["kernel"]
+
+    (base, _, one), (wide, drawn, rate) = step(16), step(256)
+    assert (one, rate) == (1.0, 1 / 16) and drawn == pytest.approx(16**-0.5 / 16, rel=0.15), "the base's over 16"
+    assert wide == pytest.approx(base, rel=0.2)
 
 
 def test_what_the_rules_are_not_for_is_refused():

@@ -74,6 +74,14 @@ def test_deepseeks_module_for_a_second_token_has_11_5_billion_of_its_own():
     assert more == pytest.approx(11.5e9, rel=0.01)
 
 
+def test_of_deepseeks_module_for_a_second_token_a_token_meets_one_sparse_layer():
+    model, vocabulary = presets.deepseek_v3(ahead=1), PRESETS["deepseek-v3"].vocabulary
+    more = count.active_parameters(model, vocabulary) - PRESETS["deepseek-v3"].active
+    layer, width = model.in_full[-1], model.width
+    used = layer.attention.parameters(width) + layer.ffn.parameters(width) - layer.ffn.idle(width)
+    assert more == used + 2 * width**2 + 5 * width, "the joining matrix, two norms of the layer and three of the module"
+
+
 def test_a_pooled_bert_is_as_large_as_transformers_one():
     """BertForSequenceClassification of bert-base-uncased with two labels has 109,483,778."""
     model = override(presets.bert(), {"head": SequenceClassifier(labels=2, pooling="first", transform="tanh")})

@@ -140,6 +140,38 @@ def test_an_encoder_decoder_reads_all_inputs_and_earlier_targets(layers, shared)
     np.testing.assert_allclose(padded[0], run(model, params, inputs[:, :4], targets), atol=1e-5)
 
 
+def test_packed_pairs_are_as_if_alone():
+    """Inputs and targets of two documents in one row, with positions of the row's where none are given."""
+    learned = {f"{tower}.position": Learned(max_length=L) for tower in ("encoder", "decoder")}
+    model = pair(**learned, **{"encoder.depth": 1, "decoder.depth": 1})
+    params = initial(model, TOKENS, TOKENS)
+    inputs, targets = TOKENS[:1, :7], TOKENS[1:, :5]
+    ends = (range(4), range(3)), (range(2), range(3))
+    places, documents = ([np.array([[*f(a, 0), *f(b, 1)]]) for a, b in ends] for f in (lambda r, _: r, lambda r, n: [n] * len(r)))
+    batch = Batch(
+        targets, targets, segments=documents[1], positions=places[1], inputs=inputs, input_segments=documents[0],
+        input_positions=places[0],
+    )  # fmt: skip
+    given, named = model.arguments(batch)
+    apart = [run(model, params, inputs[:, :4], targets[:, :2]), run(model, params, inputs[:, 4:], targets[:, 2:])]
+    np.testing.assert_allclose(run(model, params, *given, **named), np.concatenate(apart, 1), atol=2e-5)
+
+
+def test_what_is_continued_has_positions_from_where_it_goes_on():
+    segments, positions = np.array([[0] * 6 + [1] * 2]), np.array([[*range(6), *range(2)]])
+    seen = []
+
+    def apply(params, batch, rng):
+        seen.append(batch)
+        return Predictions(jnp.zeros((*batch.tokens.shape, V)))
+
+    batch = Batch(TOKENS[:1], TOKENS[:1], segments=segments, positions=positions)
+    given = {"model": pair(), "rng": None, "byte_lengths": jnp.ones(V, jnp.int32), "train": False}
+    Continuation(fraction=0.5).loss(apply, None, batch, **given)
+    assert seen[0].input_positions.tolist() == [[0, 1, 2, 3]] and seen[0].input_segments.tolist() == [[0] * 4]
+    assert seen[0].positions.tolist() == [[0, 1, 2, 0, 1]] and seen[0].segments.tolist() == [[0, 0, 0, 1, 1]]
+
+
 def test_what_an_encoder_decoder_cannot_be():
     with pytest.raises(ConfigError, match=r"encoder.width must be decoder.width=16, got 32"):
         pair(**{"encoder.width": 32})
@@ -150,18 +182,25 @@ def test_what_an_encoder_decoder_cannot_be():
 
 
 # ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def hidden(model, params):
-    return model.build(V).apply({"params": params}, TOKENS, mutable=["intermediates"])[1]["intermediates"]["hidden"][0]
+def hidden(model, params, *given):
+    return model.build(V).apply({"params": params}, TOKENS, *given, mutable=["intermediates"])[1]["intermediates"]["hidden"][0]
 
 
 def test_heads_read_the_last_layer():
-    segments = np.array([[0] * 8, [0] * 5 + [-1] * 3], np.int32)
-    for pooling, rows in (("first", [0, 0]), ("last", [7, 4])):
+    right, left = ([[0] * 8, [0] * 5 + [-1] * 3], [[-1] * 2 + [0] * 6, [0] * 8])
+    for pooling, segments, rows in (
+        ("first", right, [0, 0]),
+        ("first", left, [2, 0]),
+        ("last", right, [7, 4]),
+        ("last", left, [7, 7]),
+    ):
         model = small(head=SequenceClassifier(labels=3, pooling=pooling))
         params = initial(model)
-        x = hidden(model, params)[np.arange(B), rows]
+        segments = np.array(segments, np.int32)
+        x = hidden(model, params, None, segments)[np.arange(B), rows]
         expected = x @ params["head"]["labels"]["kernel"] + params["head"]["labels"]["bias"][None]
         np.testing.assert_allclose(run(model, params, TOKENS, None, segments), expected, atol=1e-5)
+    segments = np.array(right, np.int32)
     model = small(head=SequenceClassifier(labels=3, pooling="mean", transform="tanh"))
     params = initial(model)
     x = np.stack([hidden(model, params)[0].mean(0), hidden(model, params)[1, :5].mean(0)])
@@ -294,6 +333,29 @@ def test_experts_add_their_losses_and_move_their_biases():
         np.testing.assert_allclose(said.penalty.total, total, rtol=1e-5)
         assert float(said.penalty.weight) == B * L
         assert 1 <= float(metrics["moe/max_load"].mean) <= 2 and float(metrics["moe/dropped"].mean) == 0
+
+
+def test_experts_of_a_head_that_looks_ahead_are_balanced_too():
+    """Its layer is one more: its choices are counted, its bias moves, and the auxiliary loss reaches its router."""
+    moe = MoE(experts=4, balance=5.0, router=Sigmoid(bias=True, bias_rate=0.1))
+    model = small(ffn=moe, depth=1, head=MultiToken(ahead=1))
+    params, batch, key = initial(model), Batch(TOKENS, TOKENS), jax.random.key(0)
+    assert list(experts.expert_layers(model)) == [("layers_0", "ffn"), ("head", "ahead_1", "block", "ffn")]
+
+    def penalty(params):
+        said = predict(model, V, params, batch, key, train=True)
+        return said.penalty.mean, said.routing
+
+    step = jax.jit(jax.grad(penalty, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    grads, routing = step(params)
+    settled, metrics = experts.settle(model, params, routing)
+    grad, sown, before, after = (tree["head"]["ahead_1"]["block"]["ffn"] for tree in (grads, routing, params, settled))
+    assert np.abs(grad["router"]["kernel"]).max() > 1e-4
+    moved = after["router"]["bias"] - before["router"]["bias"]
+    np.testing.assert_allclose(moved, 0.1 * np.sign(sown["load"].mean() - sown["load"]), atol=1e-6)
+    assert np.abs(moved).max() > 0
+    loads = routing["layers_0"]["ffn"]["load"], sown["load"]
+    np.testing.assert_allclose(metrics["moe/max_load"].mean, np.mean([load.max() / load.mean() for load in loads]), rtol=1e-6)
 
 
 def test_a_decoder_and_an_encoder_decoder_continue_the_same_tokens():

@@ -8,22 +8,24 @@ import numpy as np
 
 from llm_jax.nn import attention as masks
 
-# whether a query at place q sees a key at place k, by each mask's definition
+# whether a query at place q sees a key at place k, which have positions i and j in their document, by each mask's definition
 RULES = {
-    masks.Bidirectional: lambda m, q, k, prefix: True,
-    masks.Causal: lambda m, q, k, prefix: k <= q,
-    masks.Prefix: lambda m, q, k, prefix: k <= q or prefix,
-    masks.SlidingWindow: lambda m, q, k, prefix: (k <= q or not m.causal) and (abs(q - k) < m.window or k < m.sinks),
-    masks.Chunked: lambda m, q, k, prefix: k <= q and k // m.size == q // m.size,
+    masks.Bidirectional: lambda m, q, k, i, j, prefix: True,
+    masks.Causal: lambda m, q, k, i, j, prefix: k <= q,
+    masks.Prefix: lambda m, q, k, i, j, prefix: k <= q or prefix,
+    masks.SlidingWindow: lambda m, q, k, i, j, prefix: (k <= q or not m.causal) and (abs(q - k) < m.window or j < m.sinks),
+    masks.Chunked: lambda m, q, k, i, j, prefix: k <= q and j // m.size == i // m.size,
 }
 
 
-def seen(mask, queries, keys, query_documents=None, key_documents=None, prefix=None) -> np.ndarray:
-    """`[B, L, M]`, pair by pair. queries, keys: places `[B, L]`, `[B, M]`."""
+def seen(mask, queries, keys, query_documents=None, key_documents=None, prefix=None, positions=None) -> np.ndarray:
+    """`[B, L, M]`, pair by pair. queries, keys: places `[B, L]`, `[B, M]`; positions: of both, or as their places."""
     B, L, M = *queries.shape, keys.shape[1]
+    query_positions, key_positions = positions or (queries, keys)
     shown = np.zeros((B, L, M), bool)
     for b, q, k in np.ndindex(B, L, M):
-        shown[b, q, k] = RULES[type(mask)](mask, queries[b, q], keys[b, k], prefix is not None and prefix[b, k])
+        places = queries[b, q], keys[b, k], query_positions[b, q], key_positions[b, k]
+        shown[b, q, k] = RULES[type(mask)](mask, *places, prefix is not None and prefix[b, k])
         if query_documents is not None:
             shown[b, q, k] &= query_documents[b, q] == key_documents[b, k] >= 0
     return shown

@@ -71,6 +71,7 @@ def test_cudnn_needs_a_gpu():
         ((8, 8), {"queries": Places(np.arange(8)[None])}, "places must be counted from 0"),
         ((8, 8), {"mask": Prefix(), "keys": Places(prefix=np.ones((2, 8), bool))}, "prefixes come with the data"),
         ((8, 8), {"keys": Places(segment=SEGMENTS)}, "cannot tell which queries see nothing"),
+        ((8, 8), {"mask": Chunked(4), "keys": Places(position=np.arange(8)[None])}, "counts places for Chunked in the row"),
         ((8, 4), {"mask": SlidingWindow(2)}, "queries past the last key undefined, got 8 queries and 4 keys"),
     ],
 )

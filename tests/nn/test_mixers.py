@@ -123,6 +123,15 @@ def test_the_lstm_forgets_between_documents_and_passes_over_padding():
     np.testing.assert_allclose(out[1], recurrence(p, X[1].astype(np.float64)), atol=2e-6)
 
 
+def test_padding_inside_a_document_interrupts_no_lstm():
+    module, params = built(LSTM())
+    segments = np.array([[-1, 0, 0, -1, 0, 1, 1], [0, -1, 1, -1, -1, 1, 0]], np.int32)
+    out = module.apply({"params": params}, X, Context(Places(segment=jnp.asarray(segments))))
+    for row, real, starts in ((0, [1, 2, 4, 5, 6], (0, 3)), (1, [0, 2, 5, 6], (0, 1, 3))):
+        expected = recurrence(f64(params), X[row, real].astype(np.float64), starts=starts)
+        np.testing.assert_allclose(out[row, real], expected, atol=2e-6)
+
+
 def test_an_lstm_goes_on_from_its_state():
     module, params = built(LSTM(units=5))
     whole = module.apply({"params": params}, X, Context(Places()))

@@ -127,13 +127,13 @@ def _told(mixer: Attention | MLA, position: Position, context: Context) -> dict[
 def _places(model: Model, stack: str, batch: Batch) -> Places:
     """Where the tokens of a stack stand."""
     if not model.encodes:
-        return Places(None, batch.segments, batch.prefix)
+        return Places(None, batch.segments, batch.prefix, batch.positions)
     if stack == "encoder":
-        return Places(segment=batch.input_segments)
+        return Places(segment=batch.input_segments, position=batch.input_positions)
     segments = batch.segments
     if segments is None and batch.input_segments is not None:  # as the model: one document a row
         segments = jnp.zeros(batch.tokens.shape, jnp.int32)
-    return Places(segment=segments)
+    return Places(segment=segments, position=batch.positions)
 
 
 def _shared(stack: Stack, params: Params) -> dict[str, jax.Array]:

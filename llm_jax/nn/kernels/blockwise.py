@@ -38,6 +38,7 @@ class Side(NamedTuple):
     index: jax.Array
     segment: jax.Array | None
     prefix: jax.Array | None
+    position: jax.Array | None
     inside: jax.Array | None
 
 
@@ -109,9 +110,9 @@ def _context(call: Call, rows: int, columns: int) -> Context:
 
 def _side(places: Places, length: int, block: int) -> Side:
     whole = places.rows(0, length)
-    index, segment, prefix = (None if x is None else _cut(x, 1, block) for x in (whole.index, whole.segment, whole.prefix))
-    inside = None if length % block == 0 else _cut(jnp.ones((1, length), bool), 1, block)
-    return Side(index, segment, prefix, inside)  # type: ignore[arg-type]
+    inside = None if length % block == 0 else jnp.ones((1, length), bool)
+    given = whole.index, whole.segment, whole.prefix, whole.position, inside
+    return Side(*(None if x is None else _cut(x, 1, block) for x in given))  # type: ignore[arg-type]
 
 
 def _meetings(call: Call, rows: int, columns: int) -> tuple[Any, Any]:
@@ -119,16 +120,19 @@ def _meetings(call: Call, rows: int, columns: int) -> tuple[Any, Any]:
 
     Where places are counted from 0 it is known before the program runs.
     """
-    (L, M), np_or_jnp = call.lengths, np if call.counted else jnp
+    known = call.counted and not (call.packed and call.mask.anchors)
+    (L, M), np_or_jnp = call.lengths, np if known else jnp
     first, last = _extent(call.queries.index, L, rows)
     least, most = _extent(call.keys.index, M, columns)
-    low, high = call.mask.span(first[:, None], last[:, None])
+    low, high = call.mask.span(first[:, None], last[:, None], packed=call.packed)
     near = np_or_jnp.ones((first.size, least.size), bool)
     if low is not None:
         near = near & (most[None] >= low)
     if high is not None:
         near = near & (least[None] < high)
-    near = near | (least < call.mask.anchors)[None]
+    if call.mask.anchors:
+        least = least if call.keys.position is None else _extent(call.keys.position, M, columns)[0]
+        near = near | (least < call.mask.anchors)[None]
     return np_or_jnp.argsort(~near, axis=1, stable=True).astype(np.int32), near.sum(1).astype(np.int32)
 
 
@@ -257,7 +261,7 @@ def _finish(rule: Rule, context: Context, i, j, s_BGRrc: jax.Array, params: Any)
         s_BGRrc = rule.soft_cap * jnp.tanh(s_BGRrc / rule.soft_cap)
     if rule.bias is not None:
         s_BGRrc = s_BGRrc + rule.bias(params, queries.index, keys.index).reshape(-1, G, R, r, c).astype(s_BGRrc.dtype)
-    seen = visible(rule.mask, Places(*queries[:3]), Places(*keys[:3]))
+    seen = visible(rule.mask, Places(*queries[:4]), Places(*keys[:4]))
     if keys.inside is not None:
         seen = keys.inside[:, None] if seen is None else seen & keys.inside[:, None]
     return s_BGRrc if seen is None else jnp.where(seen[:, None, None], s_BGRrc, MASKED)

@@ -58,6 +58,11 @@ class Call:
         return self.queries.index is None and self.keys.index is None
 
     @property
+    def packed(self) -> bool:
+        """Whether positions in the document are given, besides places in the row."""
+        return self.queries.position is not None or self.keys.position is not None
+
+    @property
     def lonely(self) -> bool:
         """Whether a query may see nothing, as far as is known: with a key at its own place and one document, none does."""
         L, M = self.lengths

@@ -34,7 +34,7 @@ def _blocks(call: Call) -> Iterator[tuple[int, int, int, int]]:
     block = (traits().attention_row_block or L) if call.counted else L
     for start in range(0, L, block):
         stop = min(start + block, L)
-        low, high = bounds(call.mask, start, stop - 1, M) if call.counted else (0, M)
+        low, high = bounds(call.mask, start, stop - 1, M, packed=call.packed) if call.counted else (0, M)
         low = min(low, M - 1)  # rows past the last key they might see still meet one, unseen
         yield start, stop, low, max(high, low + 1)
 

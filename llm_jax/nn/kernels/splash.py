@@ -165,6 +165,8 @@ def _places(call: Call) -> str | None:
         return "must know its mask before the program runs, so places must be counted from 0 (no index)"
     if isinstance(call.mask, Prefix) and call.keys.prefix is not None:
         return "must know its mask before the program runs, and prefixes come with the data"
+    if call.packed and call.mask.counts:
+        return f"counts places for {type(call.mask).__name__} in the row, and was given positions in documents"
     if call.queries.segment is not call.keys.segment:
         return "cannot tell which queries see nothing where queries and keys have documents of their own"
     if L > M and not isinstance(call.mask, (Bidirectional, Causal)):
