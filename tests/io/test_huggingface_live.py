@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 EVERYWHERE = ["llama", "qwen3-window", "gemma3", "deepseek-v3", "t5-gated", "bert-sequence"]  # also where the family is not named
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+@pytest.mark.parametrize("case", golden.ALL)
 @pytest.mark.filterwarnings("ignore")
 def test_there_and_back(case, tmp_path):
     theirs, given = golden.build(case, seed=1), golden.inputs(case, seed=1)
