@@ -202,6 +202,10 @@ CASES |= {
     ),
     "bloom-sequence": ("BloomForSequenceClassification", BLOOM | LABELS),
     "bloom-token": ("BloomForTokenClassification", BLOOM | LABELS),
+    "stablelm": (
+        "StableLmForCausalLM",
+        LAYER_NORM | {"num_key_value_heads": 1, "use_qkv_bias": True} | rope("default", partial_rotary_factor=0.5),
+    ),
     "mistral-llama3": ("MistralForCausalLM", GROUPED | {"sliding_window": 4, "head_dim": 8} | rope("llama3", **LLAMA3)),
     "qwen2-yarn": ("Qwen2ForCausalLM", GROUPED | {"head_dim": 8} | rope("yarn", **YARN)),
     "qwen3-token": ("Qwen3ForTokenClassification", CASES["qwen3"][1] | LABELS),
@@ -233,6 +237,17 @@ LIVE: dict[str, Case] = {
     "deepseek-v3-sequence": ("DeepseekV3ForSequenceClassification", CASES["deepseek-v3"][1] | LABELS),
     "deepseek-v3-sparse": ("DeepseekV3ForCausalLM", CASES["deepseek-v3"][1] | {"first_k_dense_replace": 0}),
     "t5-silu": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
+    "stablelm-parallel": (
+        "StableLmForCausalLM",
+        LAYER_NORM
+        | {"num_key_value_heads": 2, "use_parallel_residual": True, "hidden_act": "gelu", "tie_word_embeddings": True}
+        | rope("default", partial_rotary_factor=1.0),
+    ),
+    "stablelm-sequence": (
+        "StableLmForSequenceClassification",
+        LAYER_NORM | LABELS | {"num_key_value_heads": 2} | rope("linear", factor=2.0),
+    ),
+    "stablelm-token": ("StableLmForTokenClassification", LAYER_NORM | LABELS | {"num_key_value_heads": 1} | rope("default")),
     "bert-relu": ("BertForMaskedLM", LAYER_NORM | {"hidden_act": "relu"}),
 }
 ALL = CASES | LIVE

@@ -631,6 +631,7 @@ def own(**changes):
     return dataclasses.replace(Decoder(width=8, depth=2, attention=Attention(heads=2)), **changes)
 
 
+GROUPED_HEADS = Attention(heads=2, kv_heads=1)
 SHARP = Attention(heads=2, scale=0.9, bias=True)
 OTHER_FORMS = {
     "as-it-is-by-default": ("gpt_neox", own()),
@@ -638,6 +639,7 @@ OTHER_FORMS = {
     "units": ("gpt_neox", own(ffn=Dense(ratio=3, activation="squared_relu"))),
     "learned": ("gpt2", own(position=Learned(16), norm=LayerNorm(bias=False))),
     "gated": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(tied=False, gain=0.5))),
+    "gated-layer-norm": ("stablelm", own(norm=LayerNorm(bias=False), ffn=Gated(activation="gelu"), attention=GROUPED_HEADS)),
     "transferred": ("llama", own(width=16, norm=RMSNorm(), ffn=Gated(units=12), mup=MuP(base_width=8))),
     "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
     "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
@@ -664,7 +666,7 @@ def test_factors_are_folded_and_absent_biases_are_zeros(family, model, tmp_path)
 
 EXPERTS = MoE(experts=4, expert=Gated(units=12), dispatch=Capacity())
 OTHER_NETWORKS = {
-    "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
+    "norm": (like_llama(norm=LayerNorm(), placement="sandwich"), "norm is a LayerNorm, llama has RMSNorm"),
     "mask": (
         like_llama(attention=Attention(heads=2, mask=Chunked(4))),
         r"attention.mask is Chunked\(size=4\), which llama cannot say",

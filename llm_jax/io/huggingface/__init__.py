@@ -28,7 +28,7 @@ from llm_jax.io.huggingface.family import Family
 from llm_jax.io.huggingface.fields import Fields, harmless, read_json
 from llm_jax.io.huggingface.forms import forms, rewritten
 from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
-from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STABLELM
 from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
 from llm_jax.models.model import Model, Params, abstract_parameters
@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        STABLELM,
         GEMMA2,
         GEMMA3,
         NEOX,

@@ -26,11 +26,13 @@ Leaves = Mapping[str, jax.Array]
 
 
 def forms(model: Model) -> list[Model]:
-    """The model as it is, then with its factors folded, then with biases outside attention, then with all that there may be."""
+    """The model as it is, then with its factors folded, then with biases of norms, also of networks, and also of attention."""
     plain: Any = model.mup.parametrized(model) if isinstance(model, Decoder) and model.mup else model
     found = [plain, _folded(plain)]
     if isinstance(plain, Stack):
-        found += [_biased(found[1], attention=False), _biased(found[1], attention=True)]
+        found.append(replace(found[-1], norm=_biased_norm(plain.norm)))
+        found.append(_each(found[-1], "ffn", _biased_network))
+        found.append(_each(found[-1], "attention", _biased_attention))
     return [form for place, form in enumerate(found) if form not in found[:place]]
 
 
@@ -85,12 +87,6 @@ def _times(leaf: jax.Array, factor: float) -> jax.Array:
 
 
 # ── biases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _biased(model: Any, *, attention: bool) -> Any:
-    """With every bias that may be there."""
-    model = replace(_each(model, "ffn", _biased_network), norm=_biased_norm(model.norm))
-    return _each(model, "attention", _biased_attention) if attention else model
-
-
 def _biased_network(ffn: Any) -> Any:
     return replace(ffn, bias=True) if isinstance(ffn, (Dense, Gated)) else ffn
 
