@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, a training run; and its family."""
+"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, a run; and its family."""
 
 import dataclasses
 import importlib.util

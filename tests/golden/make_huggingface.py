@@ -245,9 +245,12 @@ LIVE: dict[str, Case] = {
     ),
     "stablelm-sequence": (
         "StableLmForSequenceClassification",
-        LAYER_NORM | LABELS | {"num_key_value_heads": 2} | rope("linear", factor=2.0),
+        LAYER_NORM | LABELS | {"num_key_value_heads": 2} | rope("linear", factor=2.0, partial_rotary_factor=0.5),
     ),
-    "stablelm-token": ("StableLmForTokenClassification", LAYER_NORM | LABELS | {"num_key_value_heads": 1} | rope("default")),
+    "stablelm-token": (
+        "StableLmForTokenClassification",
+        LAYER_NORM | LABELS | {"num_key_value_heads": 1} | rope("default", partial_rotary_factor=0.5),
+    ),
     "bert-relu": ("BertForMaskedLM", LAYER_NORM | {"hidden_act": "relu"}),
 }
 ALL = CASES | LIVE
