@@ -42,6 +42,7 @@ from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, RMSNorm
 from llm_jax.nn.position import Alibi, Learned, Rope
+from llm_jax.nn.residual import ReZero, Scaled
 from llm_jax.nn.rope import NtkScaling
 from tests.io.published import CONFIGS
 
@@ -641,6 +642,9 @@ OTHER_FORMS = {
     "gated": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(tied=False, gain=0.5))),
     "gated-layer-norm": ("stablelm", own(norm=LayerNorm(bias=False), ffn=Gated(activation="gelu"), attention=GROUPED_HEADS)),
     "transferred": ("llama", own(width=16, norm=RMSNorm(), ffn=Gated(units=12), mup=MuP(base_width=8))),
+    "scaled-branches": ("gpt_neox", own(residual=Scaled(), ffn=Dense(bias=True))),
+    "learned-branches": ("gpt_neox", own(residual=ReZero(), attention=GROUPED_HEADS, depth=3, layers="scanned")),
+    "one-learned-branch": ("gpt_neox", own(residual=Scaled(learned=True), placement="parallel")),
     "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
     "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
     "louder": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(multiplier=2.5), embedding=Embed(scaled=False))),
