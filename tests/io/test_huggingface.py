@@ -298,14 +298,20 @@ def test_half_precision_files(dtype, tmp_path):
     assert_equal_trees(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
 
 
-def test_what_chooses_experts_stays_float32(tmp_path):
-    """As in transformers, and in the files that it writes."""
-    folder = GOLDEN / "deepseek-v3"
-    model, vocabulary, params = huggingface.load(folder, layers="unrolled", dtype="bfloat16")
-    whole, leaves = (arrays.flatten(tree) for tree in (loaded("deepseek-v3")[2], params))
-    kept = {path for path, leaf in leaves.items() if leaf.dtype == np.float32}
-    assert kept == {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}
-    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype="bfloat16", max_shard_bytes=3000)
+@pytest.mark.parametrize(
+    "case, dtype, kept",
+    [
+        ("deepseek-v3", "bfloat16", {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}),
+        ("t5", "float16", {f"{stack}/layers_{i}/ffn/down/kernel" for stack in ("encoder", "decoder") for i in range(2)}),
+        ("t5", "bfloat16", set()),
+    ],
+)
+def test_what_transformers_keeps_in_float32_stays_so(case, dtype, kept, tmp_path):
+    """In memory, and in the files that are written."""
+    model, vocabulary, params = huggingface.load(GOLDEN / case, layers="unrolled", dtype=dtype)
+    whole, leaves = (arrays.flatten(tree) for tree in (loaded(case)[2], params))
+    assert {path for path, leaf in leaves.items() if leaf.dtype == np.float32} == kept
+    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype=dtype, max_shard_bytes=3000)
     again = arrays.flatten(huggingface.load(tmp_path / "out", layers="unrolled")[2])
     for path in kept:
         np.testing.assert_array_equal(leaves[path], whole[path])
