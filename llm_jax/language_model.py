@@ -354,8 +354,8 @@ def export(
 ) -> None:
     """Writes a new folder that transformers loads: config.json, safetensors, and the tokenizer where its formats can say it.
 
-    family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same. Raises
-    `ConfigError` where none does.
+    family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same, if need be with
+    factors folded into matrices, absent biases as zeros, and keys repeated. Raises `ConfigError`, with the nearest, if none does.
     """
     if format != "huggingface":
         raise ConfigError(f"must be 'huggingface', got {format!r}", "format")

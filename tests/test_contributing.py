@@ -1,5 +1,6 @@
-"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, and a training run."""
+"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, a run; and its family."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -14,12 +15,15 @@ import pytest
 from llm_jax.core.config import ConfigError, components, override_text
 from llm_jax.core.sharding import unbox
 from llm_jax.core.types import Batch
+from llm_jax.io.huggingface import FAMILIES, Family
+from llm_jax.io.huggingface.fields import Fields, read_json
 from llm_jax.lab import presets
 from llm_jax.nn.position import Position, Positions
 from llm_jax.train.pretrain import trial
 from tests.nn import test_position
 
-TEXT = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTION = re.search(r"## Add a position scheme\n(.*?)\n## ", TEXT, re.DOTALL)[1]
 CODE, FLAG, ROW = (textwrap.dedent(block) for block in re.findall(r"```(?:python|sh)\n(.*?)```", SECTION, re.DOTALL))
 SMALL = ["model.width=16", "model.depth=2", "model.attention.heads=2", "train.steps=4", "optimizer.learning_rate=0.01"]
@@ -80,3 +84,21 @@ def test_a_model_trains_with_it(experiment):
     assert set(before) == {"log_r1", "log_r2"}
     assert all((before[name] != state.params["position"][name]).all() for name in before), "every head should learn its own"
     assert losses[1]["loss"].mean < losses[0]["loss"].mean
+
+
+def test_the_family_that_is_shown_is_the_one_that_is_here():
+    shown: dict = {}
+    exec(textwrap.dedent(re.search(r"## Port a model family\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]), shown)
+    mine, theirs = FAMILIES["stablelm"], shown["STABLELM"]
+    functions = ("read", "write")
+    assert [(f.name, getattr(mine, f.name)) for f in dataclasses.fields(Family) if f.name not in functions] == [
+        (f.name, getattr(theirs, f.name)) for f in dataclasses.fields(Family) if f.name not in functions
+    ]
+    folder = pathlib.Path(__file__).parent / "golden" / "huggingface" / "stablelm"
+    models = [family.model(Fields(read_json(folder / "config.json"), "config.json")) for family in (mine, theirs)]
+    assert models[0] == models[1] and mine.config(models[0]) == theirs.config(models[0])
+
+
+def test_the_files_that_are_named_are_there():
+    names = set(re.findall(r"`((?:llm_jax|tests|experiments)/[\w/.]+)`", TEXT))
+    assert len(names) > 12 and [name for name in names if not (ROOT / name).exists()] == []

@@ -54,9 +54,10 @@ def around(folder: pathlib.Path, tokenizer: Fitted) -> tuple[tuple[int, ...], tu
     ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
     settings = _settings(folder)
     is_t5 = settings["tokenizer_class"] == "T5Tokenizer"
-    put = [settings.get("add_bos_token", not is_t5), settings.get("add_eos_token", is_t5)]
     usual = [next((name for name in names if name in ids), None) for names in (("<s>", "<bos>"), ("</s>", "<eos>"))]
     found = [settings.get(name) or piece for name, piece in zip(("bos_token", "eos_token"), usual, strict=True)]
+    by_class = [name in ids and is_put for name, is_put in zip(found, (not is_t5, is_t5), strict=True)]
+    put = [settings.get(f"add_{name}_token", default) for name, default in zip(("bos", "eos"), by_class, strict=True)]
     absent = [name for name, is_put in zip(found, put, strict=True) if is_put and name not in ids]
     if absent:
         raise ConfigError(f"puts {absent[0]!r} around a text, which its SentencePiece model lacks", str(folder))

@@ -129,7 +129,32 @@ DEEPSEEK = {
         "mscale_all_dim": 1.0,
     },
 }
-GEMMA3_ROPE = {
+
+
+def plain_rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def llama2(width: int, depth: int, heads: int, groups: int, units: int) -> tuple[str, dict[str, Any]]:
+    return llama(width, depth, heads, units, vocab_size=32000, num_key_value_heads=groups, **plain_rope(10000.0))
+
+
+def qwen2(width: int, depth: int, heads: int, groups: int, units: int, **more: Any) -> tuple[str, dict[str, Any]]:
+    values = qwen3(width, depth, heads, groups, units, **more)
+    return "Qwen2ForCausalLM", {name: value for name, value in values.items() if name != "head_dim"}
+
+
+def flan_t5(width: int, units: int, depth: int, heads: int) -> tuple[str, dict[str, Any]]:
+    return t5(width, units, depth, heads, 64, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+def large_gemma3(*sizes: int, **more: Any) -> tuple[str, dict[str, Any]]:
+    full = GEMMA3_ROPE["full_attention"] | {"rope_type": "linear", "factor": 8.0}
+    ropes = GEMMA3_ROPE | {"full_attention": full}
+    return "Gemma3ForCausalLM", gemma(*sizes, 262208, sliding_window=1024, rope_parameters=ropes, **more)  # type: ignore[misc]
+
+
+GEMMA3_ROPE: dict[str, dict[str, Any]] = {
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
@@ -141,6 +166,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-355M": gpt2(1024, 24, 16),
     "gpt2-774M": gpt2(1280, 36, 20),
     "gpt2-1.5B": gpt2(1600, 48, 25),
+    "llama2-7B": llama2(4096, 32, 32, 32, 11008),
+    "llama2-13B": llama2(5120, 40, 40, 40, 13824),
+    "llama2-70B": llama2(8192, 80, 64, 8, 28672),
     "llama3.2-1B": llama(2048, 16, 32, 8192, tie_word_embeddings=True, **llama3_rope(32.0)),
     "llama3-8B": llama(4096, 32, 32, 14336),
     "llama3-70B": llama(8192, 80, 64, 28672),
@@ -151,12 +179,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         mistral() | {"sliding_window": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
     "mixtral-8x7B": ("MixtralForCausalLM", mistral() | MIXTRAL),
+    "qwen2-0.5B": qwen2(896, 24, 14, 2, 4864, tie_word_embeddings=True),
+    "qwen2-1.5B": qwen2(1536, 28, 12, 2, 8960, tie_word_embeddings=True),
+    "qwen2-7B": qwen2(3584, 28, 28, 4, 18944, vocab_size=152064),
     "qwen3-0.6B": ("Qwen3ForCausalLM", qwen3(1024, 28, 16, 8, 3072, tie_word_embeddings=True)),
     "qwen3-8B": ("Qwen3ForCausalLM", qwen3(4096, 36, 32, 8, 12288)),
     "qwen3-30B-A3B": ("Qwen3MoeForCausalLM", qwen3(2048, 48, 32, 4, 6144, **EXPERTS)),
     "deepseek-v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
     "gemma2-2B": ("Gemma2ForCausalLM", gemma(2304, 26, 8, 4, 9216, 256000, sliding_window=4096)),
     "gemma2-9B": ("Gemma2ForCausalLM", gemma(3584, 42, 16, 8, 14336, 256000, sliding_window=4096)),
+    "gemma3-270M": (
+        "Gemma3ForCausalLM",
+        gemma(640, 18, 4, 1, 2048, 262144, sliding_window=512, rope_parameters=GEMMA3_ROPE),
+    ),
+    "gemma3-4B": large_gemma3(2560, 34, 8, 4, 10240),
+    "gemma3-12B": large_gemma3(3840, 48, 16, 8, 15360),
+    "gemma3-27B": large_gemma3(5376, 62, 32, 16, 21504, head_dim=128, query_pre_attn_scalar=168),
     "gemma3-1B": (
         "Gemma3ForCausalLM",
         gemma(1152, 26, 4, 1, 6912, 262144, sliding_window=512, rope_parameters=GEMMA3_ROPE),
@@ -170,6 +208,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-3B": t5(1024, 16384, 24, 32, 128),
     "t5-11B": t5(1024, 65536, 24, 128, 128),
     "t5-v1.1-base": t5(768, 2048, 12, 12, 64, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "flan-t5-small": flan_t5(512, 1024, 8, 6),
+    "flan-t5-base": flan_t5(768, 2048, 12, 12),
+    "flan-t5-large": flan_t5(1024, 2816, 24, 16),
+    "flan-t5-xl": flan_t5(2048, 5120, 24, 32),
+    "flan-t5-xxl": flan_t5(4096, 10240, 24, 64),
     "bert-base": ("BertForMaskedLM", bert(768, 12, 12)),
     "bert-large": ("BertForMaskedLM", bert(1024, 24, 16)),
 }

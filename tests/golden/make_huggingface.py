@@ -191,6 +191,70 @@ CASES: dict[str, Case] = {
     "bert-token": ("BertForTokenClassification", LAYER_NORM | LABELS | {"type_vocab_size": 3}),
 }
 
+# further heads and scalings, of the architectures above
+CASES |= {
+    "gpt-neox-sequence": ("GPTNeoXForSequenceClassification", CASES["gpt-neox"][1] | LABELS),
+    "gpt-neox-token": ("GPTNeoXForTokenClassification", CASES["gpt-neox"][1] | LABELS),
+    "gpt-neox-yarn": ("GPTNeoXForCausalLM", LAYER_NORM | {"hidden_size": 16} | rope("yarn", **YARN, partial_rotary_factor=0.5)),
+    "gpt-neox-dynamic": (
+        "GPTNeoXForCausalLM",  # transformers divides by the channels that are turned, less 2
+        LAYER_NORM | {"hidden_size": 16, "max_position_embeddings": 8} | rope("dynamic", factor=2.0, partial_rotary_factor=0.5),
+    ),
+    "bloom-sequence": ("BloomForSequenceClassification", BLOOM | LABELS),
+    "bloom-token": ("BloomForTokenClassification", BLOOM | LABELS),
+    "stablelm": (
+        "StableLmForCausalLM",
+        LAYER_NORM | {"num_key_value_heads": 1, "use_qkv_bias": True} | rope("default", partial_rotary_factor=0.5),
+    ),
+    "mistral-llama3": ("MistralForCausalLM", GROUPED | {"sliding_window": 4, "head_dim": 8} | rope("llama3", **LLAMA3)),
+    "qwen2-yarn": ("Qwen2ForCausalLM", GROUPED | {"head_dim": 8} | rope("yarn", **YARN)),
+    "qwen3-token": ("Qwen3ForTokenClassification", CASES["qwen3"][1] | LABELS),
+    "gemma2-token": (
+        "Gemma2ForTokenClassification",
+        CASES["gemma2"][1] | LABELS | {"num_hidden_layers": 2} | rope("linear", factor=3.0),
+    ),
+    "gemma3-sequence": (
+        "Gemma3TextForSequenceClassification",
+        CASES["gemma3"][1] | LABELS | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "mixtral-sequence": (
+        "MixtralForSequenceClassification",
+        CASES["mixtral"][1] | LABELS | {"hidden_act": "relu", "num_hidden_layers": 1},
+    ),
+    "deepseek-v3-token": ("DeepseekV3ForTokenClassification", CASES["deepseek-v3"][1] | LABELS),
+}
+# made and compared where transformers is, and not kept
+LIVE: dict[str, Case] = {
+    "mistral-sequence": ("MistralForSequenceClassification", CASES["mistral"][1] | LABELS),
+    "mistral-token": ("MistralForTokenClassification", CASES["mistral"][1] | LABELS),
+    "qwen2-sequence": ("Qwen2ForSequenceClassification", CASES["qwen2"][1] | LABELS),
+    "qwen2-token": ("Qwen2ForTokenClassification", CASES["qwen2"][1] | LABELS),
+    "qwen3-sequence": ("Qwen3ForSequenceClassification", CASES["qwen3"][1] | LABELS),
+    "gemma2-sequence": ("Gemma2ForSequenceClassification", CASES["gemma2"][1] | LABELS),
+    "mixtral-token": ("MixtralForTokenClassification", CASES["mixtral"][1] | LABELS),
+    "qwen3-moe-sequence": ("Qwen3MoeForSequenceClassification", CASES["qwen3-moe"][1] | LABELS),
+    "qwen3-moe-token": ("Qwen3MoeForTokenClassification", CASES["qwen3-moe"][1] | LABELS),
+    "deepseek-v3-sequence": ("DeepseekV3ForSequenceClassification", CASES["deepseek-v3"][1] | LABELS),
+    "deepseek-v3-sparse": ("DeepseekV3ForCausalLM", CASES["deepseek-v3"][1] | {"first_k_dense_replace": 0}),
+    "t5-silu": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
+    "stablelm-parallel": (
+        "StableLmForCausalLM",
+        LAYER_NORM
+        | {"num_key_value_heads": 2, "use_parallel_residual": True, "hidden_act": "gelu", "tie_word_embeddings": True}
+        | rope("default", partial_rotary_factor=1.0),
+    ),
+    "stablelm-sequence": (
+        "StableLmForSequenceClassification",
+        LAYER_NORM | LABELS | {"num_key_value_heads": 2} | rope("linear", factor=2.0, partial_rotary_factor=0.5),
+    ),
+    "stablelm-token": (
+        "StableLmForTokenClassification",
+        LAYER_NORM | LABELS | {"num_key_value_heads": 1} | rope("default", partial_rotary_factor=0.5),
+    ),
+    "bert-relu": ("BertForMaskedLM", LAYER_NORM | {"hidden_act": "relu"}),
+}
+ALL = CASES | LIVE
+
 
 def build(name: str, seed: int = 0):
     """The case's model with random weights, norms and biases included."""
@@ -198,7 +262,7 @@ def build(name: str, seed: int = 0):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model_class, settings = CASES[name]
+    model_class, settings = ALL[name]
     cls = getattr(transformers, model_class)
     # the plain implementations: those for large models want sizes that are multiples of 4
     model = cls._from_config(cls.config_class(**settings), attn_implementation="eager", experts_implementation="eager").eval()
@@ -227,14 +291,14 @@ def inputs(name: str, seed: int = 0) -> dict[str, Any]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    rows = FIRST if CASES[name][0] == "BertForSequenceClassification" else REAL
+    rows = FIRST if ALL[name][0] == "BertForSequenceClassification" else REAL
     mask = np.array([[start <= place < stop for place in range(LENGTH)] for start, stop in rows], np.int32)
     found = {"tokens": rng.integers(3, VOCABULARY, mask.shape, dtype=np.int32) * mask, "mask": mask}
-    if CASES[name][0].startswith("T5"):
+    if ALL[name][0].startswith("T5"):
         target_mask = (np.arange(TARGETS)[None] < np.array([[TARGETS], [4], [2]])).astype(np.int32)
         found |= {"targets": rng.integers(3, VOCABULARY, target_mask.shape, dtype=np.int32) * target_mask}
         found |= {"target_mask": target_mask}
-    if CASES[name][0].startswith("Bert"):
+    if ALL[name][0].startswith("Bert"):
         found["types"] = rng.integers(0, 2, mask.shape, dtype=np.int32)
     return found
 

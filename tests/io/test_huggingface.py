@@ -42,6 +42,7 @@ from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, RMSNorm
 from llm_jax.nn.position import Alibi, Learned, Rope
+from llm_jax.nn.residual import ReZero, Scaled
 from llm_jax.nn.rope import NtkScaling
 from tests.io.published import CONFIGS
 
@@ -297,14 +298,20 @@ def test_half_precision_files(dtype, tmp_path):
     assert_equal_trees(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
 
 
-def test_what_chooses_experts_stays_float32(tmp_path):
-    """As in transformers, and in the files that it writes."""
-    folder = GOLDEN / "deepseek-v3"
-    model, vocabulary, params = huggingface.load(folder, layers="unrolled", dtype="bfloat16")
-    whole, leaves = (arrays.flatten(tree) for tree in (loaded("deepseek-v3")[2], params))
-    kept = {path for path, leaf in leaves.items() if leaf.dtype == np.float32}
-    assert kept == {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}
-    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype="bfloat16", max_shard_bytes=3000)
+@pytest.mark.parametrize(
+    "case, dtype, kept",
+    [
+        ("deepseek-v3", "bfloat16", {f"layers_1/ffn/router/{name}" for name in ("bias", "kernel")}),
+        ("t5", "float16", {f"{stack}/layers_{i}/ffn/down/kernel" for stack in ("encoder", "decoder") for i in range(2)}),
+        ("t5", "bfloat16", set()),
+    ],
+)
+def test_what_transformers_keeps_in_float32_stays_so(case, dtype, kept, tmp_path):
+    """In memory, and in the files that are written."""
+    model, vocabulary, params = huggingface.load(GOLDEN / case, layers="unrolled", dtype=dtype)
+    whole, leaves = (arrays.flatten(tree) for tree in (loaded(case)[2], params))
+    assert {path for path, leaf in leaves.items() if leaf.dtype == np.float32} == kept
+    huggingface.export(model, vocabulary, params, tmp_path / "out", dtype=dtype, max_shard_bytes=3000)
     again = arrays.flatten(huggingface.load(tmp_path / "out", layers="unrolled")[2])
     for path in kept:
         np.testing.assert_array_equal(leaves[path], whole[path])
@@ -551,7 +558,7 @@ def test_every_key_is_read_or_known_to_be_harmless(case, tmp_path):
             changed = read(values | {name: other(value)}, tmp_path)
         except ConfigError:
             continue
-        words = () if isinstance(model.head, LanguageModel) else ("tie_word_embeddings",)
+        words = () if isinstance(model.head, LanguageModel) else ("tie_word_embeddings", "final_logit_softcapping")
         assert changed != (model, vocabulary) or name in (*words, *UNREAD.get(case.split("-")[0], ())), name
 
 
@@ -631,6 +638,7 @@ def own(**changes):
     return dataclasses.replace(Decoder(width=8, depth=2, attention=Attention(heads=2)), **changes)
 
 
+GROUPED_HEADS = Attention(heads=2, kv_heads=1)
 SHARP = Attention(heads=2, scale=0.9, bias=True)
 OTHER_FORMS = {
     "as-it-is-by-default": ("gpt_neox", own()),
@@ -638,7 +646,11 @@ OTHER_FORMS = {
     "units": ("gpt_neox", own(ffn=Dense(ratio=3, activation="squared_relu"))),
     "learned": ("gpt2", own(position=Learned(16), norm=LayerNorm(bias=False))),
     "gated": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(tied=False, gain=0.5))),
+    "gated-layer-norm": ("stablelm", own(norm=LayerNorm(bias=False), ffn=Gated(activation="gelu"), attention=GROUPED_HEADS)),
     "transferred": ("llama", own(width=16, norm=RMSNorm(), ffn=Gated(units=12), mup=MuP(base_width=8))),
+    "scaled-branches": ("gpt_neox", own(residual=Scaled(), ffn=Dense(bias=True))),
+    "learned-branches": ("gpt_neox", own(residual=ReZero(), attention=GROUPED_HEADS, depth=3, layers="scanned")),
+    "one-learned-branch": ("gpt_neox", own(residual=Scaled(learned=True), placement="parallel")),
     "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
     "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
     "louder": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(multiplier=2.5), embedding=Embed(scaled=False))),
@@ -664,7 +676,7 @@ def test_factors_are_folded_and_absent_biases_are_zeros(family, model, tmp_path)
 
 EXPERTS = MoE(experts=4, expert=Gated(units=12), dispatch=Capacity())
 OTHER_NETWORKS = {
-    "norm": (like_llama(norm=LayerNorm()), "norm is a LayerNorm, llama has RMSNorm"),
+    "norm": (like_llama(norm=LayerNorm(), placement="sandwich"), "norm is a LayerNorm, llama has RMSNorm"),
     "mask": (
         like_llama(attention=Attention(heads=2, mask=Chunked(4))),
         r"attention.mask is Chunked\(size=4\), which llama cannot say",

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 EVERYWHERE = ["llama", "qwen3-window", "gemma3", "deepseek-v3", "t5-gated", "bert-sequence"]  # also where the family is not named
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+@pytest.mark.parametrize("case", golden.ALL)
 @pytest.mark.filterwarnings("ignore")
 def test_there_and_back(case, tmp_path):
     theirs, given = golden.build(case, seed=1), golden.inputs(case, seed=1)
@@ -73,3 +73,21 @@ def test_bfloat16_files_of_transformers(tmp_path):
     rounded = type(theirs).from_pretrained(tmp_path / "theirs", dtype="float32", attn_implementation="eager").eval()
     np.testing.assert_array_equal(params["embedding"]["embedding"], rounded.get_input_embeddings().weight.detach().numpy())
     assert_equal_logits(logits(model, vocabulary, params, given), given, golden.logits(rounded, given))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_words_of_a_bert_for_pretraining(tmp_path):
+    import torch
+
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**golden.LAYER_NORM)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, vocabulary, params = huggingface.load(tmp_path / "theirs", layers="unrolled")
+    given = golden.inputs("bert")
+    with torch.no_grad():
+        found = theirs(
+            input_ids=torch.tensor(given["tokens"]).long(),
+            attention_mask=torch.tensor(given["mask"]).long(),
+            token_type_ids=torch.tensor(given["types"]).long(),
+            position_ids=(torch.tensor(given["mask"]).cumsum(-1) - 1).clip(0),
+        ).prediction_logits.numpy()
+    assert_equal_logits(logits(model, vocabulary, params, given), given, found)

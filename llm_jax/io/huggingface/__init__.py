@@ -28,7 +28,7 @@ from llm_jax.io.huggingface.family import Family
 from llm_jax.io.huggingface.fields import Fields, harmless, read_json
 from llm_jax.io.huggingface.forms import forms, rewritten
 from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
-from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STABLELM
 from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
 from llm_jax.models.model import Model, Params, abstract_parameters
@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        STABLELM,
         GEMMA2,
         GEMMA3,
         NEOX,
@@ -112,9 +113,9 @@ def load(
         ignored.append(output.replace(".", r"\."))
     tensors.check(found, ignored)
     places = arrays.flatten(shardings) if shardings is not None else {}
-    narrow, wide = np.dtype(jax.numpy.dtype(dtype)), np.dtype("float32")
     leaves = {
-        path: arrays.read(tensors, plan, places.get(path), wide if family.is_wide(path) else narrow) for path, plan in found.items()
+        path: arrays.read(tensors, plan, places.get(path), np.dtype(jax.numpy.dtype(family.dtype(path, dtype))))
+        for path, plan in found.items()
     }
     return model, vocabulary, arrays.nested(leaves)
 
@@ -172,8 +173,8 @@ def export(
         leaves = rewritten(model, form, leaves, shapes)
     found = plans(FAMILIES[kind].rows(form, values), form, shapes)
     tensors = arrays.Tensors(found, leaves, FAMILIES[kind].copies)
-    wide = {name for path, plan in found.items() if FAMILIES[kind].is_wide(path) for name, _ in plan.pieces.values()}
-    dtypes = {name: "float32" if name in wide else dtype for name in tensors.shapes}
+    dtypes = {name: FAMILIES[kind].dtype(path, dtype) for path, plan in found.items() for name, _ in plan.pieces.values()}
+    dtypes |= {copy: dtypes[source] for copy, source in FAMILIES[kind].copies if source in dtypes}
     with weights.new_folder(path) as folder:
         weights.write(folder, tensors.shapes, tensors, dtypes=dtypes, limit=max_shard_bytes)
         for file in tokenizer_files:

@@ -127,6 +127,16 @@ def _neox_rows(model: Model, values: Mapping[str, Any]) -> tuple[Row, ...]:
     )
 
 
+def _neox(fields: Fields, model: Decoder) -> Decoder:
+    return replace(model, position=read_rope(fields, fraction=0.25))
+
+
+def _write_neox(model: Any) -> dict[str, Any]:
+    """With the older names of the base and the part."""
+    found = write_rope(model.position, partial=True)
+    return found | {"rotary_pct": found.pop("partial_rotary_factor"), "rotary_emb_base": found.pop("rope_theta")}
+
+
 NEOX = Family(
     kind="gpt_neox",
     preset=Decoder(
@@ -150,17 +160,11 @@ NEOX = Family(
         key("tie_word_embeddings", "head.tied", default=False, words=True),
     ),
     rows=_neox_rows,
-    read=lambda fields, model: replace(model, position=read_rope(fields, fraction=0.25)),
-    # the part is always written: where it is absent a quarter is meant
-    write=lambda model: _with_part(write_rope(model.position), model.position),
+    read=_neox,
+    write=_write_neox,
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.\w+)",),
     renames=((r"^lm_head\.", "embed_out."),),
 )
-
-
-def _with_part(found: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    older = {"rotary_pct": rope.fraction, "rotary_emb_base": found.pop("rope_theta")}
-    return found | older | {"rope_parameters": found["rope_parameters"] | {"partial_rotary_factor": rope.fraction}}
 
 
 # ── BLOOM ────────────────────────────────────────────────────────────────────────────────────────────────────────────

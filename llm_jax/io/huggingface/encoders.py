@@ -198,5 +198,6 @@ T5 = Family(
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),
     layers=(Gated,),
+    wide={"/ffn/down/": ("float16",)},  # transformers' `_keep_in_fp32_modules`: what it sums up is too large
     synonyms={"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "head_dim": "d_kv"},
 )

@@ -215,5 +215,6 @@ DEEPSEEK_V3 = Family(
     layers=(Gated,),
     synonyms={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     unread=("num_nextn_predict_layers",),  # predicts further tokens; the next one does not depend on it
-    wide=r"/ffn/router/",  # transformers' `_keep_in_fp32_modules_strict`; experts are chosen by small differences
+    # transformers' `_keep_in_fp32_modules_strict`: experts are chosen by small differences
+    wide={"/ffn/router/": ("bfloat16", "float16")},
 )

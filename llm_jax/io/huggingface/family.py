@@ -87,7 +87,7 @@ class Family:
     renames: (pattern, replacement) from names that other versions write to those of `rows`. layers: classes of
     feed-forward networks that layers may have besides the preset's. synonyms: other names of keys → those that are read here.
     unread: keys in its files that no version of the code reads. copies: (tensor, the one that it repeats), of those written.
-    wide: pattern of the parameters that stay float32 whatever the others are read and written as.
+    wide: pattern of the parameters that stay float32 → the dtypes of the others at which they do.
     """
 
     kind: str
@@ -103,7 +103,7 @@ class Family:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
-    wide: str | None = None
+    wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def model(self, fields: Fields) -> Model:
         """The configuration that a config.json describes. Raises `ConfigError`."""
@@ -149,9 +149,10 @@ class Family:
             raise Unlike(f"is {here!r}, which {self.kind} cannot say: it would be {there!r}", path, wants)
         return found
 
-    def is_wide(self, path: str) -> bool:
-        """Whether a parameter stays float32."""
-        return self.wide is not None and re.search(self.wide, path) is not None
+    def dtype(self, path: str, dtype: str) -> str:
+        """What a parameter is read and written as where the others are `dtype`."""
+        is_wide = any(dtype in narrow and re.search(pattern, path) for pattern, narrow in self.wide.items())
+        return "float32" if is_wide else dtype
 
     def _architecture(self, head: Head) -> str:
         found = next((name for name, own in self.heads.items() if type(own) is type(head)), None)

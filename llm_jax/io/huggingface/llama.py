@@ -1,15 +1,17 @@
-"""Llama and the families that grew out of it: Mistral, and Qwen 2 and 3."""
+"""Llama and the families that grew out of it: Mistral, Qwen 2 and 3, and StableLM."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llm_jax.io.huggingface import shared
 from llm_jax.io.huggingface.family import Family, key
 from llm_jax.io.huggingface.fields import Fields
+from llm_jax.io.huggingface.rotary import read_rope, write_rope
 from llm_jax.models.decoder import Decoder
 from llm_jax.nn.multihead import Attention
-from llm_jax.nn.normalization import RMSNorm
+from llm_jax.nn.normalization import LayerNorm, RMSNorm
 
 # ── Llama ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 LLAMA = Family(
@@ -78,5 +80,34 @@ QWEN3 = Family(
     rows=shared.usual_rows,
     read=_qwen,
     write=_write_qwen,
+    ignored=shared.IGNORED,
+)
+
+
+# ── StableLM ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _stablelm(fields: Fields, model: Decoder) -> Decoder:
+    fields.expect("qk_layernorm", False)  # a norm of its own for every head
+    return replace(model, position=read_rope(fields, fraction=0.25))
+
+
+STABLELM = Family(
+    kind="stablelm",
+    preset=shared.preset(attention=Attention(output_bias=False), norm=LayerNorm()),
+    heads=shared.heads("StableLm"),
+    keys=(
+        key("hidden_size", "width", default=2560),
+        key("num_hidden_layers", "depth", default=32),
+        key("num_attention_heads", "attention.heads", default=32),
+        key("num_key_value_heads", "attention.kv_heads", default=32),
+        key("intermediate_size", "ffn.units", default=6912),
+        key("use_qkv_bias", "attention.bias", default=False),
+        key("hidden_act", "ffn.activation", default="silu", table=shared.ACTIVATIONS, back=shared.NAMES),
+        key("layer_norm_eps", "norm.epsilon", default=1e-5),
+        key("use_parallel_residual", "placement", default=False, table={True: "parallel_shared", False: "pre"}),
+        key("tie_word_embeddings", "head.tied", default=False, words=True),
+    ),
+    rows=shared.usual_rows,
+    read=_stablelm,
+    write=lambda model: write_rope(model.position, partial=True),
     ignored=shared.IGNORED,
 )

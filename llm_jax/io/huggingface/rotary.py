@@ -103,10 +103,11 @@ SCALINGS: dict[str, Callable[[Fields, Fields], Scaling | None]] = {
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """The keys of a config.json that describe it, for transformers 5 and for 4."""
+def write_rope(rope: Rope, *, partial: bool = False) -> dict[str, Any]:
+    """The keys of a config.json that describe it, for transformers 5 and for 4. partial: where a part is the default."""
     longest = {"max_position_embeddings": rope.scaling.original_length} if isinstance(rope.scaling, DynamicScaling) else {}
-    return {"rope_parameters": rope_object(rope), "rope_theta": rope.theta} | rope_scaling(rope) | longest
+    part = {"partial_rotary_factor": rope.fraction} if partial else {}
+    return {"rope_parameters": rope_object(rope) | part, "rope_theta": rope.theta} | part | rope_scaling(rope) | longest
 
 
 def rope_scaling(rope: Rope) -> dict[str, Any]:

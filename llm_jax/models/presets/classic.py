@@ -104,11 +104,28 @@ def t5(size: T5Size = "small") -> EncoderDecoder:
     return EncoderDecoder(encoder=encoder, decoder=decoder, embedding=PLAIN, head=LanguageModel(multiplier=width**-0.5))
 
 
-def t5_v1_1(size: Literal["base"] = "base") -> EncoderDecoder:
-    """Version 1.1, whose layers gate (Shazeer 2020), with an output matrix of its own: also Flan-T5's."""
-    (units,) = shape({"base": (2048,)}, size)
+T5V11Size = Literal["small", "base", "large", "xl", "xxl"]
+T5V11_SIZES = {  # width, hidden units, layers of each stack, heads
+    "small": (512, 1024, 8, 6),
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 24, 16),
+    "xl": (2048, 5120, 24, 32),
+    "xxl": (4096, 10_240, 24, 64),
+}
+
+
+def t5_v1_1(size: T5V11Size = "base") -> EncoderDecoder:
+    """Version 1.1, whose layers gate (Shazeer 2020), with an output matrix of its own."""
+    width, units, depth, heads = shape(T5V11_SIZES, size)
     ffn = Gated(units=units, activation="gelu_tanh")
-    return override(t5(size), {"encoder.ffn": ffn, "decoder.ffn": ffn, "head": UNTIED})
+    each = {"width": width, "depth": depth, "attention.heads": heads, "ffn": ffn}
+    changes = {f"{stack}.{name}": value for stack in ("encoder", "decoder") for name, value in each.items()}
+    return override(t5("small"), changes | {"head": UNTIED})
+
+
+def flan_t5(size: T5V11Size = "base") -> EncoderDecoder:
+    """The same, trained further on tasks that are told in words. Chung et al. 2022."""
+    return t5_v1_1(size)
 
 
 def pythia(size: Literal["160M", "1B"] = "160M") -> Decoder:

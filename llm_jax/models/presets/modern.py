@@ -17,7 +17,7 @@ from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import RMSNorm
 from llm_jax.nn.position import Rope
-from llm_jax.nn.rope import Llama3Scaling, YarnScaling
+from llm_jax.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
 from llm_jax.nn.routing import Sigmoid
 
 
@@ -33,6 +33,12 @@ def _llama(width: int, depth: int, heads: int, groups: int, units: int, theta: f
         "head": UNTIED,
     }
     return Decoder(width=width, depth=depth, **(usual | more))
+
+
+def llama2(size: Literal["7B", "13B", "70B"] = "7B") -> Decoder:
+    """Touvron et al. 2023: only the largest has grouped queries."""
+    sizes = {"7B": (4096, 32, 32, 32, 11_008), "13B": (5120, 40, 40, 40, 13_824), "70B": (8192, 80, 64, 8, 28_672)}
+    return _llama(*shape(sizes, size), 10_000.0)
 
 
 LLAMA3_SIZES = {"8B": (4096, 32, 32, 8, 14_336), "70B": (8192, 80, 64, 8, 28_672)}
@@ -63,6 +69,14 @@ def mixtral() -> Decoder:
     """8 × 7B. Jiang et al. 2024."""
     moe = MoE(experts=8, active=2, expert=Gated(units=14_336), balance=0.02)
     return _llama(4096, 32, 32, 8, 14_336, 1_000_000.0, ffn=moe)
+
+
+def qwen2(size: Literal["0.5B", "1.5B", "7B"] = "0.5B") -> Decoder:
+    """Yang et al. 2024, and version 2.5, which is trained longer: queries, keys and values have biases; the small ones are tied."""
+    sizes = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "7B": (3584, 28, 28, 4, 18_944)}
+    more = {} if size == "7B" else {"head": LanguageModel()}
+    biases = {"attention_bias": True, "attention_output_bias": False}
+    return _llama(*shape(sizes, size), 1_000_000.0, norm=RMSNorm(), **biases, **more)
 
 
 def qwen3(size: Literal["0.6B", "8B", "30B-A3B"] = "0.6B") -> Decoder:
@@ -100,22 +114,16 @@ def deepseek_v3(*, ahead: int = 0) -> Decoder:
 # ── Gemma ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _gemma(width: int, depth: int, heads: int, groups: int, units: int, *, cap: float | None, **more: Any) -> Decoder:
     """Norms on both sides of a branch, embeddings scaled and tied; `attention_…` fields are the attention's."""
-    return _llama(
-        width,
-        depth,
-        heads,
-        groups,
-        units,
-        10_000.0,
-        ffn=Gated(units=units, activation="gelu_tanh"),
-        norm=RMSNorm(offset=True),
-        placement="sandwich",
-        embedding=Embed(),
-        head=LanguageModel(soft_cap=cap),
-        attention_head_dim=256,
-        attention_scale=256**-0.5,
-        **more,
-    )
+    usual = {
+        "ffn": Gated(units=units, activation="gelu_tanh"),
+        "norm": RMSNorm(offset=True),
+        "placement": "sandwich",
+        "embedding": Embed(),
+        "head": LanguageModel(soft_cap=cap),
+        "attention_head_dim": 256,
+        "attention_scale": 256**-0.5,
+    }
+    return _llama(width, depth, heads, groups, units, 10_000.0, **(usual | more))
 
 
 def gemma2(size: Literal["2B", "9B"] = "2B") -> Decoder:
@@ -126,10 +134,26 @@ def gemma2(size: Literal["2B", "9B"] = "2B") -> Decoder:
     return replace(model, pattern=(local, Layer()))
 
 
-def gemma3(size: Literal["1B"] = "1B") -> Decoder:
-    """Gemma Team 2025: normalized queries and keys, 5 layers that see 512 tokens for every one that sees all, with its own base."""
-    sizes = {"1B": (1152, 26, 4, 1, 6912)}
-    globally = {"position": Rope(theta=1_000_000.0), "attention_qk_norm": RMSNorm(offset=True)}
-    model = _gemma(*shape(sizes, size), cap=None, **globally)
-    local = Layer(attention=replace(model.attention, mask=SlidingWindow(512)), position=Rope())  # type: ignore[type-var]
+GEMMA3_SIZES = {
+    "270M": (640, 18, 4, 1, 2048),
+    "1B": (1152, 26, 4, 1, 6912),
+    "4B": (2560, 34, 8, 4, 10_240),
+    "12B": (3840, 48, 16, 8, 15_360),
+    "27B": (5376, 62, 32, 16, 21_504),
+}
+
+
+def gemma3(size: Literal["270M", "1B", "4B", "12B", "27B"] = "1B") -> Decoder:
+    """Gemma Team 2025, what reads text: normalized queries and keys, 5 layers that see a window for every one that sees all.
+
+    The latter have a base of their own, and from 4B on their positions are scaled to 128k tokens.
+    """
+    small = size in ("270M", "1B")
+    scaling = None if small else LinearScaling(factor=8.0)
+    more: dict[str, Any] = {"position": Rope(theta=1_000_000.0, scaling=scaling), "attention_qk_norm": RMSNorm(offset=True)}
+    if size == "27B":
+        more |= {"attention_head_dim": 128, "attention_scale": 168**-0.5}
+    model = _gemma(*shape(GEMMA3_SIZES, size), cap=None, **more)
+    window = SlidingWindow(512 if small else 1024)
+    local = Layer(attention=replace(model.attention, mask=window), position=Rope())  # type: ignore[type-var]
     return replace(model, pattern=(local,) * 5 + (Layer(),))
