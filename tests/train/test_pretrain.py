@@ -13,7 +13,7 @@ from llm_jax.models.presets import transformer_2017
 from llm_jax.optim import optimizers, schedules
 from llm_jax.train.pretrain import Train, trial
 
-V, LENGTH, ROWS, STEPS = 16, 12, 16, 120
+V, LENGTH, ROWS, STEPS = 16, 12, 16, 300
 SMALL = {"width": 32, "depth": 1, "attention.heads": 2, "ffn.units": 64}
 
 
@@ -29,7 +29,7 @@ def test_the_original_learns_to_repeat_what_its_encoder_reads():
     assert (original.objective.smoothing, original.optimizer.b2, original.schedule.warmup) == (0.1, 0.98, 4000)
     assert original.model.encoder.placement == original.model.decoder.placement == "post"
     smaller = {f"model.{tower}.{path}": value for tower in ("encoder", "decoder") for path, value in SMALL.items()}
-    rhythm = {"optimizer.learning_rate": (32 * 400) ** -0.5, "schedule.warmup": 40.0, "train.steps": STEPS}
+    rhythm = {"optimizer.learning_rate": (32 * 100) ** -0.5, "schedule.warmup": 100.0, "train.steps": STEPS}
     given = override(original, smaller | rhythm)
 
     rows = np.random.default_rng(0).integers(0, V, (STEPS + 1, ROWS, LENGTH // 2))
@@ -41,4 +41,4 @@ def test_the_original_learns_to_repeat_what_its_encoder_reads():
     before = float(evaluate(state))
     state, _ = jax.jit(one.steps)({}, state, jax.tree.map(lambda x: x[:-1], batches))
     after = float(evaluate(state))
-    assert before > 2.5 and after < 0.6 * before, (before, after)
+    assert before > np.log(V) and after < 0.6 * np.log(V), (before, after)
