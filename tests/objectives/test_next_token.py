@@ -17,10 +17,10 @@ TARGETS = RNG.integers(0, V, (B, L)).astype(np.int32)
 BYTES = np.array([1, 1, 2, 3, 0, 4, 1], np.int32)  # id 4 stands for no text, as the end of a document
 
 
-def scores(weights, *, train, **options):
+def scores(weights, *, train, z_loss=0.0):
     batch = Batch(TARGETS, TARGETS, weights)
     given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES), "train": train}
-    return NextToken(**options).loss(lambda params, batch, rng: Predictions(jnp.asarray(LOGITS)), None, batch, **given)
+    return NextToken(z_loss=z_loss).loss(lambda params, batch, rng: Predictions(jnp.asarray(LOGITS)), None, batch, **given)
 
 
 @pytest.mark.parametrize("weights", [None, (RNG.random((B, L)) < 0.6).astype(np.float32)], ids=["whole", "weighted"])
@@ -44,17 +44,3 @@ def test_the_z_loss_is_trained_and_never_scored():
     expected = 0.1 * (logsumexp(LOGITS.astype(np.float64), -1) ** 2).mean()
     np.testing.assert_allclose(with_z.mean - plain.mean, expected, rtol=1e-5)
     np.testing.assert_array_equal(scores(None, train=False, z_loss=0.1)[0].total, scores(None, train=False)[0].total)
-
-
-@pytest.mark.parametrize("weights", [None, (RNG.random((B, L)) < 0.6).astype(np.float32)], ids=["whole", "weighted"])
-@pytest.mark.parametrize("smoothing, z_loss", [(0.1, 0.0), (0.3, 0.01)])
-def test_a_smoothed_target_is_a_distribution(weights, smoothing, z_loss):
-    """Cross-entropy against (1 - s) of the target and s/V of every id, the target among them (Szegedy et al. 2016, §7)."""
-    log_p = log_softmax(LOGITS.astype(np.float64), -1)
-    wanted = (1 - smoothing) * np.eye(V)[TARGETS] + smoothing / V
-    nll = -(wanted * log_p).sum(-1) + z_loss * logsumexp(LOGITS.astype(np.float64), -1) ** 2
-    counted = np.ones((B, L)) if weights is None else weights.astype(np.float64)
-    loss, _ = scores(weights, train=True, smoothing=smoothing, z_loss=z_loss)
-    np.testing.assert_allclose(loss.mean, (nll * counted).sum() / counted.sum(), rtol=1e-5)
-    plain, smoothed = (scores(weights, train=False, smoothing=s)[0].total for s in (0.0, smoothing))
-    np.testing.assert_array_equal(smoothed, plain, "it is trained and never scored")
