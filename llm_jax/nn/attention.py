@@ -78,7 +78,7 @@ def attend(
     return _kernel(backend, call, strict).attend(call)
 
 
-def _kernel(backend: str, call: Call, strict: bool) -> Kernel:
+def _kernel(backend: str, call: Call, strict: bool = True) -> Kernel:
     if backend == "auto":
         return _choice(call)
     if backend not in KERNELS:

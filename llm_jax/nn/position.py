@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ from llm_jax.core.config import Config, ConfigError, require, require_positive
 from llm_jax.core.sharding import partitioned
 from llm_jax.nn.rope import Scaling, angles, inverse_frequencies
 
+ONE_HOT = 1 << 22  # numbers that a learned bias may write out at once, 16 MiB
 Param = Callable[..., jax.Array]  # (name, initializer, shape, logical axes) -> array
 
 
@@ -243,9 +245,20 @@ class T5Bias(Position):
         return bucket + self.one_way * (distance < 0) if self.bidirectional else bucket
 
     def bias(self, shared, queries_BL, keys_BM, heads):
-        bucket_BLM = self.bucket(queries_BL[:, :, None] - keys_BM[:, None, :])
         # the gather's gradient scatters; a product with one-hot rows is as fast and its gradient is a product too
-        return jnp.einsum("blmn,nh->bhlm", jax.nn.one_hot(bucket_BLM, self.buckets), shared["embedding"])
+        @partial(jax.checkpoint, prevent_cse=False)
+        def rows(queries_BL: jax.Array) -> jax.Array:
+            bucket_BLM = self.bucket(queries_BL[:, :, None] - keys_BM[:, None, :])
+            return jnp.einsum("blmn,nh->bhlm", jax.nn.one_hot(bucket_BLM, self.buckets), shared["embedding"])
+
+        # so many queries at once that their one-hot rows, which are never kept, stay small
+        (B, L), M = queries_BL.shape, keys_BM.shape[1]
+        block = max(ONE_HOT // (max(B, keys_BM.shape[0]) * M * self.buckets), 1)
+        if block >= L:
+            return rows(queries_BL)
+        blocks = jnp.pad(queries_BL, ((0, 0), (0, -L % block))).reshape(B, -1, block).swapaxes(0, 1)
+        bias_nBHLM = jax.lax.map(rows, blocks)
+        return jnp.moveaxis(bias_nBHLM, 0, 2).reshape(*bias_nBHLM.shape[1:3], -1, M)[:, :, :L]
 
 
 class Positions(nn.Module):

@@ -32,7 +32,8 @@ def arrays(length=8, keys=None, heads=4, groups=2, size=8, width=8, dtype="bfloa
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-SEGMENTS = np.zeros((2, 8), np.int32)
+PLAIN, SEGMENTS = Places(), np.zeros((2, 8), np.int32)
+IN_DOCUMENTS = Places(segment=jax.ShapeDtypeStruct((2, 8192), "int32"), position=jax.ShapeDtypeStruct((2, 8192), "int32"))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -94,12 +95,11 @@ def test_masks_check_their_numbers(make):
 
 
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def chosen(target, length, *, dtype="bfloat16", mask=attention.CAUSAL, bias=None, soft_cap=None):
+def chosen(target, length, *, dtype="bfloat16", mask=attention.CAUSAL, bias=None, soft_cap=None, places=PLAIN):
     """Which kernel `auto` takes, without running it."""
     q, k, v = (jax.ShapeDtypeStruct((2, length, heads, 64), dtype) for heads in (4, 2, 2))
-    places = Places(), Places()
     with platform.targeting(target):
-        kernel = attention._kernel("auto", Call(q, k, v, mask, *places, bias, 0.125, soft_cap, None, 0.0, None))
+        kernel = attention._kernel("auto", Call(q, k, v, mask, places, places, bias, 0.125, soft_cap, None, 0.0, None))
     return [name for name, make in attention.KERNELS.items() if make() is kernel]
 
 
@@ -118,6 +118,9 @@ def chosen(target, length, *, dtype="bfloat16", mask=attention.CAUSAL, bias=None
         ("gpu", 128, {"dtype": "float32"}, "dense"),
         ("tpu", 8192, {}, "splash"),
         ("tpu", 8192, {"mask": Chunked(64), "soft_cap": 30.0}, "splash"),
+        ("tpu", 8192, {"places": IN_DOCUMENTS}, "splash"),
+        ("tpu", 8192, {"places": IN_DOCUMENTS, "mask": Chunked(64)}, "blockwise"),  # its chunks are known when the program runs
+        ("tpu", 8192, {"places": IN_DOCUMENTS, "mask": SlidingWindow(64, sinks=1)}, "blockwise"),
         ("tpu", 8192, {"bias": ALIBI}, "blockwise"),
         ("tpu", 128, {"bias": ALIBI}, "dense"),
     ],

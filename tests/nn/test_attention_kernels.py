@@ -1,5 +1,6 @@
 """Kernels that run here against float64 NumPy, forward and gradient: masks × biases, with head ratios, dtypes, documents."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -25,8 +26,8 @@ MASKS = {
 }
 BIASES = ("none", "alibi", "t5", "soft cap", "sinks")
 T5 = T5Bias(buckets=8, max_distance=16)
-# of the greatest entry of what is compared: f32 sums of some ten terms; bf16 has 8 bits, and weights are rounded to it before V
-TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+# of the greatest entry of what is compared: f32 sums of some ten terms; bf16 has 8 bits, f16 11, and weights are rounded before V
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def inputs(seed, lengths, groups, dtype, size=SIZE, width=WIDTH):
@@ -126,23 +127,40 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(platform, "CPU", replace(platform.CPU, attention_row_block=4, attention_block=4))
 
 
+def choices(name, bias):
+    """The rest of a case: it varies with mask and bias so that every pair of choices occurs."""
+    mask, case = list(MASKS).index(name), list(MASKS).index(name) + BIASES.index(bias)
+    lengths = ((11, 13), (13, 13), (13, 8))[(case + mask) % 3]
+    return {"groups": (1, 2, 4)[case % 3], "lengths": lengths, "divided": case % 2 == 0, "indexed": case % 4 == 3}
+
+
+def low(name, bias):
+    """(back end, dtype) that the case is computed with in low precision."""
+    mask, number = list(MASKS).index(name), BIASES.index(bias)
+    backend = ("dense", "blockwise")[(number + mask // 2 + number // 2) % 2]
+    return backend, ("bfloat16", "float16")[(number + mask // 2) % 2]
+
+
+CASES, NAMES = list(itertools.product(MASKS, BIASES)), ("backend", "dtype")
+
+
 @pytest.mark.parametrize("backend", ["dense", "blockwise"])
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name, bias", CASES)
 def test_kernels_are_the_closed_form(name, bias, backend):
-    """Each mask with each bias; the rest varies from case to case so that every pair of choices occurs."""
-    case = list(MASKS).index(name) + BIASES.index(bias)
-    dtype = "bfloat16" if (list(MASKS).index(name) + 2 * BIASES.index(bias)) % 5 == 4 else "float32"
-    check(
-        MASKS[name],
-        bias,
-        backend,
-        groups=(1, 2, 4)[case % 3],
-        dtype=dtype,
-        lengths=((11, 13), (13, 13), (13, 8))[(case + list(MASKS).index(name)) % 3],
-        divided=case % 2 == 0,
-        indexed=case % 4 == 3,
-    )
+    check(MASKS[name], bias, backend, dtype="float32", **choices(name, bias))
+
+
+@pytest.mark.parametrize("name, bias", CASES)
+def test_kernels_are_the_closed_form_in_low_precision(name, bias):
+    backend, dtype = low(name, bias)
+    check(MASKS[name], bias, backend, dtype=dtype, **choices(name, bias))
+
+
+def test_every_choice_meets_both_low_precisions_and_both_back_ends():
+    cases = [{"mask": case[0], "bias": case[1]} | choices(*case) | dict(zip(NAMES, low(*case), strict=True)) for case in CASES]
+    for one, other in itertools.product(cases[0], NAMES):
+        met = {(case[one], case[other]) for case in cases}
+        assert one == other or len(met) == 2 * len({case[one] for case in cases}), (one, other)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +172,7 @@ def test_kernels_are_the_closed_form(name, bias, backend):
         ("window to both sides", "none", (140, 140), True, "float32"),
         ("chunked", "soft cap", (256, 256), True, "float32"),
         ("window", "none", (256, 256), False, "float32"),
+        ("causal", "none", (128, 128), True, "float16"),
     ],
 )
 def test_interpreted_splash_is_the_closed_form(name, bias, lengths, divided, dtype):

@@ -423,6 +423,7 @@ def test_hyper_connections_start_as_the_plain_residual(dynamic):
         np.testing.assert_allclose(seen, copies[:, :, place % 3], atol=1e-6)
         np.testing.assert_allclose(got, copies + BRANCH[:, :, None], atol=1e-6)
     assert sum(p.size for p in jax.tree.leaves(params)) == config.parameters(4)
+    np.testing.assert_allclose(config.close(config.open(BRANCH)), 3 * BRANCH, rtol=1e-6)  # their sum leaves the last layer
 
 
 def test_hyper_connections_are_their_equations():

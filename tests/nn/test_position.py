@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 from llm_jax.core.config import ConfigError, components, from_json, parse, to_json
 from llm_jax.core.sharding import unbox
+from llm_jax.nn import position
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Position, Positions, Rope, Sinusoidal, T5Bias
 from llm_jax.nn.rope import (
     DynamicScaling,
@@ -358,6 +359,28 @@ def test_t5_biases_are_exact_near_and_logarithmic_far(both):
         far = exact + int(math.log(max(distance, 1) / exact) / math.log(most / exact) * (one_way - exact))
         bucket = min(distance if distance < exact else far, one_way - 1) + (one_way if both and key > 100 else 0)
         np.testing.assert_allclose(bias[0, :, 0, key], table[bucket], rtol=1e-6)
+
+
+def test_a_t5_bias_by_rows_is_the_bias_at_once(monkeypatch):
+    scheme, queries, keys = T5Bias(buckets=8, max_distance=20), jnp.arange(14).reshape(2, 7), jnp.arange(9)[None]
+    table, cotangent = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((8, 3), (2, 3, 7, 9)))
+
+    def both():
+        bias, pull = jax.vjp(lambda table: scheme.bias({"embedding": table}, queries, keys, 3), table)
+        return bias, pull(cotangent)[0]
+
+    at_once = both()
+    monkeypatch.setattr(position, "ONE_HOT", 2 * 9 * 8 * 3)  # three queries at once, of seven
+    for got, want in zip(both(), at_once, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_t5_bias_keeps_little_besides_itself():
+    """Temporaries of its gradient, as the compiler counts them; with one-hot rows written out they were eight times the bias."""
+    step = jax.grad(lambda table, index: jnp.sin(T5Bias().bias({"embedding": table}, index, index, 8)).sum())
+    shapes = jax.ShapeDtypeStruct((32, 8), "float32"), jax.ShapeDtypeStruct((1, 2048), "int32")
+    compiled = jax.jit(step).lower(*shapes).compile({"xla_backend_optimization_level": 0})
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 8 * 2048**2 * 4
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.scheme.parameters(WIDTH, HEADS)], ids=str)

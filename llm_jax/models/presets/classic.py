@@ -24,7 +24,18 @@ from llm_jax.nn.residual import NoResidual
 
 
 def transformer_2017(size: Literal["base", "big"] = "base") -> EncoderDecoder:
-    """The Transformer as it was first: sinusoidal positions, post-norm, ReLU, one table for all. Vaswani et al. 2017, table 3."""
+    """The Transformer as it was first: sinusoidal positions, post-norm, ReLU, one table for all. Vaswani et al. 2017, table 3.
+
+    How it was trained (ibid., §5) is configuration too: of a plain text the encoder reads a row's first part, the decoder goes on:
+
+        Experiment(
+            model=transformer_2017(),
+            objective=Continuation(smoothing=0.1),
+            optimizer=Adam(learning_rate=(512 * 4000) ** -0.5, b2=0.98, epsilon=1e-9),
+            schedule=Rsqrt(warmup=4000),
+            train=Train(steps=100_000, clip=None),
+        )
+    """
     width, units, heads, rate = shape({"base": (512, 2048, 8, 0.1), "big": (1024, 4096, 16, 0.3)}, size)
     stack = Stack(
         width=width,
