@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, strict ranks, and a compilation cache that all workers and later runs share."""
+"""Eight virtual CPU devices, strict ranks, quick compilation, and a cache of programs that all workers and later runs share."""
 
 import os
 import pathlib
@@ -7,10 +7,23 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+    # programs of tests run once or twice: half of the time would go into making them fast
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
+import pytest
 
 CACHE = pathlib.Path(os.environ.get("LLM_JAX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "llm_jax_test_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes of a program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

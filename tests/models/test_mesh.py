@@ -55,7 +55,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("mla", "pattern")  # the others take half a minute each
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS])
 def test_a_mesh_changes_no_number(name):
     model = MODELS[name]
     inputs = (TOKENS, TOKENS) if isinstance(model, EncoderDecoder) else (TOKENS,)

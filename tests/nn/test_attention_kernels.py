@@ -184,6 +184,7 @@ def test_rows_past_the_last_key_see_nothing(backend):
     assert check(SlidingWindow(3), "none", backend, groups=2, dtype="float32", lengths=(13, 6), divided=False, indexed=False)
 
 
+@pytest.mark.slow
 def test_splash_on_a_mesh_works_on_each_devices_rows_and_heads():
     rng = np.random.default_rng(3)
     q, k, v = (jnp.asarray(rng.normal(size=(4, 128, heads, 16)), jnp.float32) for heads in (4, 2, 2))
