@@ -90,7 +90,7 @@ def model(name):
     [
         ([], "inspect needs --model=FOLDER, a work folder or one of Hugging Face's"),
         (["--model=nowhere", "--text=a"], "nowhere is no model: give a folder"),
-        ([model("gpt2"), "--text=abc"], "token ids are what this model takes, for"),
+        ([model("gpt2"), "--text=abc"], "token ids are what this model takes, got 'abc'"),
         ([model("gpt2"), "--text=abc", "--ids=1"], "--ids is the same as --text in ids: give one of the two"),
         ([model("gpt2"), "--ids=1,x"], "--ids must be whole numbers as in --ids=1,2,3, got '1,x'"),
         ([model("gpt2"), "--ids=1,99"], "a token id is 99, but there are only 0 … 22"),

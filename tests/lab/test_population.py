@@ -76,13 +76,19 @@ def assert_same(population, singles, tolerance=1e-5):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[index], b[0], rtol=tolerance, atol=tolerance), population, one)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
+QUICK = (optimizers.AdamW, optimizers.Muon)  # the others take a quarter of a minute each
+
+
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(o, id=o.__name__, marks=[] if o in QUICK else pytest.mark.slow) for o in OPTIMIZERS]
+)
 def test_population_equals_one_by_one(optimizer):
     # a side longer than the gradient's rank has no unique eigenbasis: SOAP turns the others, which are of the model's width
     given = optimizer(largest=16) if optimizer is optimizers.SOAP else optimizer()
     rates = [given.learning_rate * f for f in (1.0, 0.3, 0.1)]
     experiments = [tiny(**{"optimizer": given, "optimizer.learning_rate": rate, "seed": s}) for s, rate in enumerate(rates)]
-    assert_same(together(experiments), alone(experiments))
+    # rounding may turn the sign of a sum near zero, and so a step of Lion's
+    assert_same(together(experiments), alone(experiments), 3e-4 if optimizer is optimizers.Lion else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The loop by itself, around a program that only counts: when things happen, what is added up, what a stop leaves behind."""
 
 import itertools
-import os
 import signal
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ def program(*, calls=None, stop_at=None, signals=(signal.SIGTERM,)) -> Program:
         done = int(state["step"][0]) + np.arange(1, batches.tokens.shape[1] + 1)
         if stop_at is not None and stop_at in done:
             for number in signals:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
         calls.append(("steps", int(done[0]), int(batches.tokens[0, 0, 0, 0])))
         return {"step": jnp.full(MEMBERS, done[-1])}, {"train/loss": Weighted(done.sum() * scale, np.full(MEMBERS, len(done)))}
 

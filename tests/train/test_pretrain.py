@@ -4,6 +4,7 @@ import textwrap
 
 import jax
 import numpy as np
+import pytest
 
 from llm_jax.core.config import override
 from llm_jax.core.types import Batch
@@ -17,6 +18,7 @@ V, LENGTH, ROWS, STEPS = 16, 12, 16, 300
 SMALL = {"width": 32, "depth": 1, "attention.heads": 2, "ffn.units": 64}
 
 
+@pytest.mark.slow
 def test_the_original_learns_to_repeat_what_its_encoder_reads():
     recipe = textwrap.dedent(transformer_2017.__doc__.split("goes on:")[1])
     names = (
