@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.core.config import ConfigError, components, override_text
+from llm_jax.core.config import ConfigError, components
 from llm_jax.core.sharding import unbox
 from llm_jax.core.types import Batch
+from llm_jax.core.written import override_text
 from llm_jax.io.huggingface import FAMILIES, Family
 from llm_jax.io.huggingface.fields import Fields, read_json
 from llm_jax.lab import presets

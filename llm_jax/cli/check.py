@@ -13,8 +13,9 @@ from absl import flags
 
 from llm_jax.cli.terminal import console, parse
 from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, override_text
-from llm_jax.core.config import parse as parse_component
+from llm_jax.core.config import ConfigError
+from llm_jax.core.written import override_text
+from llm_jax.core.written import parse as parse_component
 
 if TYPE_CHECKING:
     from llm_jax.models.model import Model

@@ -14,7 +14,8 @@ from absl import flags
 
 from llm_jax.cli.terminal import console, parse
 from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, override_text
+from llm_jax.core.config import ConfigError
+from llm_jax.core.written import override_text
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)

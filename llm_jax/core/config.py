@@ -6,7 +6,6 @@ A configuration is a tree of frozen dataclasses that derive from `Config`. A com
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
@@ -14,7 +13,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import pydantic
@@ -84,7 +83,7 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def members_of(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
@@ -93,8 +92,8 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _describe(annotation: Any) -> str:
     names = []
-    for member in _members(annotation):
-        if _is_config_type(member):
+    for member in members_of(annotation):
+        if is_config(member):
             names += sorted(components(member))
         elif typing.get_origin(member) is typing.Literal:
             names += [repr(a) for a in typing.get_args(member)]
@@ -103,7 +102,8 @@ def _describe(annotation: Any) -> str:
     return " | ".join(names)
 
 
-def _is_config_type(annotation: Any) -> bool:
+def is_config(annotation: Any) -> bool:
+    """Whether a type is that of a component."""
     return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
@@ -118,8 +118,8 @@ def components(base: type) -> dict[str, type]:
 
 def check_type(value: Any, annotation: Any, where: str) -> None:
     """Raises `ConfigError` unless `value` is of the annotated type (an int passes for a float; nothing else is coerced)."""
-    for member in _members(annotation):
-        if _is_config_type(member) or member is Any:
+    for member in members_of(annotation):
+        if is_config(member) or member is Any:
             if member is Any or isinstance(value, member):
                 return
         elif not isinstance(value, Config):
@@ -146,7 +146,7 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
             head, rest = path.split(".", 1)
             nested.setdefault(head, {})[rest] = value
     for name in (*own, *nested):
-        _require_field(config, name)
+        require_field(config, name)
     for name, inner in nested.items():
         child = own.get(name, getattr(config, name))
         if not isinstance(child, Config):
@@ -163,126 +163,12 @@ def nearest(name: str, names: list[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names)
 
 
-def _require_field(config: Config, name: str) -> None:
+def require_field(config: Config, name: str) -> None:
+    """Raises `ConfigError` with the nearest names unless the configuration has that field."""
     names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
     if name not in names:
         near = nearest(name, names)
         raise ConfigError(f"is no field of {type(config).__name__}: did you mean {near}?", name)
-
-
-def override_text(config: C, assignments: Iterable[str]) -> C:
-    """`config` after assignments as typed in a shell: `train.steps=500`, `model.position=Rope(theta=500)`.
-
-    They apply in order, but are validated together. Raises `ConfigError`.
-    """
-    changes: dict[str, Any] = {}
-    shape = config
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        path = path.strip()
-        if not equals or not path:
-            raise ConfigError(f"--set takes path=value, got {assignment!r}")
-        value = parse(text.strip(), _annotation_at(shape, path), path)
-        # a later path may reach into a component that this assignment puts there
-        shape = substitute(shape, {path: value})
-        changes = {p: v for p, v in changes.items() if p != path and not p.startswith(path + ".")} | {path: value}
-    return override(config, changes)
-
-
-def _annotation_at(config: Config, path: str) -> Any:
-    *parents, leaf = path.split(".")
-    node: Any = config
-    for depth, name in enumerate([*parents, leaf]):
-        if not isinstance(node, Config):
-            raise ConfigError(f"is {node!r}, which has no field {name!r} to set", ".".join(path.split(".")[:depth]))
-        try:
-            _require_field(node, name)
-        except ConfigError as error:
-            prefix = ".".join(parents[:depth])
-            raise (error.inside(prefix) if prefix else error) from None
-        if depth < len(parents):
-            node = getattr(node, name)
-    return field_types(type(node))[leaf]  # type: ignore[arg-type]
-
-
-def parse(text: str, annotation: Any, where: str) -> Any:
-    """The value that `text` denotes for a field of that type: a Python literal, a component call, or a bare word."""
-    try:
-        node = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        node = ast.Constant(text)
-    value = _evaluate(node, text, annotation, where)
-    check_type(value, annotation, where)
-    return value
-
-
-def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
-    members = _members(annotation)
-    choices: dict[str, type] = {}
-    for member in members:
-        if _is_config_type(member):
-            choices |= components(member)
-    call = node.func if isinstance(node, ast.Call) else node
-    if choices and isinstance(call, ast.Name) and call.id not in ("None", "none"):
-        if call.id not in choices:
-            near = nearest(call.id, sorted(choices))
-            raise ConfigError(f"has no choice {call.id!r}: did you mean {near}?", where)
-        return _construct(choices[call.id], node, where)
-    if choices and isinstance(node, ast.Call):
-        near = nearest(ast.unparse(call).rpartition(".")[2], sorted(choices))
-        raise ConfigError(f"takes a component by its name alone, not {ast.unparse(node)!r}: did you mean {near}?", where)
-    inner = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple), None)
-    if inner is not None and _is_config_type(inner) and (items := _items(node)) is not None:
-        return tuple(_evaluate(item, ast.unparse(item), inner, f"{where}[{i}]") for i, item in enumerate(items))
-    if str in members or any(typing.get_origin(m) is typing.Literal for m in members):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            return node.value
-        if not isinstance(node, ast.Constant):
-            return None if type(None) in members and text.lower() == "none" else text
-    return _literal(node, text)
-
-
-def _literal(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Name):
-        return {"true": True, "false": False, "none": None}.get(node.id.lower(), text)
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return text
-
-
-def _items(node: ast.expr) -> list[ast.expr] | None:
-    """The elements of a tuple as it is written: (a, b), (a,) * 3 or a sum of such; None for what is none."""
-    match node:
-        case ast.Tuple() | ast.List():
-            return node.elts
-        case ast.BinOp(left, ast.Add(), right) if (first := _items(left)) is not None and (rest := _items(right)) is not None:
-            return first + rest
-        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if (items := _items(left)) is not None:
-            return items * times
-    return None
-
-
-def _construct(cls: type, node: ast.expr, where: str) -> Any:
-    if not isinstance(node, ast.Call):
-        node = ast.Call(ast.Name(cls.__name__), [], [])
-    hints = field_types(cls)
-    values: dict[str, Any] = {}
-    names = [field.name for field in dataclasses.fields(cls)]
-    if len(node.args) > len(names):
-        raise ConfigError(f"has {len(names)} fields in {cls.__name__}, got {len(node.args)} values", where)
-    for keyword in [*map(ast.keyword, names, node.args), *node.keywords]:
-        name = keyword.arg or "**"
-        if name in values:
-            raise ConfigError(f"is given {name!r} twice in {cls.__name__}", where)
-        if name not in hints:
-            near = nearest(name, sorted(hints))
-            raise ConfigError(f"has no {name!r} in {cls.__name__}: did you mean {near}?", where)
-        values[name] = _evaluate(keyword.value, ast.unparse(keyword.value), hints[name], f"{where}.{name}")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise error.inside(where) from None
 
 
 def substitute(config: C, values: Mapping[str, Any]) -> C:
@@ -343,8 +229,8 @@ def from_json(data: Any, annotation: Any, where: str = "config") -> Any:
     """The inverse of `to_json` for a value of the annotated type. Raises `ConfigError` for unknown classes or fields."""
     if isinstance(data, dict) and "class" in data:
         choices: dict[str, type] = {}
-        for member in _members(annotation):
-            choices |= components(member) if _is_config_type(member) else {}
+        for member in members_of(annotation):
+            choices |= components(member) if is_config(member) else {}
         if data["class"] not in choices:
             raise ConfigError(f"names the class {data['class']!r}, which is none of {', '.join(sorted(choices))}", where)
         cls = choices[data["class"]]
@@ -354,7 +240,7 @@ def from_json(data: Any, annotation: Any, where: str = "config") -> Any:
             raise ConfigError(f"has {', '.join(unknown)}, unknown to {cls.__name__}", where)
         return cls(**{k: from_json(v, hints[k], f"{where}.{k}") for k, v in data.items() if k != "class"})
     if isinstance(data, list):
-        inner = [a for m in _members(annotation) for a in typing.get_args(m) if a is not Ellipsis]
+        inner = [a for m in members_of(annotation) for a in typing.get_args(m) if a is not Ellipsis]
         return tuple(from_json(v, inner[0] if inner else Any, where) for v in data)
     return data
 

@@ -54,7 +54,7 @@ def recipe(text: str):
 def main(text: str, *changes: str) -> None:
     """Trains, and prints the losses."""
     platform.setup()
-    from llm_jax.core.config import override_text
+    from llm_jax.core.written import override_text
     from llm_jax.lab.experiment import Ablation
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.workfolder import WorkFolder

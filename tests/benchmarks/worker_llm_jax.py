@@ -36,7 +36,7 @@ def main(size: str, *changes: str) -> None:
     import jax
     from gpt2_llm_jax import gpt2
 
-    from llm_jax.core.config import override_text
+    from llm_jax.core.written import override_text
     from llm_jax.data.packing import Tokens
     from llm_jax.data.pipeline import feed
     from llm_jax.io.progress import Progress

@@ -16,7 +16,6 @@ from llm_jax.core.config import (
     fingerprint,
     from_json,
     override,
-    override_text,
     require,
     require_positive,
     substitute,
@@ -24,6 +23,7 @@ from llm_jax.core.config import (
     traced,
     traced_values,
 )
+from llm_jax.core.written import override_text
 
 
 @dataclass(frozen=True)

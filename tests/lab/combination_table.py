@@ -12,8 +12,9 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.config import ConfigError, override_text
+from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Weighted
+from llm_jax.core.written import override_text
 from llm_jax.lab.experiment import Experiment
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.objectives.objective import Objective

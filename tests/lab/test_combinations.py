@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax.core.config import Config, ConfigError, override_text
+from llm_jax.core.config import Config, ConfigError
 from llm_jax.core.types import Batch
+from llm_jax.core.written import override_text
 from llm_jax.lab import components as exported
 from llm_jax.lab.experiment import Experiment
 from llm_jax.models import count

@@ -14,10 +14,11 @@ from jax.test_util import check_grads
 from scipy import special
 
 from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, components, from_json, override_text, to_json
+from llm_jax.core.config import ConfigError, components, from_json, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.sharding import parameter_specs, unbox
 from llm_jax.core.types import Weighted
+from llm_jax.core.written import override_text
 from llm_jax.nn.dispatch import Capacity, Dropless
 from llm_jax.nn.ffn import MLP, Dense, FeedForward, Gated, NoFeedForward
 from llm_jax.nn.kernels.grouped import batched_product, exchange, grouped_product

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from llm_jax.core.config import ConfigError, components, from_json, parse, to_json
+from llm_jax.core.config import ConfigError, components, from_json, to_json
 from llm_jax.core.sharding import unbox
+from llm_jax.core.written import parse
 from llm_jax.nn import position
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Position, Positions, Rope, Sinusoidal, T5Bias
 from llm_jax.nn.rope import (
