@@ -1,8 +1,8 @@
 """Every component is reached by `--set`, what is allowed trains, and what makes no sense is refused by a stated rule.
 
 The factors of `combination_table` have about 10¹⁰ combinations. Of all pairs of their levels the configurations are built here, and
-must be valid or refused by the rule that says so. One training step is made of rows in which every level occurs, and of every
-variant by itself; under `slow` of rows in which every allowed pair occurs. Initialisation is only traced: parameters are random.
+must be valid or refused by the rule that says so. Under `slow`, one training step is made of every variant by itself, of rows in which
+every level occurs, and of rows in which every allowed pair occurs. Initialisation is only traced: parameters are random.
 """
 
 import re
@@ -105,6 +105,7 @@ def wrong(many: Iterable[Iterable[str]]) -> str:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_every_level_trains(part):
     many = [levels_of(row) for row in rows(1)] + [[*FIRST, *variant] for variant in ALONE]

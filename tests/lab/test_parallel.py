@@ -31,7 +31,7 @@ def losses(mesh: Mesh, devices, *, extra: int = 3, **changes):
     return np.array(seen), state, compiled
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layers", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_a_mesh_of_eight_equals_one_device(layers):
     one, _, _ = losses(Mesh(), jax.devices()[:1], **{"model.layers": layers})
     eight, state, _ = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **{"model.layers": layers})
@@ -47,7 +47,7 @@ def test_a_mesh_of_eight_equals_one_device(layers):
     )
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("data", "tensor"))])
 def test_a_population_is_split_beside_every_other_axis(axis):
     split, whole = {f"mesh.{axis}": 2, "mesh.population": 2}, {f"mesh.{axis}": 1, "mesh.population": 1}
     experiments = [tiny(**split, **{"model.width": 32, "seed": s, "optimizer.learning_rate": 1e-3 * (1 + s)}) for s in range(2)]
@@ -57,6 +57,7 @@ def test_a_population_is_split_beside_every_other_axis(axis):
     assert_same(together[0], [one[0] for one in singles], tolerance=1e-3)  # Adam divides what is nearly zero by itself
 
 
+@pytest.mark.slow
 def test_data_parallel_devices_share_the_work_of_muon():
     change = {"optimizer": Muon(learning_rate=0.02)}
     one, _, _ = losses(Mesh(), jax.devices()[:1], **change)

@@ -94,10 +94,10 @@ def test_population_equals_one_by_one(optimizer):
 @pytest.mark.parametrize(
     "path, values",
     [
-        ("model.dropout.residual", (0.1, 0.4)),
+        pytest.param("model.dropout.residual", (0.1, 0.4), marks=pytest.mark.slow),
         ("optimizer.weight_decay", (0.05, 0.5)),
         ("train.clip", (0.1, 100.0)),
-        ("objective.z_loss", (1e-4, 1e-2)),
+        pytest.param("objective.z_loss", (1e-4, 1e-2), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("layers", ["scanned"])
@@ -110,7 +110,7 @@ def test_every_traced_field_may_differ_within_a_program(path, values, layers):
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-6, "the two values should train differently"
 
 
-@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize("in_turn", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_trials_in_turn_equal_trials_in_a_batch(monkeypatch, in_turn):
     monkeypatch.setattr(platform, "CPU", replace(platform.CPU, population_in_turn=in_turn))
     experiments = [tiny(seed=s) for s in range(3)]

@@ -122,7 +122,7 @@ def pair(**changes):
     return override(EncoderDecoder(encoder=encoder, decoder=decoder), changes)
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layers", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_encoder_decoder_reads_all_inputs_and_earlier_targets(layers, shared):
     model = pair(shared_embedding=shared, **{"encoder.layers": layers, "decoder.layers": layers})
@@ -408,6 +408,7 @@ def test_parallel_branches_read_the_same_stream(placement):
     np.testing.assert_allclose(out, after_attention + ffn, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_initial_parameters_of_two_stacks_are_alike_however_they_are_laid_out():
     models = [pair(**{"encoder.layers": layers, "decoder.layers": layers}) for layers in ("unrolled", "scanned")]
     plain, scanned = (initial_parameters(model, V, jax.random.key(0)) for model in models)
