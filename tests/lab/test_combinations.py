@@ -1,8 +1,8 @@
 """Every component is reached by `--set`, what is allowed trains, and what makes no sense is refused by a stated rule.
 
 The factors of `combination_table` have about 10¹⁰ combinations. Of all pairs of their levels the configurations are built here, and
-must be valid or refused by the rule that says so. Under `slow`, one training step is made of every variant by itself, of rows in which
-every level occurs, and of rows in which every allowed pair occurs. Initialisation is only traced: parameters are random.
+must be valid or refused by the rule that says so. Under `slow`, one training step is made of every variant by itself, of rows in
+which every level occurs, and of rows in which every allowed pair occurs. Initialisation is only traced: parameters are random.
 """
 
 import re
