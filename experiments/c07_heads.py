@@ -18,8 +18,8 @@ ablation = Ablation(
         | {"gqa-2": Attention(heads=8, kv_heads=2), "mqa": Attention(heads=8, kv_heads=1)}
         | {"mla": MLA(heads=8, kv_rank=20, nope_dim=8, rope_dim=4, value_dim=8)}
     },
-    nuisance={"optimizer.learning_rate": log_grid(2e-3, 1.8e-2, 3)},
-    seeds=4,
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
+    seeds=8,
     baseline="heads-1",
     claims=[
         Claim("Four heads beat one at equal parameters", better="heads-4", than="heads-1"),
