@@ -19,7 +19,7 @@ ablation = Ablation(
         "model.ffn": {name: Dense(activation=name) for name in PLAIN}
         | {name: Gated(activation=activation) for name, activation in GATED.items()}
     },
-    nuisance={"optimizer.learning_rate": log_grid(2e-3, 1.8e-2, 3)},
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     seeds=4,
     baseline="gelu",
     claims=[

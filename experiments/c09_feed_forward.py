@@ -27,7 +27,7 @@ ablation = Ablation(
             "parallel": {"model.placement": "parallel"},
         }
     ),
-    nuisance={"optimizer.learning_rate": log_grid(1e-3, 1.6e-2, 3)},
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     seeds=4,
     baseline="ratio-4",
     claims=[

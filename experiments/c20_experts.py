@@ -26,7 +26,7 @@ ablation = Ablation(
             "unbalanced": MoE(expert=HALF, balance=0.0),
         }
     },
-    nuisance={"optimizer.learning_rate": log_grid(2e-3, 1.8e-2, 3)},
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     seeds=4,
     baseline="dense",
     claims=[
