@@ -4,7 +4,7 @@
 
 Six schemes and none, each tuned over the same learning rates, trained on sequences of 64 bytes and scored on sequences of 1,
 2, 4 and 8 times that length. Literature: Vaswani et al. 2017 (sinusoidal), Press et al. 2022 (ALiBi), Su et al. 2021 (RoPE),
-Raffel et al. 2020 (T5 bias), Kazemnejad et al. 2023 (no positions). About 9 minutes on 2 cores. Obtained (2026-11-24): ALiBi keeps
+Raffel et al. 2020 (T5 bias), Kazemnejad et al. 2023 (no positions). About 11 minutes on 2 cores. Obtained (2026-11-24): ALiBi keeps
 its loss to 8×, RoPE is best up to 2× and level with it at 4×; see LOG.md.
 """
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
-from llm_jax.core.config import ConfigError, override
+from llm_jax.core.config import ConfigError, check_type, override
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.infer import decode, forward
@@ -228,6 +228,11 @@ class LM:
 
     def _ids(self, text: Text, before: Sequence[int] = (), after: Sequence[int] = ()) -> list[int]:
         if not isinstance(text, str):
+            other = next((i for i in text if not isinstance(i, (int, np.integer))), None)
+            if other is not None:
+                raise ConfigError(
+                    f"must be a whole number, got {other!r}: ids and texts go one a row, as [[1, 2], [3]]", "a token id"
+                )
             ids = [int(i) for i in text]
             wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
             if wrong is not None:
@@ -286,6 +291,8 @@ class LM:
 
 def _several(texts: Any) -> tuple[list[Any], bool]:
     """The texts as a list, and whether it was one alone: a string, or ids."""
+    if not isinstance(texts, (str, Sequence, np.ndarray, jax.Array)):
+        raise ConfigError(f"must be a string, token ids, or a list of such, got {texts!r}", "a text")
     single = isinstance(texts, str) or (len(texts) > 0 and np.ndim(texts[0]) == 0 and not isinstance(texts[0], str))
     return ([texts] if single else list(texts)), single
 
@@ -314,6 +321,9 @@ def load(
     Hugging Face. compute: dtype of the activations; None is float32, or what a trial was trained in. mesh: whose devices the
     parameters are split over, `Mesh(data=1, fsdp=-1)` over all; None: all on one. Raises `ConfigError`, in a sentence.
     """
+    for name, value, kind in (("arm", arm, str | None), ("trial", trial, str | None), ("step", step, int | None),
+                              ("dtype", dtype, Dtype), ("mesh", mesh, Mesh | None)):  # fmt: skip
+        check_type(value, kind, name)
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
         if (arm, trial, step) != (None, None, None):
@@ -327,6 +337,8 @@ def load(
     if not trained.is_here(folder):
         wanted = "a folder with a config.json of transformers, or one that `python -m llm_jax run --workdir=` made"
         raise ConfigError(f"is no model: give {wanted}", str(path))
+    if dtype != "float32":
+        raise ConfigError(f"is {dtype}, and what was trained here is float32: take compute={dtype!r} for its activations", "dtype")
     own = trained.load(folder, arm=arm, trial=trial, step=step)
     end = own.tokenizer.end
     # documents follow one another, each after the end of the one before; an encoder's last token is where its decoder begins

@@ -480,3 +480,24 @@ def test_what_is_missing_is_named(work, tmp_path):
     shutil.rmtree(checkpoint.parent)
     with pytest.raises(ConfigError, match=f"is gone, with the parameters of {name}: remove its results.json"):
         llm_jax.load(tmp_path / "w", trial=name)
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda lm: lm.logits([[1.9]]), "a token id must be a whole number, got 1.9: ids and texts go one a row"),
+        (lambda lm: lm.loglikelihood([[1], [2]], [["c"], ["d"]]), "a token id must be a whole number, got 'c'"),
+        (lambda lm: lm.generate(None), "a text must be a string, token ids, or a list of such, got None"),
+        (lambda lm: lm.generate(5), "a text must be a string, token ids, or a list of such, got 5"),
+        (
+            lambda lm: llm_jax.load(GOLDEN / "gpt2", dtype="bfloat17"),
+            "dtype must be 'float32' | 'bfloat16' | 'float16', got 'bfloat17'",
+        ),
+        (lambda lm: llm_jax.load(GOLDEN / "gpt2", mesh="fsdp"), "mesh must be Mesh | None, got 'fsdp'"),
+        (lambda lm: llm_jax.load(GOLDEN / "gpt2", trial=99), "trial must be str | None, got 99"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_a_sentence(call, sentence):
+    with pytest.raises(ConfigError) as error:
+        call(golden("gpt2")[0])
+    assert sentence in str(error.value)

@@ -6,6 +6,7 @@ python -m llm_jax check --experiment=experiments/c06_positional_encoding.py --ar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         for finding in check.findings(check.subject(model, objective, **sizes)):
             found.append(finding)
             status.update(f"checked: {finding.name}")
+            if not console().is_terminal:
+                print(f"checked: {finding.name}", file=sys.stderr, flush=True)
     console().print(_table(found))
     return 0 if all(finding.passed for finding in found) else 1
 

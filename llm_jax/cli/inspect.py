@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("model", None, "A work folder of `run`, one of its trials, or a folder of Hugging Face's.", flag_values=FLAGS)
+flags.DEFINE_string("experiment", None, "The experiment file, where it defines components of its own.", flag_values=FLAGS)
 flags.DEFINE_string("arm", None, "The arm of a work folder (default: the best).", flag_values=FLAGS)
 flags.DEFINE_string("trial", None, "The trial of a work folder.", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "The step of its checkpoint (default: the last).", flag_values=FLAGS)
@@ -42,8 +43,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("needs --model=FOLDER, a work folder or one of Hugging Face's", "inspect")
     if FLAGS.text is not None and FLAGS.ids is not None:
         raise ConfigError("is the same as --text in ids: give one of the two", "--ids")
+    from llm_jax.lab import experiment
     from llm_jax.language_model import load
 
+    if FLAGS.experiment is not None:
+        experiment.load(FLAGS.experiment)
     model = load(FLAGS.model, arm=FLAGS.arm, trial=FLAGS.trial, step=FLAGS.step)
     text = FLAGS.text if FLAGS.ids is None else _numbers("--ids", FLAGS.ids)
     given = FLAGS.input if FLAGS.ids is None or FLAGS.input is None else _numbers("--input", FLAGS.input.split(","))

@@ -64,7 +64,9 @@ def parse(text: str, annotation: Any, where: str) -> Any:
     """The value that `text` denotes for a field of that type: a Python literal, a component call, or a bare word."""
     try:
         node = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    except SyntaxError as error:
+        if any(is_config(member) for member in members_of(annotation)):
+            raise ConfigError(f"cannot be read: {error.msg}: {text!r}", where) from None
         node = ast.Constant(text)
     value = _evaluate(node, text, annotation, where)
     check_type(value, annotation, where)

@@ -56,7 +56,9 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
     try:
         experiment = from_json(result["config"], Experiment)
     except ConfigError as error:
-        raise ConfigError(f"{error} (of {result['trial']}): import the file that defines its components first") from None
+        raise ConfigError(
+            f"{error} (of {result['trial']}): import the file that defines its components first (inspect: --experiment=FILE)"
+        ) from None
     tokenizer = experiment.tokenizer.fit(experiment.data.corpus, cache_dir())
     if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
         raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus has changed", "tokenizer")

@@ -108,3 +108,10 @@ def test_a_mistake_is_one_sentence(flags, sentence, monkeypatch, capsys, tmp_pat
     code, out, err = run([*flags, f"--out={tmp_path / 'out'}"], monkeypatch, capsys)
     assert code == 2 and sentence in err and "\n" not in err and not out, err
     assert not (tmp_path / "out").exists()
+
+
+def test_components_of_an_experiment_file_are_known(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("raise RuntimeError('it was run')\n")
+    code, _, err = run([model("gpt2"), "--ids=1", f"--experiment={file}"], monkeypatch, capsys)
+    assert code == 2 and "cannot be run: RuntimeError: it was run" in err

@@ -101,6 +101,7 @@ def test_what_may_be_typed(assignments, expected):
         (["kind=three"], "kind must be 'one' | 'two', got 'three'"),
         (["sizes=(1, 'a')"], "sizes must be"),
         (["shape=Circel()"], "shape has no choice 'Circel': did you mean Circle?"),
+        (["shape=Circle("], "shape cannot be read: '(' was never closed: 'Circle('"),
         (["shape=Circle(2, 3)"], "shape has 1 fields in Circle, got 2 values"),
         (["shape=Circle(2, radius=3)"], "shape is given 'radius' twice in Circle"),
         (["shape=shapes.Circle(2)"], "shape takes a component by its name alone, not 'shapes.Circle(2)': did you mean Circle?"),
