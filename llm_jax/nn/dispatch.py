@@ -16,7 +16,7 @@ from llm_jax.nn.kernels.grouped import batched_product, exchange, grouped_produc
 
 Over = Literal["batch", "row"]
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows [M, D], kernels [E, D, F]) -> [M, F]
-BLOCK = 128  # rows: a step of 8 experts, 2 active, takes 1.44× a dense one on XLA:CPU, 1.50× at 256, for emptier last blocks
+BLOCK = 128  # rows: 64 and 256 are no quicker on XLA:CPU (tests/benchmarks/moe.py --blocks=64,256)
 
 
 @dataclass(frozen=True)
