@@ -13,7 +13,6 @@ if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
-import pytest
 
 CACHE = pathlib.Path(os.environ.get("LLM_JAX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "llm_jax_test_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -23,11 +22,3 @@ jax.config.update("jax_disable_most_optimizations", True)
 gc.set_threshold(
     100_000, 20, 100
 )  # programs are large heaps of objects that live on: looking through them took a fifth of the time
-
-
-@pytest.fixture
-def optimized():
-    """For tests of what the compiler makes of a program."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)

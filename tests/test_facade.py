@@ -45,14 +45,6 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 TEXT = "the quick brown fox jumps over the lazy dog while many small numbers add up"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def golden(case: str) -> tuple[LM, dict[str, np.ndarray]]:
     return llm_jax.load(GOLDEN / case), load_file(GOLDEN / case / "expected.safetensors")

@@ -116,6 +116,14 @@ def components(base: type) -> dict[str, type]:
     return found
 
 
+def choices_of(annotation: Any) -> dict[str, type]:
+    """Name → class of every component that a field of this type accepts."""
+    found: dict[str, type] = {}
+    for member in members_of(annotation):
+        found |= components(member) if is_config(member) else {}
+    return found
+
+
 def check_type(value: Any, annotation: Any, where: str) -> None:
     """Raises `ConfigError` unless `value` is of the annotated type (an int passes for a float; nothing else is coerced)."""
     for member in members_of(annotation):
@@ -228,9 +236,7 @@ def to_json(value: Any) -> Any:
 def from_json(data: Any, annotation: Any, where: str = "config") -> Any:
     """The inverse of `to_json` for a value of the annotated type. Raises `ConfigError` for unknown classes or fields."""
     if isinstance(data, dict) and "class" in data:
-        choices: dict[str, type] = {}
-        for member in members_of(annotation):
-            choices |= components(member) if is_config(member) else {}
+        choices = choices_of(annotation)
         if data["class"] not in choices:
             raise ConfigError(f"names the class {data['class']!r}, which is none of {', '.join(sorted(choices))}", where)
         cls = choices[data["class"]]

@@ -12,7 +12,7 @@ from llm_jax.core.config import (
     Config,
     ConfigError,
     check_type,
-    components,
+    choices_of,
     field_types,
     is_config,
     members_of,
@@ -65,7 +65,7 @@ def parse(text: str, annotation: Any, where: str) -> Any:
     try:
         node = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        if any(is_config(member) for member in members_of(annotation)):
+        if choices_of(annotation):
             raise ConfigError(f"cannot be read: {error.msg}: {text!r}", where) from None
         node = ast.Constant(text)
     value = _evaluate(node, text, annotation, where)
@@ -75,10 +75,7 @@ def parse(text: str, annotation: Any, where: str) -> Any:
 
 def _evaluate(node: ast.expr, text: str, annotation: Any, where: str) -> Any:
     members = members_of(annotation)
-    choices: dict[str, type] = {}
-    for member in members:
-        if is_config(member):
-            choices |= components(member)
+    choices = choices_of(annotation)
     call = node.func if isinstance(node, ast.Call) else node
     if choices and isinstance(call, ast.Name) and call.id not in ("None", "none"):
         if call.id not in choices:

@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.infer import sampling as ways
-from llm_jax.infer.forward import check_length, has_prefix, index, longest, segments
+from llm_jax.infer.forward import check_length, index, longest, segments
 from llm_jax.infer.rows import Ids, Rows, pad, rounded, rounded_count
 from llm_jax.infer.sampling import Greedy, Sampling
 from llm_jax.models.block import Layer
@@ -112,7 +112,7 @@ def encode(model: Model, vocabulary: int, params: Params, rows: Rows) -> Memory:
 def prefill(model: Model, vocabulary: int, params: Params, rows: Rows, memory: Memory | None = None, *, slots: int) -> State:
     """The prompts through the whole network at once, with a cache of `slots` places. A `Prefix` mask takes them as the prefix."""
     given: dict[str, Any] = {"segments_BL": segments(rows), "index_BL": index(model.final, rows)}
-    if has_prefix(model) and memory is None:
+    if model.prefix_mask and memory is None:
         given["prefix_BL"] = rows.real
     said, cache = _call(model, vocabulary, params, {}, memory, rows.tokens, slots=slots, **given)
     last_B11 = jnp.maximum(rows.length - 1, 0)[:, None, None]
@@ -151,7 +151,7 @@ def extend(
         )
         # a row that is done passes over what is computed for it: its state stays what it was
         given = {"segments_BL": jnp.where(done_B, -1, 0)[:, None], "index_BL": state.length[:, None]}
-        if has_prefix(model) and state.memory is None:
+        if model.prefix_mask and state.memory is None:
             given["prefix_BL"] = jnp.zeros((rows, 1), bool)
         said, cache = _call(model, vocabulary, params, state.cache, state.memory, token_B[:, None], slots=state.slots, **given)
         logits_BV = jnp.where(done_B[:, None], state.logits, said[:, 0])

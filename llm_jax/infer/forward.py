@@ -14,7 +14,6 @@ from llm_jax.infer.rows import Rows
 from llm_jax.models.heads import SequenceClassifier, pool
 from llm_jax.models.model import Model, Params
 from llm_jax.models.stack import Stack
-from llm_jax.nn.attention import Prefix
 from llm_jax.nn.dispatch import Capacity
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.nn.moe import MoE
@@ -52,11 +51,6 @@ def alone(model: Model) -> bool:
 def by_token(model: Model) -> bool:
     """Whether the head says something of each token, not of the row."""
     return not isinstance(model.head, SequenceClassifier)
-
-
-def has_prefix(model: Model) -> bool:
-    """Whether any layer can see a prefix from everywhere."""
-    return any(isinstance(getattr(kind.attention, "mask", None), Prefix) for kind in model.final.in_full)
 
 
 def stretches(stack: Stack, length: float = math.inf) -> bool:
@@ -115,7 +109,7 @@ def log_likelihood(
 ) -> jax.Array:
     """`[B]` float32: Σ log p(token | those before it) over the tokens from place `first` on. A `Prefix` mask shows those before."""
     places_1L = jnp.arange(rows.tokens.shape[1])[None]
-    prefix_BL = places_1L < first_B[:, None] if has_prefix(model) else None
+    prefix_BL = places_1L < first_B[:, None] if model.prefix_mask else None
     said = apply(model, vocabulary, params, rows, inputs, prefix_BL=prefix_BL)
     nll_BL = cross_entropy(said[:, :-1], rows.tokens[:, 1:])[0]
     scored_BL = (places_1L >= first_B[:, None]) & rows.real

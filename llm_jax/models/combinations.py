@@ -11,7 +11,6 @@ from llm_jax.models.heads import Head, MultiToken
 from llm_jax.models.stack import Stack
 from llm_jax.nn.embedding import Embed
 from llm_jax.nn.ffn import NoFeedForward
-from llm_jax.nn.masks import Mask, Prefix
 from llm_jax.nn.mixer import Mixer, NoMixing
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import T5Bias
@@ -42,9 +41,8 @@ def check_head(head: Head, stack: Stack) -> None:
 
 def check_without_prefix(stack: Stack) -> None:
     """Raises `ConfigError` where a mask shows a prefix that is never given: an encoder reads it instead."""
-    for where, layer in stack.described.items():
-        sentence = "is Prefix(), and an encoder-decoder's prefix is what its encoder reads: take Causal() or Bidirectional()"
-        require(not isinstance(_mask(stack.resolved(layer).attention), Prefix), f"{where}attention.mask", sentence)
+    sentence = "is Prefix(), and an encoder-decoder's prefix is what its encoder reads: take Causal() or Bidirectional()"
+    require(not stack.prefix_mask, stack.prefix_mask, sentence)
 
 
 def _check_layer(stack: Stack, where: str, layer: Layer, cross: Attention | None) -> None:
@@ -93,7 +91,3 @@ def _check_dropout(stack: Stack, cross: Attention | None) -> None:
 
 def _attends(mixer: Mixer | None) -> bool:
     return mixer is not None and mixer.attends
-
-
-def _mask(mixer: Mixer | None) -> Mask | None:
-    return getattr(mixer, "mask", None)

@@ -16,7 +16,6 @@ from llm_jax.core.config import Config, substitute
 from llm_jax.core.sharding import unbox
 from llm_jax.core.types import Batch
 from llm_jax.models.stack import Stack
-from llm_jax.nn.masks import Prefix
 from llm_jax.nn.multihead import Attention
 
 Params = Mapping[str, Any]
@@ -90,9 +89,7 @@ class Model(Config):
     @property
     def prefix_mask(self) -> str:
         """Where a mask shows a prefix, as a path; empty if none does."""
-        stack = self.final
-        kinds = {where: stack.resolved(layer).attention for where, layer in stack.described.items()}
-        return next((f"{w}attention.mask" for w, mixer in kinds.items() if isinstance(getattr(mixer, "mask", None), Prefix)), "")
+        return self.final.prefix_mask
 
     @property
     def scanned(self) -> bool:

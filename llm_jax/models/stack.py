@@ -17,6 +17,7 @@ from llm_jax.nn.context import Context
 from llm_jax.nn.dropout import Dropout
 from llm_jax.nn.ffn import Dense, FeedForward
 from llm_jax.nn.linear import Precision
+from llm_jax.nn.masks import Prefix
 from llm_jax.nn.mixer import Mixer
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.normalization import LayerNorm, Norm, Normalize, Placement
@@ -135,6 +136,12 @@ class Stack(Config):
                 if part and not part.causal:
                     return where + name
         return ""
+
+    @property
+    def prefix_mask(self) -> str:
+        """Where a mask shows a prefix, as a path; empty if none does."""
+        masks = {where: getattr(self.resolved(layer).attention, "mask", None) for where, layer in self.described.items()}
+        return next((f"{where}attention.mask" for where, mask in masks.items() if isinstance(mask, Prefix)), "")
 
     @property
     def position_takers(self) -> list[Mixer]:

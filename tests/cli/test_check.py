@@ -1,15 +1,15 @@
 """`python -m llm_jax check`: a table with one row a check, exit code 1 where one failed, a sentence where it cannot."""
 
-import sys
+import functools
 
 import pytest
 
-from llm_jax import __main__
 from llm_jax.models.decoder import Decoder
 from llm_jax.nn.position import Rope
 from llm_jax.nn.rope import DynamicScaling
 from llm_jax.train import check
 from llm_jax.train.check import Finding
+from tests.cli.outcome import outcome
 
 SMALL = "Decoder(width=8, depth=1, attention=Attention(heads=2), layers=scanned)"
 FILE = '''"""Two arms."""
@@ -23,17 +23,7 @@ ablation = Ablation("?", Experiment(model=Decoder(width=8, depth=1, attention=At
 '''
 
 
-def run(argv, monkeypatch, capsys):
-    """Exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["llm_jax", "check", *argv])
-    from llm_jax.cli import check as command
-
-    command.FLAGS.unparse_flags()
-    for name in command.FLAGS:
-        command.FLAGS[name].unparse()
-    code = __main__.main()
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err.strip()
+run = functools.partial(outcome, "check")
 
 
 def test_a_model_as_typed_is_checked(monkeypatch, capsys):

@@ -1,14 +1,15 @@
 """A mistake in what was typed: one sentence, exit code 2, nothing written."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 
-from llm_jax import __main__
 from llm_jax.lab.experiment import load
 from llm_jax.lab.workfolder import WorkFolder
+from tests.cli.outcome import outcome
 from tests.lab.test_runner import declared  # noqa: F401
 
 ERRORS = {
@@ -37,17 +38,7 @@ ERRORS = {
 }
 
 
-def run(argv, monkeypatch, capsys):
-    """Exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["llm_jax", "run", *argv])
-    from llm_jax.cli import run as command
-
-    command.FLAGS.unparse_flags()
-    for name in command.FLAGS:
-        command.FLAGS[name].unparse()
-    code = __main__.main()
-    shown = capsys.readouterr()
-    return code, shown.out.strip(), shown.err.strip()
+run = functools.partial(outcome, "run")
 
 
 @pytest.mark.parametrize("flags, sentence", ERRORS.values(), ids=ERRORS)

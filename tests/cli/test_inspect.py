@@ -2,36 +2,17 @@
 
 import functools
 import pathlib
-import sys
 
-import jax
 import pytest
 
-from llm_jax import __main__, language_model
+from llm_jax import language_model
 from llm_jax.core.config import ConfigError
+from tests.cli.outcome import outcome
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def run(argv, monkeypatch, capsys):
-    """Exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["llm_jax", "inspect", *argv])
-    from llm_jax.cli import inspect as command
-
-    command.FLAGS.unparse_flags()
-    for name in command.FLAGS:
-        command.FLAGS[name].unparse()
-    code = __main__.main()
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err.strip()
+run = functools.partial(outcome, "inspect")
 
 
 def test_a_page_is_written_and_told(monkeypatch, capsys, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.sharding import unbox
-from llm_jax.infer import decode, forward
+from llm_jax.infer import decode
 from llm_jax.infer.decode import generate
 from llm_jax.infer.rows import pad, rounded
 from llm_jax.infer.sampling import Greedy, Sample
@@ -88,14 +88,6 @@ TABLE = {
 SEEDS = {"ahead": 1, "encoder-decoder-t5": 1}  # with others these say the same of every prompt
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def parameters(config, seed=0):
     """Such that what is said depends on what was read."""
     draw = np.random.default_rng(seed)
@@ -117,7 +109,7 @@ def whole_pass(config, params, rows, inputs):
         read = np.array([row + [0] * (longest - len(row)) for row in inputs])
         real = np.array([[i < len(row) for i in range(longest)] for row in inputs])
         return network.apply({"params": params}, read, tokens, input_segments_BM=jnp.asarray(real) - 1)
-    prefix = jnp.asarray([[i < len(row) - NEW for i in range(width)] for row in rows]) if forward.has_prefix(config) else None
+    prefix = jnp.asarray([[i < len(row) - NEW for i in range(width)] for row in rows]) if config.prefix_mask else None
     return jax.jit(lambda p: network.apply({"params": p}, tokens, prefix_BL=prefix))(params)
 
 

@@ -55,14 +55,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 VOCABULARY, TOKENS = 11, (3, 1, 4, 1, 5, 9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def random_parameters(model, seed=0, vocabulary=VOCABULARY):
     draw = np.random.default_rng(seed)
     shapes = unbox(abstract_parameters(model, vocabulary))
