@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +12,10 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.platform import traits
-from llm_jax.nn.kernels.grouped import batched_product, exchange, grouped_product
+from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, spare
 
 Over = Literal["batch", "row"]
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows [M, D], kernels [E, D, F]) -> [M, F]
-BLOCK = 128  # rows: 64 and 256 are no quicker on XLA:CPU (tests/benchmarks/moe.py --blocks=64,256)
+Products = Callable[[jax.Array, Sequence[jax.Array]], list[jax.Array]]  # (rows [M, D], kernels [E, D, F]) -> [M, F] of each
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Plan:
 
     pair_M: the (token, choice) in each slot, numbered token by token; T·K: empty. slot_TK: where each of them is; M: nowhere.
     weight_TK: of each choice. load_BE: how many tokens of each row chose an expert. served_T: how many experts took a token.
-    product: multiplies every slot by its expert's matrix. expert_M: whose each slot is.
+    products: multiplies every slot by its expert's matrix. expert_M: whose each slot is.
     """
 
     pair_M: jax.Array
@@ -33,7 +32,7 @@ class Plan:
     weight_TK: jax.Array
     load_BE: jax.Array
     served_T: jax.Array
-    product: Product
+    products: Products
     expert_M: jax.Array
 
     def spread(self, x_TD: jax.Array) -> jax.Array:
@@ -55,7 +54,7 @@ class Taken:
     weight_M: jax.Array
     load_BE: jax.Array
     served_T: jax.Array
-    product: Product
+    products: Products
     expert_M: jax.Array
 
     def spread(self, x_TD: jax.Array) -> jax.Array:
@@ -94,12 +93,13 @@ class Dispatch(Config):
 class Dropless(Dispatch):
     """Every token reaches all the experts that it chose, however uneven the loads: Gale et al. 2023, MegaBlocks.
 
-    form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time; "auto" asks the platform. On
-    NVIDIA GPUs `ragged_dot` too does the work of all experts unless `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set.
+    form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time, then what is left of them by
+    fewer; "auto" asks the platform. On NVIDIA GPUs `ragged_dot` too does the work of all experts unless
+    `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set.
     """
 
     form: Literal["auto", "blocks", "ragged"] = "auto"
-    block: int = BLOCK
+    block: int = 512
 
     def validate(self):
         require_positive(self, "block")
@@ -111,7 +111,7 @@ class Dropless(Dispatch):
         segment_TK = expert_TK if valid_T is None else jnp.where(valid_T[:, None], expert_TK, experts)
         order, place, sizes_E = _sort(segment_TK.reshape(-1), experts)
         ends_E = jnp.cumsum(sizes_E)
-        slots = count + (block or 0)
+        slots = count + (spare(block) if block else 0)
         pair_M = jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order, (0, slots - count)), count)
         slot_TK = jnp.where(segment_TK < experts, place.reshape(expert_TK.shape), slots)
         return Plan(
@@ -120,7 +120,7 @@ class Dropless(Dispatch):
             weight_TK,
             loads(segment_TK, experts, rows),
             (segment_TK < experts).sum(1).astype(jnp.float32),
-            lambda x_MD, kernels_EDF: grouped_product(x_MD, kernels_EDF, sizes_E, block=block),
+            lambda x_MD, kernels: grouped_products(x_MD, kernels, sizes_E, block=block),
             jnp.searchsorted(ends_E, jnp.arange(slots), side="right").clip(max=experts - 1),
         )
 
@@ -178,7 +178,7 @@ class Capacity(Dispatch):
             weight_TK,
             loads(chosen_TK, experts, rows),
             kept_TK.sum(1).astype(jnp.float32),
-            batched_product,
+            batched_products,
             jnp.arange(slots) // (groups * room),
         )
 
@@ -198,7 +198,7 @@ def take(score_TE: jax.Array, valid_T: jax.Array | None, *, share: float, groups
     load_BE = jnp.zeros((rows, experts)).at[token_M // (tokens // rows), expert_M].add(count_M)
     served_T = jnp.zeros(tokens).at[token_M].add(count_M)
     weight_M = score_TE[token_M, expert_M]
-    return Taken(jnp.where(filled_M, token_M, tokens), weight_M, load_BE, served_T, batched_product, expert_M)
+    return Taken(jnp.where(filled_M, token_M, tokens), weight_M, load_BE, served_T, batched_products, expert_M)
 
 
 def bounds(share: float, tokens: int, groups: int, valid_T: jax.Array | None, limit: int | None = None) -> tuple[int, jax.Array]:

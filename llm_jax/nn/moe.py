@@ -210,17 +210,17 @@ class Experts(nn.Module):
 def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Plan | Taken, drop: Any) -> jax.Array:
     """Every slot's token through its expert, `[M, D] -> [M, D]`. drop: what is done to hidden units, or None."""
 
-    def linear(name: str, x: jax.Array) -> jax.Array:
-        kernels, biases = weights[name]
-        y = plan.product(x, kernels)
-        return y if biases is None else y + biases[plan.expert_M]
+    def linear(x: jax.Array, *names: str) -> list[jax.Array]:
+        kernels, biases = zip(*(weights[name] for name in names), strict=True)
+        ys = plan.products(x, kernels)
+        return [y if bias is None else y + bias[plan.expert_M] for y, bias in zip(ys, biases, strict=True)]
 
-    first, *rest = (name for name in ("gate", "up") if name in weights)
-    h_MF = ACTIVATIONS[config.activation](linear(first, x_MD))
+    first, *rest = linear(x_MD, *(name for name in ("gate", "up") if name in weights))
+    h_MF = ACTIVATIONS[config.activation](first)
     if rest:
-        h_MF = h_MF * linear(rest[0], x_MD)
+        h_MF = h_MF * rest[0]
     h_MF = constrain(h_MF, None, "hidden_act")
-    return linear("down", h_MF if drop is None else drop(h_MF))
+    return linear(h_MF if drop is None else drop(h_MF), "down")[0]
 
 
 def on_each_devices_rows(routed: Any, rows: int) -> Any:

@@ -70,7 +70,7 @@ from llm_jax.nn.attention import Bias, Mask, Places, attend
 from llm_jax.nn.context import Context, Memory
 from llm_jax.nn.dispatch import Dispatch
 from llm_jax.nn.ffn import FeedForward
-from llm_jax.nn.kernels.grouped import exchange, grouped_product
+from llm_jax.nn.kernels.grouped import exchange, grouped_products
 from llm_jax.nn.kernels.product import product, softmax
 from llm_jax.nn.latent import absorbed
 from llm_jax.nn.losses import cross_entropy
@@ -301,7 +301,11 @@ VJPS = {
     "softmax": (softmax, [array(3, 5)]),
     "product": (product, [array(2, 3, 4), array(4, 5)]),
     "product, long": (product, [array(3, 9), array(9, 2)]),
-    "grouped product": (lambda x, w: grouped_product(x, w, SIZES, block=2)[:7], [array(9, 3), array(3, 3, 2)]),
+    "grouped product": (lambda x, w: grouped_products(x, [w], SIZES, block=2)[0][:7], [array(7, 3), array(3, 3, 2)]),
+    "grouped products": (
+        lambda x, w, v: [y[:7] for y in grouped_products(x, [w, v], SIZES, block=4)],
+        [array(8, 3), array(3, 3, 2), array(3, 3, 4)],
+    ),
     "exchange": (lambda x: exchange(x, SOURCE, SLOTS), [array(3, 4)]),
 }
 

@@ -21,7 +21,7 @@ from llm_jax.core.types import Weighted
 from llm_jax.core.written import override_text
 from llm_jax.nn.dispatch import Capacity, Dropless
 from llm_jax.nn.ffn import MLP, Dense, FeedForward, Gated, NoFeedForward
-from llm_jax.nn.kernels.grouped import batched_product, exchange, grouped_product
+from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, spare
 from llm_jax.nn.moe import Experts, MoE
 from llm_jax.nn.routing import ExpertChoice, Router, Sigmoid, Softmax, balance_loss, updated_bias, z_loss
 
@@ -407,24 +407,30 @@ def test_gradients_of_router_and_experts(name):
         check_grads(jax.jit(loss), (params, x), order=1, modes=["rev"], eps=1e-6)
 
 
-def test_products_of_groups_and_their_derivatives():
-    x, kernels, sizes = normal(20, 3), normal(5, 3, 4, seed=1), np.array([3, 0, 7, 1, 5])
-    g = normal(16, 4, seed=2)
-    ends = np.cumsum(sizes)
-    parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    expected = np.concatenate([x[part] @ kernel for part, kernel in zip(parts, kernels, strict=True)])
-    dx = np.concatenate([g[part] @ kernel.T for part, kernel in zip(parts, kernels, strict=True)])
-    dw = np.stack([x[part].T @ g[part] for part in parts])
-    for block in (1, 3, 4, None):
+@pytest.mark.parametrize("outputs", [(4,), (2,), (2, 4)], ids=str)
+def test_products_of_groups_and_their_derivatives(outputs):
+    sizes = np.array([3, 0, 40, 1, 13, 16])
+    x, kernels = normal(73 + spare(16), 3), [normal(6, 3, width, seed=width) for width in outputs]
+    gs = [normal(73, width, seed=9 + width) for width in outputs]
+    parts = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+    ys = [np.concatenate([x[part] @ kernel[e] for e, part in enumerate(parts)]) for kernel in kernels]
+    dx = np.concatenate([sum(g[part] @ w[e].T for g, w in zip(gs, kernels, strict=True)) for e, part in enumerate(parts)])
+    dws = [np.stack([x[part].T @ g[part] for part in parts]) for g in gs]
+    for block in (1, 3, 4, 16, None):
 
-        def loss(x, kernels, block=block):
-            return (grouped_product(x, kernels, jnp.asarray(sizes), block=block)[:16] * g).sum()
+        def of(x, kernels, block=block):
+            return [y[:73] for y in grouped_products(x, kernels, jnp.asarray(sizes), block=block)]
 
-        y = grouped_product(x, kernels, jnp.asarray(sizes), block=block)
-        close(y[:16], expected, 1e-5)
-        got = jax.jit(jax.grad(loss, (0, 1)))(x, kernels)
-        close((got[0][:16], got[1]), (dx, dw), 1e-5)
-    close(batched_product(x[:15], kernels), np.concatenate([x[3 * e : 3 * e + 3] @ kernels[e] for e in range(5)]), 1e-5)
+        got, back = jax.vjp(jax.jit(of), x, kernels)
+        close(got, ys, 1e-5)
+        dx_got, dws_got = back([jnp.asarray(g) for g in gs])
+        close((dx_got[:73], dws_got), (dx, dws), 1e-5)
+
+
+def test_products_of_equal_groups():
+    x, kernels = normal(15, 3), [normal(5, 3, 4), normal(5, 3, 2)]
+    expected = [np.concatenate([x[3 * e : 3 * e + 3] @ kernel[e] for e in range(5)]) for kernel in kernels]
+    close(batched_products(x, kernels), expected, 1e-5)
 
 
 def test_second_derivatives_of_blocks():
@@ -432,7 +438,7 @@ def test_second_derivatives_of_blocks():
 
     def along(block):
         def loss(kernels):
-            return jnp.sin(grouped_product(x, kernels, sizes, block=block)[:8]).sum()
+            return jnp.sin(grouped_products(x, [kernels], sizes, block=block)[0][:8]).sum()
 
         return jax.jit(lambda k: jax.jvp(jax.grad(loss), (k,), (jnp.ones_like(k),))[1])(kernels)
 

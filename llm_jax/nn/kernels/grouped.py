@@ -1,51 +1,58 @@
 """Products of rows that are sorted by the matrix they belong to, and the exchange of rows that sorts them."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def batched_product(x_MD: jax.Array, kernels_EDF: jax.Array) -> jax.Array:
-    """`[M, D] · [E, D, F] -> [M, F]` where every matrix has M / E rows."""
-    experts, width, outputs = kernels_EDF.shape
-    return jnp.matmul(x_MD.reshape(experts, -1, width), kernels_EDF).reshape(-1, outputs)
+def batched_products(x_MD: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+    """`[M, D] · [E, D, F] -> [M, F]` for each of the kernels, of whose matrices every one has M / E rows."""
+    x_ECD = x_MD.reshape(len(kernels[0]), -1, x_MD.shape[1])
+    return [jnp.matmul(x_ECD, kernel_EDF).reshape(len(x_MD), -1) for kernel_EDF in kernels]
 
 
-def grouped_product(x_MD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array, *, block: int | None) -> jax.Array:
-    """`[M, D] · [E, D, F] -> [M, F]`: the first sizes[0] rows by the first matrix, the next sizes[1] by the second, and so on.
+def grouped_products(x_MD: jax.Array, kernels: Sequence[jax.Array], sizes_E: jax.Array, *, block: int | None) -> list[jax.Array]:
+    """`[M, D] · [E, D, F] -> [M, F]` for each kernel: the first sizes[0] rows by its first matrix, the next sizes[1] by its second.
 
-    Rows after the last group are undefined. block: rows that are multiplied at a time, one matrix a block, and as many rows must
-    follow the last group; None is `jax.lax.ragged_dot`, which on XLA:CPU multiplies every row by every matrix: 8 experts of
-    256 × 512 and 4,096 rows take 68 ms there and 11 ms by blocks of 128, forward on one core; a dense product 6.2 ms.
+    Rows after the last group are undefined. block: a group's rows are multiplied so many at a time, what is left by quarters and
+    sixteenths of that, and `spare(block)` rows must follow the last group; None is `jax.lax.ragged_dot`, which on XLA:CPU
+    multiplies every row by every matrix.
     """
-    return jax.lax.ragged_dot(x_MD, kernels_EDF, sizes_E) if block is None else _blocks(x_MD, kernels_EDF, sizes_E, block)
+    if block is None:
+        return [jax.lax.ragged_dot(x_MD, kernel_EDF, sizes_E) for kernel_EDF in kernels]
+    return _blocks(x_MD, list(kernels), sizes_E, block)
 
 
-def _plan(sizes_E: jax.Array, block: int):
-    """How many blocks there are, and `block number -> (matrix, first row, which of its rows belong to the matrix)`."""
-    blocks_E = -(-sizes_E // block)
-    ends_E, lasts_E = jnp.cumsum(sizes_E), jnp.cumsum(blocks_E)
-
-    def place(index):
-        expert = (index >= lasts_E).sum()
-        end = ends_E[expert]
-        first = end - sizes_E[expert] + (index - lasts_E[expert] + blocks_E[expert]) * block
-        return expert, first, (jnp.arange(block) < end - first)[:, None]
-
-    return lasts_E[-1], place
+def spare(block: int) -> int:
+    """How many rows the last block of a group runs over its end, at most."""
+    return block // 4
 
 
-def _forward(x_MD, kernels_EDF, sizes_E, block):
-    count, place = _plan(sizes_E, block)
+def _each_group(sizes_E: jax.Array, function: Callable[[jax.Array, jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
+    """`carry = function(matrix, first row, row after the last, carry)` for the groups that have rows, in their order."""
+    ends_E, nonempty_E = jnp.cumsum(sizes_E), sizes_E > 0
+    order_E = jnp.argsort(~nonempty_E, stable=True)
 
-    def body(index, y_MF):
-        # a group's last block runs over into the next group, whose own blocks come later and write the right rows there
-        expert, first, _ = place(index)
-        return _write(y_MF, first, _rows(x_MD, first, block) @ _rows(kernels_EDF, expert, 1)[0])
+    def body(index, carry):
+        expert = order_E[index]
+        return function(expert, ends_E[expert] - sizes_E[expert], ends_E[expert], carry)
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((len(x_MD), kernels_EDF.shape[2]), x_MD.dtype))
+    return jax.lax.fori_loop(0, nonempty_E.sum(), body, carry)
+
+
+def _each_block(first: jax.Array, end: jax.Array, block: int, function: Callable[[int, jax.Array, Any], Any], carry: Any) -> Any:
+    """`carry = function(rows, first of them, carry)`, which covers first … end with few products that have few rows too many."""
+    sizes = sorted({max(block // parts, 1) for parts in (1, 4, 16)}, reverse=True)
+    for rows in sizes:
+        extra = rows - 1 if rows == sizes[-1] else rows // 4  # three quarters of a block are worth a whole one
+        count = (end - first + extra) // rows
+        carry = jax.lax.fori_loop(0, count, lambda i, c, at=first, rows=rows: function(rows, at + i * rows, c), carry)
+        first = jnp.minimum(first + count * rows, end)
+    return carry
 
 
 def _rows(x, first, count):
@@ -56,29 +63,54 @@ def _write(x, first, rows):
     return jax.lax.dynamic_update_slice_in_dim(x, rows, first, 0)
 
 
+def _forward(x_MD, kernels, sizes_E, block):
+    def group(expert, first, end, ys):
+        own = [_rows(kernel_EDF, expert, 1)[0] for kernel_EDF in kernels]
+
+        def step(rows, at, ys):
+            x_bD = _rows(x_MD, at, rows)
+            # what runs over into the next group is written again by that one, which comes later
+            return [_write(y_MF, at, x_bD @ kernel_DF) for y_MF, kernel_DF in zip(ys, own, strict=True)]
+
+        return _each_block(first, end, block, step, ys)
+
+    return _each_group(sizes_E, group, [jnp.zeros((len(x_MD), kernel.shape[2]), x_MD.dtype) for kernel in kernels])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocks(x_MD, kernels_EDF, sizes_E, block):
-    return _forward(x_MD, kernels_EDF, sizes_E, block)
+def _blocks(x_MD, kernels, sizes_E, block):
+    return _forward(x_MD, kernels, sizes_E, block)
 
 
-def _blocks_fwd(x_MD, kernels_EDF, sizes_E, block):
-    return _forward(x_MD, kernels_EDF, sizes_E, block), (x_MD, kernels_EDF, sizes_E)
+def _blocks_fwd(x_MD, kernels, sizes_E, block):
+    return _forward(x_MD, kernels, sizes_E, block), (x_MD, kernels, sizes_E)
 
 
-def _blocks_bwd(block, saved, g_MF):
-    x_MD, kernels_EDF, sizes_E = saved
-    count, place = _plan(sizes_E, block)
+def _blocks_bwd(block, saved, gs):
+    x_MD, kernels, sizes_E = saved
+    narrow = x_MD.shape[1] <= sum(g_MF.shape[1] for g_MF in gs)
 
-    def body(index, sums):
-        dx_MD, dw_EDF = sums
-        expert, first, own = place(index)
-        g_bF = _rows(g_MF, first, block)
-        dx_MD = _write(dx_MD, first, g_bF @ _rows(kernels_EDF, expert, 1)[0].T)
-        share_DF = _rows(x_MD, first, block).T @ jnp.where(own, g_bF, 0)
-        return dx_MD, _write(dw_EDF, expert, _rows(dw_EDF, expert, 1) + share_DF[None])
+    def group(expert, first, end, carry):
+        dx_MD, dws = carry
+        own = [_rows(kernel_EDF, expert, 1)[0] for kernel_EDF in kernels]
 
-    dx_MD, dw_EDF = jax.lax.fori_loop(0, count, body, (jnp.zeros_like(x_MD), jnp.zeros_like(kernels_EDF)))
-    return dx_MD, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
+        def step(rows, at, carry):
+            dx_MD, dws = carry
+            x_bD, gs_bF = _rows(x_MD, at, rows), [_rows(g_MF, at, rows) for g_MF in gs]
+            dx_bD = sum(g_bF @ kernel_DF.T for g_bF, kernel_DF in zip(gs_bF, own, strict=True))
+            # rows of the next group add nothing: of the factors, the narrower is masked
+            ours_b1 = (jnp.arange(rows) < end - at)[:, None]
+            if narrow:
+                x_bD = jnp.where(ours_b1, x_bD, 0)
+            else:
+                gs_bF = [jnp.where(ours_b1, g_bF, 0) for g_bF in gs_bF]
+            return _write(dx_MD, at, dx_bD), [dw_DF + x_bD.T @ g_bF for dw_DF, g_bF in zip(dws, gs_bF, strict=True)]
+
+        dx_MD, sums = _each_block(first, end, block, step, (dx_MD, [jnp.zeros_like(kernel_DF) for kernel_DF in own]))
+        return dx_MD, [_write(dw_EDF, expert, dw_DF[None]) for dw_EDF, dw_DF in zip(dws, sums, strict=True)]
+
+    dx_MD, dws = _each_group(sizes_E, group, (jnp.zeros_like(x_MD), [jnp.zeros_like(kernel) for kernel in kernels]))
+    return dx_MD, dws, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
