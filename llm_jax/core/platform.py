@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import ctypes
 import functools
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -122,7 +120,6 @@ def setup(*, devices: int | None = None, cache: bool = True) -> None:
     A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
     1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
     """
-    _keep_freed_memory()
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         count = devices or cores()
@@ -135,20 +132,6 @@ def setup(*, devices: int | None = None, cache: bool = True) -> None:
 
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _keep_freed_memory(most: int = 1 << 28) -> None:
-    """Tells glibc to keep what is freed in pieces up to so many bytes, unless the user set `MALLOC_…` variables.
-
-    A program's temporary arrays are one allocation a call, which would go back to the system and come again page by page: a quarter
-    of the time of a small layer's gradient.
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(option, most)
 
 
 def require_devices() -> None:
