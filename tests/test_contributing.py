@@ -16,6 +16,7 @@ from llm_jax.core.config import ConfigError, components
 from llm_jax.core.sharding import unbox
 from llm_jax.core.types import Batch
 from llm_jax.core.written import override_text
+from llm_jax.data.tokenizers import nameless
 from llm_jax.io.huggingface import FAMILIES, Family
 from llm_jax.io.huggingface.fields import Fields, read_json
 from llm_jax.lab import presets
@@ -74,7 +75,7 @@ def test_it_is_the_papers_formula(written):
 
 def test_a_model_trains_with_it(experiment):
     vocabulary, steps = 11, 4
-    parts = trial(experiment, vocabulary=vocabulary, byte_lengths=np.ones(vocabulary, np.int32))
+    parts = trial(experiment, nameless(vocabulary))
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, 4, 13)).repeat(steps, 0).astype(np.int32)
     state = jax.jit(parts.init)({})
     before = jax.tree.map(np.asarray, state.params["position"])

@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
 from llm_jax.data.corpora import Corpus
+from llm_jax.data.kinds import kinds
 from llm_jax.data.pieces import MARK, pieces
 
 
@@ -41,6 +42,11 @@ class Fitted:
         """`[V]` int32: bytes of text that each id stands for; they sum to the text's own length."""
         return np.array([len(piece) for piece in self.piece_bytes], np.int32)
 
+    @functools.cached_property
+    def kinds(self) -> np.ndarray:
+        """`[V]` int32: the kind of text that each id stands for, as in `data.kinds`."""
+        return kinds(self.piece_bytes)
+
     def encode(self, text: str) -> np.ndarray:
         """`[n]` int32 ids."""
         raise NotImplementedError
@@ -48,6 +54,11 @@ class Fitted:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
+
+
+def nameless(vocabulary: int) -> Fitted:
+    """So many ids that stand for a byte each, whatever byte: for what needs no text."""
+    return Fitted([b"\xff"] * vocabulary, None, "nameless")
 
 
 @dataclass(frozen=True)

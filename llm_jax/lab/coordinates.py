@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_jax.core.config import override, require
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab.experiment import Experiment
 from llm_jax.train.pretrain import trial
 
@@ -40,7 +41,7 @@ def growth(widths: Sequence[int], changes: dict[str, list[float]]) -> dict[str, 
 def _changes(experiment: Experiment, steps: int, vocabulary: int) -> dict[str, float]:
     """Activation → root mean square of what `steps` steps changed of it."""
     given = override(experiment, {"model.layers": "unrolled", "train.steps": max(experiment.train.steps, steps)})
-    one = trial(given, vocabulary=vocabulary, byte_lengths=np.ones(vocabulary, np.int32))
+    one = trial(given, nameless(vocabulary))
     ids = np.random.default_rng(experiment.seed).integers(0, vocabulary, (ROWS, experiment.data.sequence_length + 1))
     batch = Batch(jnp.asarray(ids[:, :-1], jnp.int32), jnp.asarray(ids[:, 1:], jnp.int32))
     values = {"seed": jnp.int32(experiment.seed)}

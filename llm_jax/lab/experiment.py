@@ -32,16 +32,24 @@ class Evaluation(Config):
     """What is scored, and when. every: steps; bytes: text scored a split, at most (None: all of it), whatever the tokenizer.
 
     lengths: multiples of the trained length that the final model is scored at, as "…@4x"; during training only 1 is.
-    test: whether the final model is also scored on the test split.
+    test: whether the final model is also scored on the test split. neighbours k: the embedding table is scored too, by
+    "neighbour_purity", the share of a token's k nearest that are of its kind (`data.kinds`), and "neighbour_chance", the same of
+    tokens that are shuffled.
     """
 
     every: int = 250
     bytes: int | None = 65_536
     lengths: tuple[int, ...] = (1,)
     test: bool = False
+    neighbours: int | None = None
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of what is scored besides the objective's."""
+        return ("neighbour_purity", "neighbour_chance") if self.neighbours else ()
 
     def validate(self):
-        require_positive(self, "every", "bytes")
+        require_positive(self, "every", "bytes", "neighbours")
         require(
             all(length >= 1 for length in self.lengths),
             "lengths",
@@ -91,7 +99,7 @@ class Experiment(Config):
 def sign(metric: str, *, judged: str, mode: str) -> int:
     """+1 where less of `metric` is better, -1 where more is: `mode` says so of `judged` at any length, the name of any other."""
     stem = metric.partition("@")[0]
-    more = mode == "max" if stem == judged.partition("@")[0] else stem.endswith("accuracy")
+    more = mode == "max" if stem == judged.partition("@")[0] else stem.endswith(("accuracy", "purity"))
     return -1 if more else 1
 
 

@@ -12,12 +12,12 @@ from llm_jax.lab.summary import Summary
 COLUMNS = ("arm", "metric", "95% interval", "seeds", "tuned", "difference", "p (Holm)", "verdict")
 METHOD = (
     "Where there is a grid, every arm is tuned over it on seeds of its own; the winner is trained on fresh seeds, and those are what is "
-    "compared. Intervals of arms are percentile bootstraps over seeds. Differences are paired by seed, with their own 95% intervals, and "
+    "compared. Intervals of arms are Student's, of the mean over seeds. Differences are paired by seed, with their own 95% intervals, and "
     "tested by Student's paired t, Holm-corrected over arms (and, apart, over claims) at 5%. With one seed nothing is tested. An arm with a "
     "diverged final run gets no verdict."
 )
 TITLES = {
-    "arms": "Arms: mean, bootstrap interval, and every seed",
+    "arms": "Arms: mean, its interval, and every seed",
     "length": "Beyond the trained length",
     "facts": "By how many facts ago it was told",
     "learning_curves_step": "Learning curves: steps",

@@ -93,7 +93,8 @@ def _arms(ax, summary: Summary) -> None:
     rows = [row for row in summary.data["arms"] if row["mean"] is not None]
     for height, row in enumerate(reversed(rows)):
         tint = colour(summary, row["arm"])
-        ax.plot(row["interval"], [height, height], color=tint, lw=3, alpha=0.5, solid_capstyle="round")
+        if row["interval"]:
+            ax.plot(row["interval"], [height, height], color=tint, lw=3, alpha=0.5, solid_capstyle="round")
         ax.plot(list(row["values"].values()), [height] * row["n"], "o", ms=4, color=tint, alpha=0.6)
         ax.plot(row["mean"], height, "|", ms=16, mew=2.5, color=tint)
     ax.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)])

@@ -22,6 +22,7 @@ from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, t
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
 from llm_jax.train.loop import Program
 from llm_jax.train.pretrain import Trial, trial
@@ -158,14 +159,14 @@ def check_rows(experiment: Experiment, axes: Mapping[str, int]) -> None:
 
 
 def compile_population(
-    experiment: Experiment, members: int, *, vocabulary: int, byte_lengths: np.ndarray, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment, members: int, tokens: Fitted, *, devices: Sequence[jax.Device] | None = None
 ) -> Compiled:
     """The program that trains `members` experiments of the structure of `experiment`, on all devices by default."""
     devices = list(devices or jax.devices())
     axes, size = layout(experiment, members, len(devices))
     mesh = axes.build(devices)
     check_rows(experiment, mesh.shape)
-    one = trial(experiment, vocabulary=vocabulary, byte_lengths=byte_lengths)
+    one = trial(experiment, tokens)
     values = stacked_values([experiment], size)
     where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)
     init = jax.jit(lift(one.init, mesh, size), out_shardings=where)

@@ -69,8 +69,9 @@ class Runner:
     def _check_metrics(self, experiment: Experiment, source: Source) -> None:
         """Raises `ConfigError` for a metric that the experiment will not have."""
         ablation = self.ablation
+        scores = (*experiment.objective.scores, *experiment.evaluation.scores)
         splits = [name.partition("@") for name in source.evaluations(final=True)]
-        known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in experiment.objective.scores]
+        known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in scores]
         for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
             if metric is not None and metric not in known:
                 raise ConfigError(f"is not scored: did you mean {nearest(metric, known)}?", f"metric {metric!r}")
@@ -160,9 +161,7 @@ class Runner:
             idle = jax.device_count() - math.prod(key[1].sizes.values())
             if idle:
                 self.note(f"{len(runs)} runs of {runs[0].arm} leave {idle} of {jax.device_count()} devices idle")
-            self._compiled[key] = compile_population(
-                runs[0].experiment, len(runs), vocabulary=source.vocabulary, byte_lengths=source.tokenizer.byte_lengths
-            )
+            self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer)
         return self._compiled[key]
 
 

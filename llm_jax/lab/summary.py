@@ -138,7 +138,7 @@ def _rows(trials, arms, values, baseline, ablation, sign, alike) -> list[dict[st
                 "arm": arm,
                 "n": len(scores),
                 "mean": float(np.mean(scores)) if scores else None,
-                "interval": statistics.bootstrap_interval(scores) if scores else None,
+                "interval": statistics.mean_interval(scores),
                 "values": {str(s): v for s, v in values[arm].items()},
                 "nuisance": nuisance,
                 "edges": [path for path, grid in ablation["nuisance"].items() if _at_edge(nuisance.get(path), grid)],

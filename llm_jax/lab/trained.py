@@ -145,7 +145,7 @@ def _is_scanned(params: Params) -> bool:
 
 def _with_optimizer(folder: pathlib.Path, step: int, experiment: Experiment, tokenizer: Fitted) -> dict[str, Any]:
     """The parameters together with the optimizer's state, of which it makes those to evaluate."""
-    one = functions(experiment, vocabulary=tokenizer.vocabulary, byte_lengths=tokenizer.byte_lengths)
+    one = functions(experiment, tokenizer)
     like = jax.eval_shape(one.init, {"seed": jax.ShapeDtypeStruct((), np.int32)}).opt_state
     found = checkpoint.read(folder, {"params": None, "opt_state": like}, step=step)
     assert found is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head(Config):
-    """What a model says of each token or of the sequence."""
+    """What a model says of each token or of the sequence. gain: its last matrix is drawn with deviation gain / √width."""
 
     abstract = True
     tied = False
     words = False  # whether it scores token ids
+
+    gain: float = field(default=1.0, kw_only=True)
+
+    def validate(self):
+        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack: Stack, vocabulary: int, name: str | None = "head") -> nn.Module:
         """The module `(x [B, L, D], embedding, tokens [B, L], Context) -> output`."""
@@ -53,9 +58,8 @@ class Head(Config):
 class LanguageModel(Head):
     """A score for every token id, `[B, L, V]` float32.
 
-    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. gain: a matrix of its own is drawn with
-    deviation gain / √width. soft_cap c: logits become c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this
-    activation and a norm come first (BERT).
+    tied: the matrix is the embedding table (Press & Wolf 2017). multiplier: of the logits. soft_cap c: logits become
+    c·tanh(logit / c) (Gemma 2). transform: a square matrix with bias, this activation and a norm come first (BERT).
     """
 
     words = True
@@ -64,12 +68,11 @@ class LanguageModel(Head):
     bias: bool = False
     soft_cap: float | None = None
     multiplier: float = 1.0
-    gain: float = 1.0
     transform: Activation | None = None
 
     def validate(self):
+        super().validate()
         require_positive(self, "soft_cap", "multiplier")
-        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
         require(not self.tied or self.gain == 1, "gain", "is of a matrix of the head's own: set tied=false, or leave it")
 
     def build(self, stack, vocabulary, name="head"):
@@ -184,15 +187,14 @@ class Ahead(nn.Module):
 # ── classes and numbers ──────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class TokenClassifier(Head):
-    """A score for every label of every token, `[B, L, labels]` float32. gain: the matrix is drawn with deviation gain / √width."""
+    """A score for every label of every token, `[B, L, labels]` float32."""
 
     labels: int = 2
     bias: bool = True
-    gain: float = 1.0
 
     def validate(self):
+        super().validate()
         require_positive(self, "labels")
-        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Labels(self, stack, name=name)
@@ -254,13 +256,9 @@ def pool(x_BLD: jax.Array, how: Literal["first", "last", "mean"], valid_BL: jax.
 
 @dataclass(frozen=True)
 class Scalar(Head):
-    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward. gain: as `TokenClassifier`'s."""
+    """A number for every token, `[B, L]` float32: a value, or, at a row's last token, a reward."""
 
     bias: bool = False
-    gain: float = 1.0
-
-    def validate(self):
-        require(self.gain >= 0, "gain", f"must be >= 0, got {self.gain}")
 
     def build(self, stack, vocabulary, name="head"):
         return Number(self, stack, name=name)

@@ -193,3 +193,12 @@ def input_output_axes(path: Any, leaf: Any) -> tuple[tuple[int, ...], tuple[int,
     first = ("layers" in names) + ("experts" in names)
     inputs = 2 if names[-2] == "output" else 1
     return tuple(range(first, first + inputs)), tuple(range(first + inputs, leaf.ndim))
+
+
+def token_table(config: Model, params: Params) -> jax.Array:
+    """`[V, D]` float32: what each token enters the model as, before positions and norms."""
+    tree = params["embedding"]
+    table_VD = jnp.asarray(tree["embedding"], jnp.float32)
+    if "projection" in tree:
+        table_VD = table_VD @ tree["projection"]["kernel"].astype(jnp.float32)
+    return table_VD * config.width**0.5 if config.embedding.scaled else table_VD

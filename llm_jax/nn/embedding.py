@@ -8,9 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
+from llm_jax.core.types import Weighted
 from llm_jax.nn.kernels.product import product
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.normalization import Norm, Normalize
@@ -51,6 +53,31 @@ class Embed(Config):
     def entries(self, width: int, vocabulary: int) -> int:
         """Entries of matrices that multiply every token when the table is the output layer too."""
         return vocabulary * (self.rank or width) + (self.rank * width if self.rank else 0)
+
+
+def neighbour_purity(table_VD: jax.Array, kinds_V: np.ndarray, count: int) -> dict[str, Weighted]:
+    """How often a token's nearest in the table, by cosine, are of its kind, over all tokens that have one (>= 0) and among them.
+
+    "neighbour_purity": the share of the `count` nearest, averaged over tokens. "neighbour_chance": what it would be, on average, if
+    the rows were shuffled: (n - 1) / (N - 1) of a kind of n in N tokens. Nothing is larger than one block of rows × N.
+    """
+    (index_N,) = np.nonzero(kinds_V >= 0)
+    kind_N, tokens = kinds_V[index_N], len(index_N)
+    count = min(count, tokens - 1)
+    if count < 1:
+        return {name: Weighted.of(0.0, 0.0) for name in ("neighbour_purity", "neighbour_chance")}
+    row_ND = table_VD[index_N].astype(jnp.float32)
+    unit_ND = row_ND / jnp.maximum(jnp.linalg.norm(row_ND, axis=-1, keepdims=True), 1e-30)
+    kind = jnp.asarray(kind_N)
+
+    def share(place):
+        nearest = jax.lax.top_k((unit_ND @ unit_ND[place]).at[place].set(-jnp.inf), count)[1]
+        return (kind[nearest] == kind[place]).mean()
+
+    shares_N = jax.lax.map(share, jnp.arange(tokens), batch_size=min(tokens, 256))
+    sizes = np.bincount(kind_N)
+    chance = float((sizes * (sizes - 1)).sum() / (tokens * (tokens - 1)))
+    return {"neighbour_purity": Weighted.of(shares_N.mean(), tokens), "neighbour_chance": Weighted.of(chance, tokens)}
 
 
 class Embedding(nn.Module):

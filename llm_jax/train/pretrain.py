@@ -9,14 +9,15 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, require, require_positive, substitute, traced
 from llm_jax.core.types import Batch, Metrics
+from llm_jax.data.tokenizers import Fitted
 from llm_jax.models import experts
-from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles
+from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles, token_table
 from llm_jax.models.predict import predict
+from llm_jax.nn.embedding import neighbour_purity
 from llm_jax.objectives.objective import Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
@@ -62,6 +63,8 @@ class Recipe(Protocol):
     def schedule(self) -> Schedule: ...
     @property
     def train(self) -> Train: ...
+    @property
+    def evaluation(self) -> Any: ...
 
 
 R = TypeVar("R", bound=Config)
@@ -82,8 +85,9 @@ class Trial:
     parameters: Any
 
 
-def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
-    """The trial of a `Recipe` over a vocabulary whose ids stand for `byte_lengths` `[V]` bytes of text each."""
+def trial(recipe: Any, tokens: Fitted) -> Trial:
+    """The trial of a `Recipe` over the ids of a tokenizer, of which it asks how much text, and what kind, each stands for."""
+    vocabulary = tokens.vocabulary
     abstract = abstract_parameters(recipe.model, vocabulary)
     plain = sharding.unbox(abstract)
     known = {"roles": parameter_roles(plain), "axes": matrix_axes(plain), "rates": recipe.model.rates(vocabulary)}
@@ -106,11 +110,11 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
         return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
 
     def loss(given: Recipe, *, train: bool):
-        table = jnp.asarray(byte_lengths)
+        byte_lengths = jnp.asarray(tokens.byte_lengths)
 
         def call(params, batch: Batch, rng):
             apply = partial(predict, given.model, vocabulary, train=train)
-            return given.objective.loss(apply, params, batch, model=given.model, rng=rng, byte_lengths=table, train=train)
+            return given.objective.loss(apply, params, batch, model=given.model, rng=rng, byte_lengths=byte_lengths, train=train)
 
         return call
 
@@ -134,6 +138,9 @@ def trial(recipe: Any, *, vocabulary: int, byte_lengths: np.ndarray) -> Trial:
             params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
         score = loss(given, train=False)
         per_batch = jax.lax.map(lambda batch: score(params, batch, state.key)[1], batches)
-        return jax.tree.map(lambda x: x.sum(0), per_batch)
+        scores = jax.tree.map(lambda x: x.sum(0), per_batch)
+        if recipe.evaluation.neighbours:
+            scores |= neighbour_purity(token_table(recipe.model, params), tokens.kinds, recipe.evaluation.neighbours)
+        return scores
 
     return Trial(init, steps, evaluate, abstract)

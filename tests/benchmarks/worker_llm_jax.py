@@ -18,6 +18,7 @@ from harness import requests
 from shapes import LOG_EVERY, SHAPES
 
 from llm_jax.core import platform
+from llm_jax.data.tokenizers import nameless
 
 FOREVER = 1_000_000  # steps; a multiple of every LOG_EVERY
 TOKENS = 2_000_000
@@ -50,9 +51,7 @@ def main(size: str, *changes: str) -> None:
     train, price = experiment.train, cost(experiment, shape.vocabulary)
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS).astype(np.uint16)
     tokens = Tokens(ids, np.zeros(1, np.int64), None)
-    program = compile_population(experiment, 1, vocabulary=shape.vocabulary, byte_lengths=np.ones(shape.vocabulary, np.int32)).bind(
-        [experiment]
-    )
+    program = compile_population(experiment, 1, nameless(shape.vocabulary)).bind([experiment])
     rhythm = Rhythm.fitting(
         steps=FOREVER,
         log_every=train.log_every,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llm_jax.core.config import ConfigError
 from llm_jax.data import packing, pipeline
 from llm_jax.data.corpora import Jsonl, StandardLibrary, TextFiles
+from llm_jax.data.kinds import KINDS, NO_KIND, kinds
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
 
@@ -175,3 +176,14 @@ def test_mistakes_are_sentences(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=sentence):
             list(corpus.documents("train"))
+
+
+def test_tokens_have_kinds():
+    table = {
+        b" return": "keyword", b"None": "keyword", b"42": "number", b" self_": "word", b"Value": "capitalized word", b"_": "word",
+        b"):": "punctuation", b"\n    ": "space", b"x1": None, b"caf\xc3\xa9": None, b"": None, b"\xff": None,
+    }  # fmt: skip
+    found = kinds([b"42", *table])  # the first of two that stand for the same text is a byte in reserve
+    assert found[0] == NO_KIND
+    assert [None if k == NO_KIND else KINDS[k] for k in found[1:]] == list(table.values())
+    assert Bytes().fit(None, None).kinds[ord("7")] == KINDS.index("number")

@@ -651,7 +651,7 @@ OTHER_FORMS = {
     "scaled-branches": ("gpt_neox", own(residual=Scaled(), ffn=Dense(bias=True))),
     "learned-branches": ("gpt_neox", own(residual=ReZero(), attention=GROUPED_HEADS, depth=3, layers="scanned")),
     "one-learned-branch": ("gpt_neox", own(residual=Scaled(learned=True), placement="parallel")),
-    "labels": ("gpt_neox", own(head=TokenClassifier(labels=3))),
+    "labels": ("gpt_neox", own(head=TokenClassifier(labels=3, gain=0.5))),
     "sharp": ("gpt_neox", own(attention=SHARP, depth=3, first=(Layer(Attention(heads=2, bias=True)),), layers="scanned")),
     "louder": ("llama", own(norm=RMSNorm(), ffn=Gated(), head=LanguageModel(multiplier=2.5), embedding=Embed(scaled=False))),
     "experts": ("mixtral", own(norm=RMSNorm(), ffn=MoE(experts=4, expert=Gated(units=6, activation="relu")))),

@@ -20,6 +20,7 @@ import pytest
 from llm_jax.core.config import Config, ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.core.written import override_text
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import components as exported
 from llm_jax.lab.experiment import Experiment
 from llm_jax.models import count
@@ -61,7 +62,7 @@ def batch() -> Batch:
 def step(levels: Iterable[str]) -> str:
     """What is wrong with one step of the experiment's own trial, or nothing."""
     given = experiment(levels)
-    one = trial(given, vocabulary=VOCABULARY, byte_lengths=np.ones(VOCABULARY, np.int32))
+    one = trial(given, nameless(VOCABULARY))
     shapes, rng = jax.eval_shape(one.init, {}), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes.params)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes.step, shapes.opt_state))

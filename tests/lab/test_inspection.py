@@ -42,7 +42,7 @@ from llm_jax.models.model import abstract_parameters
 from llm_jax.models.stack import Stack
 from llm_jax.nn import latent, multihead
 from llm_jax.nn.attention import Bidirectional, SlidingWindow, attend
-from llm_jax.nn.embedding import Embedding
+from llm_jax.nn.embedding import Embedding, neighbour_purity
 from llm_jax.nn.latent import MLA
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Alibi, Learned, NoPosition, Rope, Sinusoidal, T5Bias
@@ -339,6 +339,23 @@ def test_history_follows_the_table():
         assert found.ranks[0, 1, 2, 4][number] == embeddings.analogy_rank(table, 0, 1, 2, 4)
     with pytest.raises(ConfigError, match="checkpoints are none"):
         embeddings.history([])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_purity_of_neighbours_is_that_of_the_exact_search(count):
+    """And its chance is the mean over shuffled tables."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(-1, 4, 300)
+    table = rng.normal(size=(300, 6)) + 3 * rng.normal(size=(5, 6))[kinds]
+    known = np.flatnonzero(kinds >= 0)
+    near = embeddings.neighbours(table[known], np.arange(len(known)), count=count).ids
+    own = kinds[known]
+    got = jax.jit(lambda table: neighbour_purity(table, kinds, count))(jnp.asarray(table, jnp.float32))
+    assert float(got["neighbour_purity"].mean) == pytest.approx((own[near] == own[:, None]).mean(), abs=1e-6)
+    shuffled = [(np.take(mixed, near) == mixed[:, None]).mean() for mixed in (rng.permutation(own) for _ in range(400))]
+    assert float(got["neighbour_chance"].mean) == pytest.approx(np.mean(shuffled), abs=4 * np.std(shuffled) / 20)
+    assert got["neighbour_purity"].mean > got["neighbour_chance"].mean + 0.2
+    assert float(neighbour_purity(jnp.ones((3, 2)), np.array([-1, 0, -1]), count)["neighbour_purity"].weight) == 0
 
 
 @pytest.mark.parametrize("name", ["t5", "gemma2"])

@@ -7,6 +7,7 @@ import pytest
 from llm_jax.core.config import override
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import population
 from llm_jax.nn.multihead import Attention
 from llm_jax.optim.optimizers import Muon
@@ -18,9 +19,7 @@ STEPS = 20
 def losses(mesh: Mesh, devices, *, extra: int = 3, **changes):
     """The losses of 20 steps, one by one, and the final state."""
     experiment = tiny(mesh=mesh, **{"model.width": 32, "train.steps": STEPS, **changes})
-    compiled = population.compile_population(
-        experiment, 1, vocabulary=VOCABULARY + extra, byte_lengths=np.ones(VOCABULARY + extra, np.int32), devices=devices
-    )
+    compiled = population.compile_population(experiment, 1, nameless(VOCABULARY + extra), devices=devices)
     program = compiled.bind([experiment])
     state, seen = program.init(), []
     rng = np.random.default_rng(0)
@@ -69,8 +68,7 @@ def test_data_parallel_devices_share_the_work_of_muon():
 
 def test_activations_are_really_split():
     experiment = tiny(mesh=Mesh(data=2, fsdp=2, tensor=2), **{"model.width": 32})
-    bytes_V = np.ones(VOCABULARY + 3, np.int32)
-    compiled = population.compile_population(experiment, 1, vocabulary=len(bytes_V), byte_lengths=bytes_V)
+    compiled = population.compile_population(experiment, 1, nameless(VOCABULARY + 3))
     params = jax.tree.map(lambda x: x[0], compiled.bind([experiment]).init().params)
     network = experiment.model.build(VOCABULARY + 3)
     with jax.set_mesh(compiled.mesh):

@@ -7,6 +7,7 @@ import pytest
 from llm_jax.core import platform
 from llm_jax.core.config import override
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import plan
 from llm_jax.lab.plan import Cost
 from llm_jax.lab.population import compile_population
@@ -85,8 +86,7 @@ def test_evaluation_costs_a_forward_pass_of_what_it_scores():
 def test_memory_is_near_what_the_compiler_allots(changes):
     sizes = {"model.width": 128, "model.depth": 2, "model.attention.heads": 4, "data.sequence_length": 128, "data.batch_size": 16}
     experiment, vocabulary = override(ablation().base, sizes | changes), 512
-    lengths = np.ones(vocabulary, np.int32)
-    program = compile_population(experiment, 1, vocabulary=vocabulary, byte_lengths=lengths, devices=jax.devices()[:1])
+    program = compile_population(experiment, 1, nameless(vocabulary), devices=jax.devices()[:1])
     ids = jax.ShapeDtypeStruct((1, 1, experiment.data.batch_size, experiment.data.sequence_length), np.int32)
     with jax.set_mesh(program.mesh):
         found = program.steps.lower(program.values, program.abstract, Batch(ids, ids)).compile().memory_analysis()

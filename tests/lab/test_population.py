@@ -10,6 +10,7 @@ from llm_jax.core import platform
 from llm_jax.core.config import override
 from llm_jax.core.types import Batch
 from llm_jax.data.pipeline import Data
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import population
 from llm_jax.lab.experiment import Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
@@ -48,9 +49,7 @@ def batches(seed: int) -> Batch:
 
 
 def compiled(experiment, members, devices):
-    return population.compile_population(
-        experiment, members, vocabulary=VOCABULARY, byte_lengths=np.ones(VOCABULARY, np.int32), devices=devices
-    )
+    return population.compile_population(experiment, members, nameless(VOCABULARY), devices=devices)
 
 
 def together(experiments, devices=2):

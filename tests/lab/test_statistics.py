@@ -37,14 +37,15 @@ def test_holm_is_the_textbooks():
     assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
 
 
-def test_the_bootstrap_interval_covers_and_is_reproducible():
-    hits = 0
-    for _ in range(200):
-        low, high = statistics.bootstrap_interval(RNG.normal(0, 1, 25))
-        hits += low <= 0 <= high
-    assert 170 <= hits <= 200
-    x = RNG.normal(size=5)
-    assert statistics.bootstrap_interval(x) == statistics.bootstrap_interval(x)
+@pytest.mark.parametrize("seeds", [2, 4, 25])
+def test_an_arms_interval_covers_its_mean_at_any_number_of_seeds(seeds):
+    found = np.array([statistics.mean_interval(x) for x in RNG.normal(0, 1, (2000, seeds))])
+    assert abs(((found[:, 0] <= 0) & (found[:, 1] >= 0)).mean() - 0.95) < 0.015
+    x = RNG.normal(size=seeds)
+    expected = stats.t.interval(0.95, seeds - 1, x.mean(), stats.sem(x))
+    np.testing.assert_allclose(statistics.mean_interval(x), expected, rtol=1e-12)
+    assert statistics.mean_interval([1.0]) is None
+    assert statistics.mean_interval([1.0, 1.0]) == (1.0, 1.0)
 
 
 def test_the_noise_floor_detects_four_in_five():

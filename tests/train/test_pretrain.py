@@ -8,6 +8,7 @@ import pytest
 
 from llm_jax.core.config import override
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import components
 from llm_jax.lab.experiment import Experiment
 from llm_jax.models.presets import transformer_2017
@@ -37,7 +38,7 @@ def test_the_original_learns_to_repeat_what_its_encoder_reads():
     rows = np.random.default_rng(0).integers(0, V, (STEPS + 1, ROWS, LENGTH // 2))
     rows = np.concatenate([rows, rows, rows[..., :1]], -1).astype(np.int32)  # the second half is the first
     batches = Batch(rows[:, :, :-1], rows[:, :, 1:])
-    one = trial(given, vocabulary=V, byte_lengths=np.ones(V, np.int32))
+    one = trial(given, nameless(V))
     state = jax.jit(one.init)({})
     evaluate = jax.jit(lambda state: one.evaluate({}, state, jax.tree.map(lambda x: x[-1:], batches))["loss"].mean)
     before = float(evaluate(state))

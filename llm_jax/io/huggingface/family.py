@@ -218,8 +218,7 @@ def _labels(fields: Fields) -> int:
 # ── what computes the same ───────────────────────────────────────────────────────────────────────────────────────────
 def normal(model: Any) -> Any:
     """The model that computes the same, written in one way: layers in full, defaults written out, no first draw and no training."""
-    if isinstance(model.head, LanguageModel):
-        model = replace(model, head=replace(model.head, gain=1.0))
+    model = replace(model, head=replace(model.head, gain=1.0))
     if isinstance(model, EncoderDecoder):
         across = _plain(model.across, model.width)
         return replace(model, encoder=_plain_stack(model.encoder), decoder=_plain_stack(model.decoder), cross=across)

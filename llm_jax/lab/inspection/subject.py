@@ -12,7 +12,7 @@ import numpy as np
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted
-from llm_jax.models.model import Model, Params
+from llm_jax.models.model import Model, Params, token_table
 from llm_jax.nn.losses import cross_entropy
 
 SIGNS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -89,11 +89,7 @@ def sequence(model: Model, tokens: Sequence[int], *, inputs: Sequence[int] | Non
 
 def embedding_table(model: Model, params: Params) -> np.ndarray:
     """`[V, D]` float32: what each token enters the model as, before positions and norms."""
-    tree = params["embedding"]
-    table = jnp.asarray(tree["embedding"], jnp.float32)
-    if "projection" in tree:
-        table = table @ tree["projection"]["kernel"].astype(jnp.float32)
-    return np.asarray(table * model.width**0.5 if model.embedding.scaled else table)
+    return np.asarray(token_table(model, params))
 
 
 def words(model: Model) -> None:
