@@ -182,6 +182,7 @@ class LM:
         together.
         """
         check_type(seed, int, "seed")
+        check_type(max_new_tokens, int, "max_new_tokens")
         check_type(sampling, Sampling | None, "sampling")
         if end is not None and not isinstance(end, (Sequence, np.ndarray)):
             raise ConfigError(f"must be a list of token ids, got {end!r}", "end")
@@ -331,8 +332,8 @@ def load(
     Hugging Face. compute: dtype of the activations; None is float32, or what a trial was trained in. mesh: whose devices the
     parameters are split over, `Mesh(data=1, fsdp=-1)` over all; None: all on one. Raises `ConfigError`, in a sentence.
     """
-    for name, value, kind in (("arm", arm, str | None), ("trial", trial, str | None), ("step", step, int | None),
-                              ("dtype", dtype, Dtype), ("mesh", mesh, Mesh | None)):  # fmt: skip
+    given = {"path": (path, str | os.PathLike), "arm": (arm, str | None), "trial": (trial, str | None), "step": (step, int | None)}
+    for name, (value, kind) in (given | {"dtype": (dtype, Dtype), "mesh": (mesh, Mesh | None)}).items():
         check_type(value, kind, name)
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
@@ -379,6 +380,8 @@ def export(
     family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same, if need be with
     factors folded into matrices, absent biases as zeros, and keys repeated. Raises `ConfigError`, with the nearest, if none does.
     """
+    if not isinstance(lm, LM):
+        raise ConfigError(f"must be what llm_jax.load gave, got {lm!r}: export(lm, path)", "lm")
     if format != "huggingface":
         raise ConfigError(f"must be 'huggingface', got {format!r}", "format")
     write = partial(huggingface.export, lm.config, lm.vocabulary, lm.params, path, family=family or lm.family, dtype=dtype)
