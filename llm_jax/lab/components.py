@@ -1,10 +1,11 @@
-"""Every component that a configuration or a flag may name, in one place to import from."""
+"""All that `model` and `objective` are put together from, in one place to import from."""
 
 from llm_jax.models.block import Layer
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder import Encoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel, MultiToken, Scalar, SequenceClassifier, TokenClassifier
+from llm_jax.models.mup import MuP
 from llm_jax.models.stack import Stack
 from llm_jax.nn.attention import Bidirectional, Causal, Chunked, Prefix, SlidingWindow
 from llm_jax.nn.dispatch import Capacity, Dropless
@@ -28,7 +29,7 @@ from llm_jax.objectives.next_token import NextToken
 __all__ = [
     "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder", "Dense",
     "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Gated", "HyperConnections",
-    "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MultiToken", "NextToken",
+    "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MuP", "MultiToken", "NextToken",
     "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "RMSNorm", "ReZero",
     "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "Stack",
     "T5Bias", "TokenClassifier", "YarnScaling",
