@@ -16,7 +16,7 @@ from llm_jax.core.config import require, require_positive, traced
 from llm_jax.core.sharding import constrain, partitioned, splitting
 from llm_jax.core.types import Weighted
 from llm_jax.nn.activations import ACTIVATIONS
-from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Plan, Taken
+from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Slots
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.ffn import MLP, Dense, FeedForward, Gated
 from llm_jax.nn.kernels.product import product
@@ -207,7 +207,7 @@ class Experts(nn.Module):
             self.sow("routing", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Plan | Taken, drop: Any) -> jax.Array:
+def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slots, drop: Any) -> jax.Array:
     """Every slot's token through its expert, `[M, D] -> [M, D]`. drop: what is done to hidden units, or None."""
 
     def linear(x: jax.Array, *names: str) -> list[jax.Array]:

@@ -578,7 +578,7 @@ def test_gradients_of_bfloat16_are_summed_in_float32():
     """128 blocks: sums of bfloat16 would be off by a percent."""
     x, g = (jnp.asarray(normal(4096 + spare(32), 8, seed=seed), jnp.bfloat16) for seed in (1, 2))
     kernels = jnp.asarray(normal(2, 8, 8, seed=3), jnp.bfloat16)
-    sizes = np.array([4000, 96])
+    sizes = jnp.array([4000, 96])
     _, back = jax.vjp(lambda x, kernels: grouped_products(x, [kernels], sizes, block=32)[0], x, kernels)
     got = f64(back(g)[1])
     for expert, rows in enumerate((slice(0, 4000), slice(4000, 4096))):
