@@ -130,8 +130,8 @@ class ByteLevelBPE(Tokenizer):
         return _ByteLevelBPE(text, end=0, corpus=corpus)
 
     def _train(self, corpus: Corpus) -> bytes:
-        from tokenizers import decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
 
         tokenizer = Library(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -207,8 +207,5 @@ def _inner_characters(tokenizer: Any, corpus: Corpus) -> list[str]:
 
 
 def _require_size(found: int, wanted: int) -> None:
-    if found > wanted:
-        raise ConfigError(f"cannot be {wanted} for this corpus: its single characters are {found} already", "tokenizer.vocabulary")
-    require(
-        found == wanted, "tokenizer.vocabulary", f"cannot be {wanted} for this corpus: it has no more than {found} pieces, take that"
-    )
+    why = f"its single characters are {found} already" if found > wanted else f"it has no more than {found} pieces, take that"
+    require(found == wanted, "tokenizer.vocabulary", f"cannot be {wanted} for this corpus: {why}")

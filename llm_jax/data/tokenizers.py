@@ -87,9 +87,7 @@ class Tokenizer(Config):
         raise NotImplementedError
 
 
-def trained(
-    config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix: str, train: Callable[[Corpus], bytes]
-) -> bytes:
+def trained(config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix: str, train: Callable[[Corpus], bytes]) -> bytes:
     """The file that `train` makes of a corpus, or that it made before: kept in the `cache` folder, whole or not at all."""
     identity = fingerprint([to_json(config), corpus.fingerprint(), repr(corpus)])  # the corpus's settings say what is trained on
     file = pathlib.Path(cache) / "tokenizers" / f"{identity}{suffix}"

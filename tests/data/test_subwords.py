@@ -133,7 +133,9 @@ def test_the_lossless_lose_nothing_and_know_their_places(name, fitted):
 
 def test_byte_level_is_the_librarys(corpus, fitted):
     library = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()  # what the library itself calls GPT-2's
-    library.train_from_iterator(corpus.documents("train"), 300, min_frequency=0, special_tokens=["<|endoftext|>"], show_progress=False)
+    library.train_from_iterator(
+        corpus.documents("train"), 300, min_frequency=0, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     for text in [*corpus.documents("valid"), "  two  spaces\n\n", "Übergröße 🙂"]:
         assert fitted["byte-level"].encode(text).tolist() == library.encode(text).ids
     assert fitted["byte-level"].end == library.token_to_id("<|endoftext|>")
@@ -174,7 +176,10 @@ def test_mistakes_are_sentences(corpus, tmp_path):
     for build, sentence in [
         (lambda: ByteLevelBPE(257), "vocabulary must be > 257"),
         (lambda: WordPiece(5), r"vocabulary must be > 5 \(the specials\), got 5"),
-        (lambda: ByteLevelBPE(4096).fit(corpus, tmp_path), "tokenizer.vocabulary cannot be 4096 for this corpus: it has no more than"),
+        (
+            lambda: ByteLevelBPE(4096).fit(corpus, tmp_path),
+            "tokenizer.vocabulary cannot be 4096 for this corpus: it has no more than",
+        ),
         (lambda: WordPiece(20).fit(corpus, tmp_path), "cannot be 20 for this corpus: its single characters are"),
     ]:
         with pytest.raises(ConfigError, match=sentence):

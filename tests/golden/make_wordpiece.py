@@ -13,9 +13,10 @@ WORDS = "the un ##aff ##able ##ly want ##want ##ed wa runn ##ing , . ! ? ' \" - 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z A B É é ü 中 国 日 本 🙂 0 1 2 ª ##a ##e ##n ##é ##2 ##国 ##́"
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *LETTERS.split()]
 TEXTS = [
-    "", " ", "unaffable", "UNwantéd,running", "the lowest, lower low.", "Hello hello HELLO", "naïve naive nai\u0308ve", "中国日本", "a中b",
-    "the\tunaffable\r\nwanted", "\u00a0the\u2003low", "\0the\ufffdlow\u200bly", "wanted!?running", "$2 22%", "'the' \"low\"", "the🙂low 🙂",
-    "a" * 100, "a" * 101, "é" * 50, "e\u0301e\u0301", "[UNK] [low]", "low-er -ly", "Éa ÉA", "ﬁ ª²", "ΑΒ", "İi", "x\u2014y", "the…low", "\x1bthe",
+    "", " ", "unaffable", "UNwantéd,running", "the lowest, lower low.", "Hello hello HELLO", "naïve naive nai\u0308ve",
+    "中国日本", "a中b", "the\tunaffable\r\nwanted", "\xa0the\u2003low", "\x00the�low\u200bly", "wanted!?running", "$2 22%",
+    "'the' \"low\"", "the🙂low 🙂", "a" * 100, "a" * 101, "é" * 50, "e\u0301e\u0301", "[UNK] [low]", "low-er -ly", "Éa ÉA",
+    "ﬁ ª²", "ΑΒ", "İi", "x—y", "the…low", "\x1bthe",
 ]  # fmt: skip
 
 
