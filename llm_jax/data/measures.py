@@ -1,8 +1,8 @@
 """What tells tokenizers apart on the same text: how long its ids get, what they cost, what is lost, and how quick they are.
 
-Fertility is what Rust et al. 2021 call so, ids a word; bits per byte are those of an n-gram model of the ids (`data.ngram`), which is
-fitted in seconds and has no settings that would suit one tokenizer better than another. It sees four ids back, so short ids leave it
-less to see than a network would have: it compares tokenizers of about one vocabulary; to compare bytes with subwords, train a model
+Fertility is what Rust et al. 2021 call so, ids a word; bits per byte are those of an n-gram model of the ids (`data.ngram`), which
+is fitted in seconds and has no settings that would suit one tokenizer better than another. It looks four ids back, which is less
+text for short ids: it compares tokenizers of about one vocabulary. To compare bytes with subwords, train models
 (`experiments/c01_tokenization.py`).
 """
 

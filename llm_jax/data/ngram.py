@@ -5,8 +5,8 @@ where n1 and n2 n-grams have the counts 1 and 2 (Ney, Essen & Kneser 1994):
 
     P(w | h) = max(c(hw) - D, 0) / c(h·) + D · N(h·) / c(h·) · P(w | h without its first id)
 
-c counts the longest n-grams, and for the others the ids that were seen before them; N(h·) is the number of ids seen after h, and the
-recursion ends in 1 / symbols.
+c counts the longest n-grams, and for the others the ids that were seen before them; N(h·) is the number of ids seen after h, and
+the recursion ends in 1 / symbols.
 """
 
 from __future__ import annotations

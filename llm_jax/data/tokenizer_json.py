@@ -65,6 +65,9 @@ class FromJson(Fitted):
             return super().decode(ids)
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def name_of(self, number: int) -> str:
+        return self._tokenizer.id_to_token(number) or super().name_of(number)
+
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is spelt in the file."""
         return self._tokenizer.token_to_id(token)

@@ -66,6 +66,10 @@ class Fitted:
         ids = self.encode(text)
         return ids, character_spans(text, self.byte_lengths[ids])
 
+    def name_of(self, number: int) -> str:
+        """What an id is called that stands for no text."""
+        return "<end>" if number == self.end else f"<{number}>"
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
@@ -92,6 +96,8 @@ def trained(config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix:
     identity = fingerprint([to_json(config), corpus.fingerprint(), repr(corpus)])  # the corpus's settings say what is trained on
     file = pathlib.Path(cache) / "tokenizers" / f"{identity}{suffix}"
     if not file.is_file():
+        if next(corpus.documents("train"), None) is None:
+            raise ConfigError("has no text in its train split, so no tokenizer can be trained on it", "data.corpus")
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         partial.write_bytes(train(corpus))
@@ -221,6 +227,9 @@ class _SentencePiece(Fitted):
         for part in parts[1:]:
             ids += self._mark + list(part)
         return np.array(ids, np.int32)
+
+    def name_of(self, number: int) -> str:
+        return self._processor.id_to_piece(number)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return super().decode(ids) if self.lossless else self._processor.decode([int(i) for i in ids])

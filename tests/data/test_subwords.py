@@ -184,7 +184,9 @@ def test_mistakes_are_sentences(corpus, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=sentence):
             build()
-    assert not list(tmp_path.glob("tokenizers/*.json"))
+    with pytest.raises(ConfigError, match=r"data.corpus has no text in its train split"):
+        SentencePiece(300).fit(TextFiles(path=corpus.path, split="file", valid_fraction=0.99), tmp_path)
+    assert not list(tmp_path.glob("tokenizers/*"))
 
 
 # ── read and written ─────────────────────────────────────────────────────────────────────────────────────────────────
