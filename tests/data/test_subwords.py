@@ -131,6 +131,21 @@ def test_the_lossless_lose_nothing_and_know_their_places(name, fitted):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("name", ["bytes", "byte-level", "bpe", "unigram"])
+def test_every_string_of_bytes_has_its_ids(name, fitted):
+    """Also what is no UTF-8: an id a byte."""
+    tokenizer = fitted.get(name) or Bytes().fit(None, "")
+    place = {piece: i for i, piece in enumerate(tokenizer.piece_bytes)}
+
+    @given(st.binary())
+    def check(raw):
+        ids = [place[bytes([b])] for b in raw]
+        assert b"".join(tokenizer.piece_bytes[i] for i in ids) == raw
+        assert tokenizer.decode(ids) == raw.decode("utf-8", "replace")
+
+    check()
+
+
 def test_byte_level_is_the_librarys(corpus, fitted):
     library = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()  # what the library itself calls GPT-2's
     library.train_from_iterator(
