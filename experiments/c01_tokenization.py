@@ -3,10 +3,10 @@
     python -m llm_jax run --experiment=experiments/c01_tokenization.py --workdir=runs/c01
 
 Bytes, byte-pair encoding over lines and over words, a unigram model, and WordPiece, each of 1,024 ids but for the bytes. Rows hold
-the same 384 bytes of text for all, by the bytes an id that each has on this corpus, so that arms see equal text in equally
-many steps; bytes cost about 2.6 times the compute for it. The score is bits per byte of the text. WordPiece drops spaces and line
-ends, so it is scored on less than the others and belongs to no claim; "word-piece-uncased" drops case as well. What else there is to
-know of the six: `python -m llm_jax tokenize compare --tokenizer="SentencePiece(vocabulary=1024)" --tokenizer="WordPiece(1024)"`.
+384 bytes of text for all, by the bytes an id that each has on this corpus, so that arms see equal text in equally many steps; bytes
+cost about 2.6 times the compute for it. The score is bits per byte of the text. WordPiece drops spaces and line ends, so it is
+scored on less than the others and belongs to no claim; "word-piece-uncased" drops case as well. What else there is to
+know of them: `python -m llm_jax tokenize compare --tokenizer="SentencePiece(vocabulary=1024)" --tokenizer="WordPiece(1024)"`.
 Literature: Sennrich et al. 2016 (BPE), Kudo 2018 and Bostrom & Durrett 2020 (unigram), Radford et al. 2019 (byte-level), Xue et al.
 2022 (bytes), Devlin et al. 2019 (WordPiece).
 """

@@ -37,7 +37,7 @@ def corpus(tmp_path_factory):
     words = ["alpha", "beta", "Gamma", "naïve", "日本語", "def f(x):", "\treturn x", "0.5", "alphabet"]
     words += ["".join(rng.choice(list("abehlpt"), 5)) for _ in range(80)]
     for i in range(30):
-        (folder / f"{i:02d}.txt").write_text("\n".join(" ".join(rng.choice(words, 6)) for _ in range(30)))
+        (folder / f"{i:02d}.txt").write_text("\n".join(" ".join(rng.choice(words, 6)) for _ in range(30)) + "  \n")
     return TextFiles(path=str(folder), split="file", valid_fraction=0.2)
 
 
