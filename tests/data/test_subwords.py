@@ -272,3 +272,21 @@ def test_a_sentencepiece_model_that_keeps_text_says_so(corpus, tmp_path):
     (tmp_path / "t.model").write_bytes(sentencepiece_model())
     tokenizer = SentencePiece(path=str(tmp_path / "t.model")).fit(corpus, "")
     assert tokenizer.lossless and tokenizer.decode(tokenizer.encode("  ﬁ ▁ ")) == "  ﬁ ▁ "
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_transformers_encodes_alike_what_was_trained_here(name, corpus, fitted, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer_json.save(fitted[name], tmp_path / "t")
+    libraries = [transformers.AutoTokenizer.from_pretrained(tmp_path / "t")]
+    if isinstance(KINDS[name], WordPiece):
+        ids = json.loads(fitted[name].json)["model"]["vocab"]
+        (tmp_path / "vocab.txt").write_text("\n".join(sorted(ids, key=ids.__getitem__)) + "\n")
+        libraries.append(transformers.BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=KINDS[name].lowercase))
+    for library in libraries:
+        for text in [*corpus.documents("valid"), "Übergröße, naïve  日本\n\t(x) ", "Ω alpha"]:
+            assert library.encode(text, add_special_tokens=False) == fitted[name].encode(text).tolist()
+        end = library.eos_token_id if library.eos_token_id is not None else library.sep_token_id
+        assert end == fitted[name].end
