@@ -280,8 +280,8 @@ def _run(source: str, variables: dict[str, Any]) -> tuple[str, list[tuple[int, i
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
         where = f"chat template, line {lines[-1]}," if lines else "chat template"
         refused = type(error) is jinja2.exceptions.TemplateError
-        what = f"refuses these messages: {error}" if refused else f"fails on these messages: {error}"
-        raise ConfigError(" ".join(what.split()), where) from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{'refuses' if refused else 'fails on'} these messages: {why}", where) from None
     finally:
         _WRITING.reset(token)
     return "".join(blocks), spans

@@ -59,6 +59,8 @@ ERRORS = {
     "{% for m in messages %}": "line 1, cannot be read: Unexpected end of template",
     "a\n{{ messages[0].content + 1 }}": "chat template, line 2, fails on these messages: can only concatenate str",
     "{{ nothing.at_all }}": "fails on these messages: 'nothing' is undefined",
+    "{{ raise_exception('') }}": "line 1, refuses these messages: TemplateError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "fails on these messages: maximum recursion depth",
     "{{ 1 / 0 }}": "fails on these messages: division by zero",
     "{{ messages | tojsn }}": "cannot be read: No filter named 'tojsn'",
     # up to no good
