@@ -32,7 +32,7 @@ ablation = Ablation(
     question="Which tokenizer lets a model learn most from the same text?",
     base=override(presets.nano(), {"data.corpus": StandardLibrary(megabytes=3.0)}),
     scientific=Arms({name: {"tokenizer": kind, "data.sequence_length": length} for name, (kind, length) in TOKENIZERS.items()}),
-    nuisance={"optimizer.learning_rate": log_grid(2e-3, 1.8e-2, 3)},
+    nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     seeds=4,
     baseline="bytes",
     metric="valid/bits_per_byte",
