@@ -21,6 +21,7 @@ setup(
         "grain>=0.2.18",
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
+        "jinja2>=3.1.6",  # chat templates run in its sandbox, which had holes before
         "safetensors>=0.8",
         "absl-py>=2",
         "pydantic>=2",

@@ -149,7 +149,7 @@ def evaluation_batches(
         )
     if limit_bytes is not None:
         # twice as many ids hold that much text: only the ends of documents have no byte
-        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]])
+        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]], dtype=np.float64)
         count = max(min(count, int(np.searchsorted(text, limit_bytes, side="right")) // length), 1)
     rows = np.arange(-(-count // batch) * batch)
     found = gather(tokens, np.minimum(rows, count - 1).reshape(-1, batch), length, document_masks=data.document_masks)

@@ -1,5 +1,7 @@
 """All that `model` and `objective` are put together from, in one place to import from."""
 
+from llm_jax.data.tokenizer_json import ByteLevelBPE, HuggingFace, WordPiece
+from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
 from llm_jax.models.block import Layer
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder import Encoder
@@ -34,3 +36,5 @@ __all__ = [
     "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "Stack",
     "T5Bias", "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
+
+TOKENIZERS = (ByteLevelBPE, Bytes, Characters, HuggingFace, SentencePiece, WordPiece)
