@@ -14,7 +14,7 @@ import numpy as np
 from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
 from llm_jax.data.corpora import Corpus, StandardLibrary
-from llm_jax.data.packing import Tokens
+from llm_jax.data.store import Tokens
 
 ROUNDS = 4  # of the Feistel network; four make a pseudo-random permutation (Luby & Rackoff 1988)
 
