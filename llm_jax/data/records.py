@@ -55,9 +55,7 @@ class Records(Corpus):
         except ConfigError as error:
             return error
         except (json.JSONDecodeError, RecursionError) as error:
-            zeros = (
-                ", its first NUL byte at {}: the file was not written to its end".format(raw.find(b"\0")) if b"\0" in raw else ""
-            )
+            zeros = f", with NUL bytes from byte {raw.find(0)} on: was it written to its end?" if 0 in raw else ""
             return ConfigError(f"is not JSON: {error}{zeros}", where)
         return self.text(record.get(self.field) if isinstance(record, dict) else None, where)
 
@@ -183,7 +181,7 @@ class ArrayRecord(Records):
         parts = []
         for piece in found:
             count = self._open(piece).num_records()
-            step = max(count * size // max(piece.size, 1), 1)
+            step = max(count * size // max(piece.size, 1), ROWS)
             for at in range(0, count, step):
                 stop = min(at + step, count)
                 parts.append(replace(piece, size=piece.size * (stop - at) // count, start=at, stop=stop))
@@ -240,10 +238,10 @@ class HuggingFace(Records):
         dataset = _loaded(self)
         count, room = len(dataset), dataset.data.nbytes
         whole = Piece(self.path, pathlib.Path(self.path).name, room, str(dataset._fingerprint))
-        step = count if size is None else max(count * size // max(room, 1), 1)
+        step = max(count if size is None else count * size // max(room, 1), ROWS)
         return [
             replace(whole, size=room * (min(at + step, count) - at) // count, start=at, stop=min(at + step, count))
-            for at in range(0, count, max(step, 1))
+            for at in range(0, count, step)
         ]
 
     def read(self, piece):
@@ -269,7 +267,8 @@ def _loaded(corpus: HuggingFace) -> Any:
         if found is None:
             found = datasets.load_dataset(corpus.path, corpus.subset, split=corpus.rows, revision=corpus.revision)
     except Exception as error:  # the hub's, Arrow's, the library's, the network's
-        raise ConfigError(f"cannot be loaded: {' '.join(str(error).split())}", repr(corpus.path)) from None
+        told = "it has no rows" if saved and isinstance(error, IndexError) else " ".join(str(error).split())
+        raise ConfigError(f"cannot be loaded: {told}", repr(corpus.path)) from None
     if isinstance(found, dict):
         if corpus.rows not in found:
             raise ConfigError(f"is none of {corpus.path!r}: it has {', '.join(found)}", "data.corpus.rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,8 +26,8 @@ EVERY = 64  # documents between two reports of a worker
 class _Written:
     """A file that is hashed as it is written."""
 
-    def __init__(self, path: pathlib.Path):
-        self.file, self.digest, self.bytes = open(path, "wb", buffering=1 << 20), hashlib.sha256(), 0
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, values: np.ndarray) -> None:
         content = np.ascontiguousarray(values).data.cast("B")
@@ -34,19 +35,18 @@ class _Written:
         self.digest.update(content)
         self.bytes += len(content)
 
-    def close(self) -> dict[str, Any]:
-        self.file.close()
+    def described(self) -> dict[str, Any]:
         return {"bytes": self.bytes, "sha256": self.digest.hexdigest()}
 
 
 class _Split:
     """The ids and starts of a split of a shard."""
 
-    def __init__(self, folder: pathlib.Path, split: str, dtype: np.dtype, end: int | None):
+    def __init__(self, files: contextlib.ExitStack, folder: pathlib.Path, split: str, work: Work):
         self.names = [f"{split}.ids", f"{split}.starts"]
-        self.ids, self.starts = (_Written(folder / name) for name in self.names)
-        self.dtype = dtype
-        self.end = np.array([] if end is None else [end], dtype)
+        self.ids, self.starts = (_Written(files.enter_context(open(folder / n, "wb", buffering=1 << 20))) for n in self.names)
+        self.dtype, end = work.dtype, work.tokenizer.end
+        self.end = np.array([] if end is None else [end], self.dtype)
         self.count = {"documents": 0, "tokens": 0, "bytes": 0}
 
     def add(self, text: str, ids: np.ndarray) -> None:
@@ -57,8 +57,8 @@ class _Split:
         self.count["tokens"] += len(ids) + len(self.end)
         self.count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
 
-    def close(self) -> dict[str, Any]:
-        return dict(zip(self.names, (self.ids.close(), self.starts.close()), strict=True))
+    def described(self) -> dict[str, Any]:
+        return dict(zip(self.names, (self.ids.described(), self.starts.described()), strict=True))
 
 
 @dataclass
@@ -84,7 +84,8 @@ def write(work: Work, number: int, pieces: Sequence[Piece]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        told = _fill(work, partial, pieces)
+        with contextlib.ExitStack() as files:
+            told = _fill(work, {split: _Split(files, partial, split, work) for split in SPLITS}, pieces)
         (partial / SHARD).write_text(json.dumps(told, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         partial.rename(final)
@@ -93,8 +94,7 @@ def write(work: Work, number: int, pieces: Sequence[Piece]) -> None:
         raise
 
 
-def _fill(work: Work, folder: pathlib.Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    splits = {split: _Split(folder, split, work.dtype, work.tokenizer.end) for split in SPLITS}
+def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dict[str, Any]:
     read, skipped, first, untold = 0, 0, None, [0, 0]
     for piece in pieces:
         for name, text in work.corpus.read(piece):
@@ -114,7 +114,7 @@ def _fill(work: Work, folder: pathlib.Path, pieces: Sequence[Piece]) -> dict[str
                 untold = [0, 0]
     work.tally(*untold)
     counts = {split: out.count for split, out in splits.items()}
-    written = {name: told for out in splits.values() for name, told in out.close().items()}
+    written = {name: told for out in splits.values() for name, told in out.described().items()}
     told = {"tokenizer": work.tokenizer.fingerprint, "read": read, "skipped": skipped, "first_skipped": first}
     return told | {"splits": counts, "files": written}
 
