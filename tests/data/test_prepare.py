@@ -14,7 +14,7 @@ from llm_jax.data import packing, pipeline, prepared, workers
 from llm_jax.data.corpora import Jsonl, Prepared, TextFiles
 from llm_jax.data.pipeline import Data
 from llm_jax.data.prepare import prepare
-from llm_jax.data.store import Joined
+from llm_jax.data.store import Joined, Tokens
 from llm_jax.data.tasks import Recall
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, nameless
 
@@ -272,14 +272,13 @@ def test_many_files_are_read_as_one_array(tmp_path, monkeypatch):
     whole = np.concatenate(arrays)
     for one in (joined, pickle.loads(pickle.dumps(joined))):
         assert len(one) == len(whole)
-        for at in (
-            rng.integers(0, len(whole), (3, 4, 50)),
-            np.arange(len(whole)),
-            np.zeros((0, 3), int),
-            slice(3, 310),
-            slice(0, 0),
-        ):
+        for at in (slice(None), slice(3, 310), slice(0, 0), slice(370, 900), slice(2, 300, 3)):
             np.testing.assert_array_equal(one[at], whole[at])
-    for at in (np.array([-1]), np.array([len(whole)])):
-        with pytest.raises(IndexError, match="must be >= 0 and < 376"):
-            joined[at]
+        for length in (1, 4, 100, len(whole)):
+            begins = rng.integers(0, len(whole) - length + 1, (3, 7))
+            expected = whole[begins[..., None] + np.arange(length)]
+            np.testing.assert_array_equal(one.windows(begins, length), expected)
+            np.testing.assert_array_equal(Tokens(whole, np.zeros(1), None).windows(begins, length), expected)
+    for begin in (-1, len(whole) - 3):
+        with pytest.raises(IndexError, match="must lie in 0 to 376"):
+            joined.windows(np.array([0, begin]), 4)
