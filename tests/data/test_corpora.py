@@ -204,3 +204,13 @@ def test_a_folder_is_read_by_name(tmp_path):
     for number in (2, 10, 1):
         pathlib.Path(tmp_path, f"{number}.jsonl").write_text(json.dumps({"text": str(number)}))
     assert [text for _, text in Jsonl(path=str(tmp_path)).named()] == ["1", "10", "2"]
+
+
+def test_what_the_hub_has_is_read_by_the_same_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "name").mkdir()
+    parquet(tmp_path / "name" / "train.parquet")
+    corpus = HuggingFace(path=str(tmp_path / "name"))
+    assert [text for _, text in corpus.named()] == TEXTS
+    with pytest.raises(ConfigError, match="name' cannot be loaded: .*test"):
+        list(HuggingFace(path=str(tmp_path / "name"), rows="test").named())
