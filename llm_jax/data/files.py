@@ -64,13 +64,13 @@ def _remote(path: str, patterns: Sequence[str]) -> list[Piece]:
         if any(sign in root for sign in "*?["):
             listed = fs.glob(root, detail=True)
             names = {file: file.rpartition("/")[2] for file in listed}
-        elif fs.isdir(root):
+        elif fs.isfile(root):  # asked first: a web server has no folders, and would send the file to look for links in it
+            listed = {root: fs.info(root)}
+            names = {root: root.rpartition("/")[2]}
+        else:
             listed = fs.find(root, detail=True)
             names = {file: file.removeprefix(root).lstrip("/") for file in listed}
             names = {f: name for f, name in names.items() if any(fnmatch.fnmatch(name.rpartition("/")[2], p) for p in patterns)}
-        else:
-            listed = {root: fs.info(root)} if fs.exists(root) else {}
-            names = {root: root.rpartition("/")[2]}
         found = [(fs.unstrip_protocol(file), names[file], told) for file, told in listed.items() if file in names]
     return [Piece(file, name, told["size"] or 0, _modified(told)) for file, name, told in found if told["type"] == "file"]
 

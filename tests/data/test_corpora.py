@@ -212,5 +212,5 @@ def test_what_the_hub_has_is_read_by_the_same_code(tmp_path, monkeypatch):
     parquet(tmp_path / "name" / "train.parquet")
     corpus = HuggingFace(path=str(tmp_path / "name"))
     assert [text for _, text in corpus.named()] == TEXTS
-    with pytest.raises(ConfigError, match="name' cannot be loaded: .*test"):
+    with pytest.raises(ConfigError, match=r"name' cannot be loaded: .*test"):
         list(HuggingFace(path=str(tmp_path / "name"), rows="test").named())
