@@ -115,10 +115,16 @@ def reading(path: str) -> Iterator[IO[bytes]]:
     with raw, _decompressed(raw, path) as stream:
         try:
             yield stream
+        except ConfigError:
+            raise
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None and not is_remote(path):
                 raise
             raise ConfigError(f"is damaged or cut off: {error}", path) from None
+        except Exception as error:
+            if not is_remote(path):
+                raise
+            raise ConfigError(f"cannot be read to its end: {' '.join(str(error).split())}", path) from None
 
 
 def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:

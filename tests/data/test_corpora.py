@@ -214,3 +214,16 @@ def test_what_the_hub_has_is_read_by_the_same_code(tmp_path, monkeypatch):
     assert [text for _, text in corpus.named()] == TEXTS
     with pytest.raises(ConfigError, match=r"name' cannot be loaded: .*test"):
         list(HuggingFace(path=str(tmp_path / "name"), rows="test").named())
+
+
+def test_a_connection_that_breaks_is_a_sentence(monkeypatch):
+    fsspec.filesystem("memory").pipe("/far/a.jsonl", LINES * 200)
+    found = Jsonl(path="memory://far/a.jsonl").named()
+    next(found)
+
+    def broken(*_):
+        raise ValueError("the server went away")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.readinto", broken, raising=False)
+    with pytest.raises(ConfigError, match=r"memory://far/a.jsonl cannot be read to its end: the server went away"):
+        list(found)
