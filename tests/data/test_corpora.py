@@ -225,5 +225,5 @@ def test_a_connection_that_breaks_is_a_sentence(monkeypatch):
         raise ValueError("the server went away")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.readinto", broken, raising=False)
-    with pytest.raises(ConfigError, match="far/a.jsonl cannot be read to its end: the server went away"):
+    with pytest.raises(ConfigError, match=r"far/a.jsonl cannot be read to its end: the server went away"):
         list(found)
