@@ -48,9 +48,8 @@ class Prepared(Corpus):
         return pathlib.Path(self.path).expanduser()
 
     def named(self):
-        raise ConfigError(
-            f"has tokens and no text, which this tokenizer is made from: set tokenizer={written(self.folder)}", "data.corpus"
-        )
+        needed = "which a tokenizer is trained on, and one that loses some of it is measured on"
+        raise ConfigError(f"has tokens and no text, {needed}: set tokenizer={written(self.folder)}", "data.corpus")
 
     def documents(self, split):
         return self.named()
