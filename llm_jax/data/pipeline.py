@@ -14,7 +14,7 @@ import numpy as np
 from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
 from llm_jax.data.corpora import Corpus, StandardLibrary
-from llm_jax.data.packing import Tokens
+from llm_jax.data.store import Tokens
 
 ROUNDS = 4  # of the Feistel network; four make a pseudo-random permutation (Luby & Rackoff 1988)
 
@@ -45,7 +45,7 @@ def windows(tokens: Tokens, length: int) -> int:
 def gather(tokens: Tokens, rows: np.ndarray, length: int, *, document_masks: bool) -> Batch:
     """The windows with the given numbers `[…]` as a batch `[…, length]` of int32."""
     at = rows[..., None].astype(np.int64) * length + np.arange(length + 1)
-    ids = tokens.ids[at].astype(np.int32)
+    ids = tokens.windows(at[..., 0], length + 1).astype(np.int32)
     if not document_masks:
         return Batch(ids[..., :-1], ids[..., 1:])
     document = np.searchsorted(tokens.starts, at, side="right")
