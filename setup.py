@@ -22,6 +22,7 @@ setup(
         "array_record>=0.8; sys_platform != 'win32'",  # grain's own format
         "fsspec>=2025.3",
         "sentencepiece>=0.2",
+        "protobuf>=4",  # to read what a SentencePiece model says of itself
         "tokenizers>=0.21",
         "jinja2>=3.1.6",  # chat templates run in its sandbox, which had holes before
         "safetensors>=0.8",
