@@ -66,6 +66,18 @@ def split_axes() -> set[str]:
     return {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in (*mesh.manual_axes, "population")}
 
 
+def axes_over(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that the compiler splits a dimension of this logical name over; none where they do not divide its size."""
+    given = dict(RULES)[name]
+    axes = tuple(axis for axis in (given if isinstance(given, tuple) else (given,)) if axis in split_axes())
+    return () if size % parts(axes) else axes
+
+
+def parts(axes: tuple[str, ...]) -> int:
+    """How many pieces these mesh axes cut a dimension into."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
 def sum_over_data(function: Callable) -> Callable:
     """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all small sums.
 
