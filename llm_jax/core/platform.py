@@ -31,6 +31,11 @@ class Traits:
     # queries × keys up to which attention writes its scores out. By blocks its gradient on CPU is 0.85–1.28× as fast at 512 tokens,
     # 1.2–1.4× at 1,024, 1.3× at 2,048, 1.35× at 4,096 (`tests/benchmarks/attention.py`); accelerators' values are not measured
     dense_attention: int
+    # tokens × ids up to which logits are made at once, and else of a block of tokens, but of `tokens_at_once` at least. By blocks
+    # the loss and its gradient on CPU are 1.24× as fast at 8,192 × 131,072, 1.30× at 4,096 × 50,257 with 256 tokens in a
+    # block (`tests/benchmarks/losses.py`); accelerators' values are not measured
+    logits_at_once: int
+    tokens_at_once: int
     fused_attention: str | None  # the platform's own kernel, tried first
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
@@ -46,6 +51,8 @@ CPU = Traits(
     attention_row_block=128,
     attention_block=128,
     dense_attention=512 * 512,
+    logits_at_once=1 << 25,
+    tokens_at_once=256,
     fused_attention=None,
     flat_gradient_sums=True,
     population_in_turn=True,
@@ -60,6 +67,8 @@ ACCELERATOR = Traits(
     attention_row_block=None,
     attention_block=512,
     dense_attention=1024 * 1024,
+    logits_at_once=1 << 27,
+    tokens_at_once=1024,
     fused_attention=None,
     flat_gradient_sums=False,
     population_in_turn=False,

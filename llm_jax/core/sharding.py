@@ -66,12 +66,16 @@ def split_axes() -> set[str]:
     return {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in (*mesh.manual_axes, "population")}
 
 
-def splitting(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that split a dimension of that logical name and size here; none where they do not divide it."""
+def axes_over(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that the compiler splits a dimension of this logical name over; none where they do not divide its size."""
     given = dict(RULES)[name]
-    axes = tuple(axis for axis in ((given,) if isinstance(given, str) else given or ()) if axis in split_axes())
-    mesh = jax.sharding.get_abstract_mesh()
-    return () if size % math.prod(mesh.shape[axis] for axis in axes) else axes
+    axes = tuple(axis for axis in (given if isinstance(given, tuple) else (given,)) if axis in split_axes())
+    return () if size % parts(axes) else axes
+
+
+def parts(axes: tuple[str, ...]) -> int:
+    """How many pieces these mesh axes cut a dimension into."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
 def sum_over_data(function: Callable) -> Callable:

@@ -57,10 +57,12 @@ class Predictions:
     """What a model says of a batch.
 
     logits `[B, L, V]`; ahead: those of the tokens after the next one, one array each. penalty: what training adds to the loss.
-    routing: what layers with experts counted, as `models.experts` reads it.
+    routing: what layers with experts counted, as `models.experts` reads it. unembeddings: what the logits and those ahead are made
+    of (`nn.kernels.unembedding.Unembedding`), in this order, where the model says it.
     """
 
     logits: jax.Array
     ahead: tuple[jax.Array, ...] = ()
     penalty: Weighted | None = None
     routing: Any = field(default_factory=dict)
+    unembeddings: tuple[Any, ...] = ()

@@ -16,6 +16,7 @@ from llm_jax.nn.embedding import Embed
 from llm_jax.nn.ffn import Dense, Gated, NoFeedForward
 from llm_jax.nn.latent import MLA
 from llm_jax.nn.linear import Precision
+from llm_jax.nn.losses import Brier, CrossEntropy, Focal, SquaredError
 from llm_jax.nn.mixer import NoMixing
 from llm_jax.nn.moe import MoE
 from llm_jax.nn.multihead import Attention
@@ -29,12 +30,12 @@ from llm_jax.objectives.continuation import Continuation
 from llm_jax.objectives.next_token import NextToken
 
 __all__ = [
-    "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder", "Dense",
-    "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Gated", "HyperConnections",
-    "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MuP", "MultiToken", "NextToken",
-    "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "RMSNorm", "ReZero",
-    "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "Stack",
-    "T5Bias", "TokenClassifier", "YarnScaling",
+    "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Brier", "Capacity", "Causal", "Chunked", "Continuation", "CrossEntropy",
+    "Decoder", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Focal",
+    "Gated", "HyperConnections", "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MuP",
+    "MultiToken", "NextToken", "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision",
+    "Prefix", "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal",
+    "SlidingWindow", "Softmax", "SquaredError", "Stack", "T5Bias", "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
 
 TOKENIZERS = (ByteLevelBPE, Bytes, Characters, HuggingFace, SentencePiece, WordPiece)

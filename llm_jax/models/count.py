@@ -5,6 +5,7 @@ from __future__ import annotations
 from llm_jax.models.block import Layer, layer_entries, layer_parameters
 from llm_jax.models.model import Model
 from llm_jax.models.stack import Stack
+from llm_jax.nn.kernels.blocks import block_count
 from llm_jax.nn.multihead import Attention
 
 
@@ -42,7 +43,9 @@ def training_memory(model: Model, vocabulary: int, batch: int, length: int, slot
     """Bytes at the peak of a step, estimated: parameters, gradients and `slots` float32 moments each, and what the
     backward pass keeps: with remat the layer boundaries and one layer, without it every product's operands."""
     states = 4.0 * parameters(model, vocabulary) * (2 + slots)
-    return states + batch * length * (sum(_kept(stack, length) for stack in model.stacks.values()) + 4.0 * 2 * vocabulary)
+    tokens = batch * length
+    judged = -(-tokens // block_count(tokens, vocabulary))  # whose logits, and their gradient, are there at once
+    return states + tokens * sum(_kept(stack, length) for stack in model.stacks.values()) + 4.0 * 2 * vocabulary * judged
 
 
 def _towers(model: Model) -> list[tuple[Stack, Attention | None]]:

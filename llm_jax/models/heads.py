@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from llm_jax.models.block import Block, Layer, layer_entries, layer_parameters
 from llm_jax.nn.activations import ACTIVATIONS, Activation
 from llm_jax.nn.context import Context
 from llm_jax.nn.embedding import Embedding
-from llm_jax.nn.kernels.product import product
+from llm_jax.nn.kernels.unembedding import Unembedding
 from llm_jax.nn.linear import Linear, project
 from llm_jax.nn.normalization import Normalize
 
@@ -88,7 +88,11 @@ class LanguageModel(Head):
 
 
 class Words(nn.Module):
-    """`[B, L, D] -> [B, L, V]` float32."""
+    """`[B, L, D] -> [B, L, V]` float32.
+
+    What logits are made of is left in Linen's collection "unembedding", one `Unembedding` a call: logits that nobody uses are not
+    computed by a compiled program.
+    """
 
     config: LanguageModel
     stack: Any
@@ -101,18 +105,17 @@ class Words(nn.Module):
             square = Linear((width,), (width,), ("embed", "embed_out"), bias=True, dtype=dtype, name="transform")
             x_BLD = Normalize(self.stack.norm, name="transform_norm")(ACTIVATIONS[c.transform](square(x_BLD)))
         if c.tied:
-            logits_BLV = embedding.logits(x_BLD)
+            unembedding = embedding.unembedding(x_BLD)
         else:
             kernel = Linear((width,), (self.vocabulary,), ("embed", "vocab"), c.gain, dtype=dtype, name="words")
-            logits_BLV = product(x_BLD.astype(dtype), kernel.weights()[0], result=jnp.promote_types(dtype, jnp.float32))
+            unembedding = Unembedding(x_BLD.astype(dtype), kernel.weights()[0])
+        bias_V = None
         if c.bias:
             bias_V = self.param("bias", partitioned(nn.initializers.zeros, ("vocab",)), (self.vocabulary,), jnp.float32)
-            logits_BLV = logits_BLV + bias_V[None, None]
-        if c.multiplier != 1.0:
-            logits_BLV = logits_BLV * c.multiplier
-        if c.soft_cap:
-            logits_BLV = c.soft_cap * jnp.tanh(logits_BLV / c.soft_cap)
-        return constrain(logits_BLV, "batch", "length", "vocab_act")
+        unembedding = replace(unembedding, bias=bias_V, multiplier=c.multiplier, soft_cap=c.soft_cap)
+        if not self.is_initializing():
+            self.sow("unembedding", "parts", unembedding)
+        return constrain(unembedding.logits(), "batch", "length", "vocab_act")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llm_jax.core.config import Config, require, require_positive
 from llm_jax.core.sharding import constrain, partitioned
 from llm_jax.core.types import Weighted
 from llm_jax.nn.kernels.product import product
+from llm_jax.nn.kernels.unembedding import Unembedding
 from llm_jax.nn.linear import Linear
 from llm_jax.nn.normalization import Norm, Normalize
 
@@ -117,9 +118,8 @@ class Embedding(nn.Module):
             x_BLD = x_BLD + self.types.astype(x_BLD.dtype)[types_BL]
         return self.norm(x_BLD) if self.config.norm else x_BLD
 
-    def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """`[B, L, V]` float32: the product with every row of the table."""
+    def unembedding(self, x_BLD: jax.Array) -> Unembedding:
+        """The output layer that scores with every row of the table."""
         if self.config.rank:
             x_BLD = product(x_BLD, self.projection.weights()[0].T)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return product(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype).T, result=wide)
+        return Unembedding(x_BLD.astype(self.dtype), self.embedding.astype(self.dtype), table=True)

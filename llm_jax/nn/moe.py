@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jax.core.config import require, require_positive, traced
-from llm_jax.core.sharding import constrain, partitioned, splitting
+from llm_jax.core.sharding import axes_over, constrain, partitioned
 from llm_jax.core.types import Weighted
 from llm_jax.nn.activations import ACTIVATIONS
 from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Slots
@@ -225,7 +225,7 @@ def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slot
 
 def on_each_devices_rows(routed: Any, rows: int) -> Any:
     """`routed` on each device's rows, where a mesh splits the batch evenly: tokens are sorted where they are, and none travels."""
-    axes = splitting("batch", rows)
+    axes = axes_over("batch", rows)
     if not axes:
         return routed
     split, whole = PartitionSpec(axes), PartitionSpec()

@@ -61,3 +61,7 @@ class Objective(Config):
         In training a metric "routing" is what `Predictions.routing` holds.
         """
         raise NotImplementedError
+
+    def concluded(self, sums: Metrics) -> Metrics:
+        """What evaluation reports, from the metrics of `loss` summed over all batches: for scores that are no mean over batches."""
+        return sums

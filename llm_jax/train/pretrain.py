@@ -138,7 +138,7 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
             params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
         score = loss(given, train=False)
         per_batch = jax.lax.map(lambda batch: score(params, batch, state.key)[1], batches)
-        scores = jax.tree.map(lambda x: x.sum(0), per_batch)
+        scores = given.objective.concluded(jax.tree.map(lambda x: x.sum(0), per_batch))
         if recipe.evaluation.neighbours:
             scores |= neighbour_purity(token_table(recipe.model, params), tokens.kinds, recipe.evaluation.neighbours)
         return scores

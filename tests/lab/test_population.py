@@ -8,13 +8,16 @@ import pytest
 
 from llm_jax.core import platform
 from llm_jax.core.config import override
+from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import population
 from llm_jax.lab.experiment import Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
+from llm_jax.nn.losses import Focal
 from llm_jax.nn.multihead import Attention
+from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim import optimizers
 from llm_jax.train.pretrain import Train
 
@@ -114,6 +117,20 @@ def test_trials_in_turn_equal_trials_in_a_batch(monkeypatch, in_turn):
     monkeypatch.setattr(platform, "CPU", replace(platform.CPU, population_in_turn=in_turn))
     experiments = [tiny(seed=s) for s in range(3)]
     assert_same(together(experiments, devices=1), alone(experiments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_trials_on_a_mesh_lose_by_blocks_what_each_loses_at_once(monkeypatch, in_turn):
+    """Blocks of tokens inside the population's `shard_map`, with rows split over two axes, and a traced field of the criterion."""
+    traits = {"flat_gradient_sums": False, "population_in_turn": in_turn, "logits_at_once": 3 * VOCABULARY, "tokens_at_once": 2}
+    objectives = [NextToken(criterion=Focal(gamma=gamma), z_loss=0.01) for gamma in (0.5, 1.0, 2.0, 3.0)]
+    single = [tiny(objective=objective) for objective in objectives]
+    expected = alone(single)
+    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, **traits))
+    split = [override(experiment, {"mesh": Mesh(population=2, data=2, fsdp=2)}) for experiment in single]
+    assert len(population.groups(split)) == 1
+    assert_same(together(split, devices=8), expected, 1e-4)
 
 
 def test_groups_split_by_structure_and_size():

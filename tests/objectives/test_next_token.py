@@ -1,13 +1,19 @@
 """The scores against sums written out in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
+from llm_jax.core import platform
+from llm_jax.core.config import ConfigError, override
 from llm_jax.core.types import Batch, Predictions
-from llm_jax.models.decoder import Decoder
+from llm_jax.lab.components import Attention, Brier, Decoder, Dropout, Focal, LanguageModel, MultiToken
+from llm_jax.models.model import initial_parameters
+from llm_jax.models.predict import predict
 from llm_jax.objectives.next_token import NextToken
 
 B, L, V = 3, 5, 7
@@ -26,6 +32,7 @@ def scores(weights, *, train, z_loss=0.0):
 @pytest.mark.parametrize("weights", [None, (RNG.random((B, L)) < 0.6).astype(np.float32)], ids=["whole", "weighted"])
 def test_scores_are_their_definitions(weights):
     loss, metrics = scores(weights, train=False)
+    metrics = NextToken().concluded(metrics)
     assert set(metrics) == set(NextToken.scores)
     counted = np.ones((B, L)) if weights is None else weights.astype(np.float64)
     nll = -np.take_along_axis(log_softmax(LOGITS.astype(np.float64), -1), TARGETS[..., None], -1)[..., 0]
@@ -36,6 +43,13 @@ def test_scores_are_their_definitions(weights):
     np.testing.assert_allclose(
         metrics["accuracy"].mean, ((LOGITS.argmax(-1) == TARGETS) * counted).sum() / counted.sum(), rtol=1e-6
     )
+    among = (np.argsort(-LOGITS, -1)[..., :5] == TARGETS[..., None]).any(-1)
+    np.testing.assert_allclose(metrics["top5_accuracy"].mean, (among * counted).sum() / counted.sum(), rtol=1e-6)
+    sure, gaps = np.exp(log_softmax(LOGITS.astype(np.float64), -1)).max(-1), 0.0
+    for interval in range(15):
+        inside = (sure * 15 // 1 == interval) * counted
+        gaps += abs((inside * (sure - (LOGITS.argmax(-1) == TARGETS))).sum())
+    np.testing.assert_allclose(metrics["calibration_error"].mean, gaps / counted.sum(), rtol=1e-5)
 
 
 def test_the_z_loss_is_trained_and_never_scored():
@@ -69,3 +83,61 @@ def test_label_smoothing_is_the_cross_entropy_to_the_softened_target(smoothing):
     loss, _ = NextToken(smoothing=smoothing).loss(lambda *_: Predictions(jnp.asarray(LOGITS)), None, batch, **given)
     softened = smoothing / V + (1 - smoothing) * np.eye(V)[TARGETS]
     np.testing.assert_allclose(loss.mean, -(softened * log_softmax(LOGITS.astype(np.float64), -1)).sum(-1).mean(), rtol=1e-6)
+
+
+def test_the_criterion_is_trained_and_the_cross_entropy_scored():
+    batch = Batch(TARGETS, TARGETS)
+    given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES)}
+    apply = lambda *_: Predictions(jnp.asarray(LOGITS))  # noqa: E731
+    p = np.exp(log_softmax(LOGITS.astype(np.float64), -1))
+    objective = NextToken(criterion=Brier(), z_loss=0.1)
+    trained = objective.loss(apply, None, batch, train=True, **given)[0].mean
+    expected = ((p - np.eye(V)[TARGETS]) ** 2).sum(-1).mean() + 0.1 * (logsumexp(LOGITS.astype(np.float64), -1) ** 2).mean()
+    np.testing.assert_allclose(trained, expected, rtol=1e-5)
+    scored = objective.loss(apply, None, batch, train=False, **given)[0].mean
+    np.testing.assert_array_equal(scored, NextToken().loss(apply, None, batch, train=False, **given)[0].mean)
+    assert override(NextToken(), {"criterion": Focal(gamma=3.0)}).criterion == Focal(gamma=3.0)
+
+
+def test_smoothing_belongs_to_the_cross_entropy():
+    with pytest.raises(ConfigError, match=r"softens the target of CrossEntropy\(\): set it to 0 with Focal\(\)"):
+        NextToken(criterion=Focal(), smoothing=0.1)
+
+
+# ── by blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+WORDS = 29
+SIZE = {"width": 8, "depth": 1, "attention": Attention(heads=2), "dropout": Dropout(residual=0.1)}
+CASES = {
+    "tied, smoothed": (Decoder(**SIZE), NextToken(smoothing=0.1, z_loss=0.01)),
+    "untied, focal": (
+        Decoder(**SIZE, head=LanguageModel(tied=False, bias=True, soft_cap=4.0, multiplier=2.0, transform="gelu")),
+        NextToken(criterion=Focal(gamma=2.0), z_loss=0.01),
+    ),
+    "ahead, brier": (Decoder(**SIZE, head=MultiToken(ahead=2)), NextToken(criterion=Brier(), ahead=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_of_tokens_say_what_all_at_once_do(name, monkeypatch):
+    """The loss in training, its gradient for every parameter, and the scores."""
+    model, objective = CASES[name]
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, WORDS, (2, 10)).astype(np.int32)
+    weights = np.float32(rng.random((2, 9)) < 0.7)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, segments=np.repeat([[0, 1]], [4, 5], 1).repeat(2, 0).astype(np.int32))
+    params = initial_parameters(model, WORDS, jax.random.key(0))
+    given = {"model": model, "rng": jax.random.key(1), "byte_lengths": jnp.ones(WORDS)}
+
+    def loss(params, train):
+        apply = lambda *said: predict(model, WORDS, *said, train=train)  # noqa: E731
+        return objective.loss(apply, params, batch, train=train, **given)
+
+    def program():
+        return jax.jit(lambda params: (jax.value_and_grad(lambda p: loss(p, True)[0].mean)(params), loss(params, False)))
+
+    whole, text = program()(params), program().lower(params).as_text()
+    assert f"18x{WORDS}xf32" in text or f"2x9x{WORDS}xf32" in text
+    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, logits_at_once=4 * WORDS, tokens_at_once=4))
+    compiled = program().lower(params).compile()
+    assert not any(f"{shape},{WORDS}]" in compiled.as_text() for shape in ("f32[18", "f32[2,9", "f32[5,4", "f32[20"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), compiled(params), whole)

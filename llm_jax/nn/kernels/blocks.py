@@ -1,0 +1,156 @@
+"""Losses and scores of tokens by blocks of them, straight from the output layer: the array of all logits never exists.
+
+A block's logits are made, judged and, in training, differentiated before the next block's are. The sum of the losses is what is
+returned, not each of them, so that its gradient is known but for one factor while the logits are there, and nothing is computed
+twice, as it would be if the vocabulary were cut as well (Wijmans et al. 2024: 4 products for 3). Gradients with respect to the
+matrix are added up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llm_jax.core.platform import traits
+from llm_jax.core.sharding import axes_over, constrain, parts
+from llm_jax.nn.kernels.unembedding import Unembedding
+
+# `(values, logits [N, V], targets, a tree of [N, ...]) -> a tree of [N]`, plain JAX and pure: numbers that are traced, and all else
+# that may be, go through `values` or `targets`
+Judge = Callable[[Mapping[str, Any], jax.Array, Any], Any]
+
+
+def at_once(unembedding: Unembedding) -> bool:
+    """Whether the logits of all tokens `[B, L, V]` are so few on each device that they may as well be made."""
+    return _blocks(unembedding) <= 1
+
+
+def block_count(tokens: int, vocabulary: int) -> int:
+    """How many blocks so many tokens of one device are taken in."""
+    return max(1, min(-(-tokens * vocabulary // traits().logits_at_once), -(-tokens // traits().tokens_at_once)))
+
+
+def each(judge: Judge, unembedding: Unembedding, targets: Any, values: Mapping[str, Any]) -> Any:
+    """What `judge` says of every token, a tree of `[B, L]`; targets: a tree of `[B, L, ...]`. It is not to be differentiated."""
+    count = _blocks(unembedding)
+
+    def local(unembedding, targets, values):
+        return _mapped(judge, count, unembedding, targets, values)
+
+    axes = axes_over("batch", len(unembedding.hidden))
+    if not axes:
+        return local(unembedding, targets, values)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    return _on_rows(local, axes, (_specs(unembedding, rows), rows, whole), rows)(unembedding, targets, values)
+
+
+def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.Array, values: Mapping[str, Any]) -> jax.Array:
+    """Σ weight · `judge`'s loss, a scalar, with its gradient for the output layer and the weights, and none for targets and values.
+
+    A derivative forwards is refused; Hessian-vector products as the derivative of the gradient are not.
+    """
+    count, axes = _blocks(unembedding), axes_over("batch", len(unembedding.hidden))
+
+    @jax.custom_vjp
+    def summed(unembedding, targets, weights_BL, values):
+        return (each(judge, unembedding, targets, values) * weights_BL).sum()
+
+    def forward(unembedding, targets, weights_BL, values):
+        def local(*given):
+            sums, rows = _differentiated(judge, count, *given)
+            return jax.lax.psum(sums, axes) if axes else sums, rows
+
+        if axes:
+            rows, whole = PartitionSpec(axes), PartitionSpec()
+            ins = (_specs(unembedding, rows), rows, rows, whole)
+            (result, grads), (loss_BL, hidden_BLD) = _on_rows(local, axes, ins, (whole, rows))(
+                unembedding, targets, weights_BL, values
+            )
+        else:
+            (result, grads), (loss_BL, hidden_BLD) = local(unembedding, targets, weights_BL, values)
+        return result, (replace(unembedding, hidden=hidden_BLD, **grads), loss_BL)
+
+    def backward(saved, g):
+        grads, loss_BL = saved
+        kept = jax.tree.map(lambda x, like: (g * x).astype(like.dtype), grads, unembedding)
+        return kept, None, (g * loss_BL).astype(weights_BL.dtype), None
+
+    summed.defvjp(forward, backward)
+    return summed(unembedding, targets, weights_BL, values)
+
+
+# ── blocks of one device ─────────────────────────────────────────────────────────────────────────────────────────────
+def _blocks(unembedding: Unembedding) -> int:
+    """How many blocks the tokens of a device are taken in."""
+    rows, length = unembedding.hidden.shape[:2]
+    tokens = rows * length // parts(axes_over("batch", rows))
+    ids = unembedding.vocabulary // parts(axes_over("vocab_act", unembedding.vocabulary))
+    return block_count(tokens, ids)
+
+
+def _cut(tree: Any, count: int) -> Any:
+    """Arrays `[B, L, ...]` as `[count, N, ...]`, filled up with zeros."""
+
+    def cut(x):
+        tokens = x.shape[0] * x.shape[1]
+        size = -(-tokens // count)
+        x = x.reshape(tokens, *x.shape[2:])
+        return jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
+
+
+def _joined(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`[count, N, ...]` as `[B, L, ...]`, without what was filled up."""
+    x = x.reshape(-1, *x.shape[2:])
+    return x[: like.shape[0] * like.shape[1]].reshape(*like.shape[:2], *x.shape[1:])
+
+
+def _judged(judge: Judge, unembedding: Unembedding, targets: Any, values: Mapping[str, Any]) -> Any:
+    return judge(values, constrain(unembedding.logits(), None, "vocab_act"), targets)
+
+
+def _mapped(judge: Judge, count: int, unembedding: Unembedding, targets: Any, values: Mapping[str, Any]) -> Any:
+    def block(given):
+        x_ND, targets = given
+        return _judged(judge, replace(unembedding, hidden=x_ND), targets, values)
+
+    found = jax.lax.map(block, _cut((unembedding.hidden, targets), count))
+    return jax.tree.map(lambda x: _joined(x, unembedding.hidden), found)
+
+
+def _differentiated(
+    judge: Judge, count: int, unembedding: Unembedding, targets: Any, weights_BL: jax.Array, values: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """(Σ weight · loss, its gradients for matrix and bias), and (the losses, the gradient for the hidden states) by token."""
+
+    def weighted(unembedding, targets, weights_N):
+        loss_N = _judged(judge, unembedding, targets, values)
+        return (loss_N * weights_N).sum(), loss_N
+
+    def step(sums, given):
+        x_ND, *more = given
+        (value, loss_N), grads = jax.value_and_grad(weighted, has_aux=True)(replace(unembedding, hidden=x_ND), *more)
+        found = value, {name: getattr(grads, name) for name in sums[1]}
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, found), (loss_N, grads.hidden)
+
+    wide = jnp.promote_types(unembedding.hidden.dtype, jnp.float32)
+    shapes = {name: getattr(unembedding, name) for name in ("matrix", "bias") if getattr(unembedding, name) is not None}
+    start = jnp.zeros((), wide), {name: jnp.zeros(x.shape, wide) for name, x in shapes.items()}
+    sums, by_token = jax.lax.scan(step, start, _cut((unembedding.hidden, targets, weights_BL), count))
+    return sums, jax.tree.map(lambda x: _joined(x, unembedding.hidden), by_token)
+
+
+# ── a mesh ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _specs(unembedding: Unembedding, rows: PartitionSpec) -> Unembedding:
+    return replace(jax.tree.map(lambda _: PartitionSpec(), unembedding), hidden=rows)
+
+
+def _on_rows(local: Callable, axes: tuple[str, ...], ins: Any, outs: Any) -> Callable:
+    """`local` on each device's rows, where sums stay until all are there; the vocabulary may be split further inside."""
+    return jax.shard_map(local, in_specs=ins, out_specs=outs, axis_names=set(axes), check_vma=False)
