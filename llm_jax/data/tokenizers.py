@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,15 +20,28 @@ from llm_jax.data.kinds import kinds
 from llm_jax.data.pieces import MARK, pieces
 
 
+@dataclass(frozen=True)
+class Special:
+    """A token that stands for no text. spellings: how published vocabularies have it, the usual one first."""
+
+    spellings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The usual spelling."""
+        return self.spellings[0]
+
+
 class Fitted:
     """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents.
 
     lossless: whether the pieces of any text, one after another, are that text; where not, bits per byte are off by what is lost.
-    model: the file of SentencePiece that it is, or None.
+    model: the file of SentencePiece that it is, or None. specials: special tokens that were asked for, and their ids.
     """
 
     lossless = True
     model: bytes | None = None
+    specials: Mapping[str, int] = {}
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
         self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
@@ -46,6 +60,27 @@ class Fitted:
     def kinds(self) -> np.ndarray:
         """`[V]` int32: the kind of text that each id stands for, as in `data.kinds`."""
         return kinds(self.piece_bytes)
+
+    def with_specials(self, specials: Sequence[Special]) -> Fitted:
+        """The same, knowing an id for each: its own where its vocabulary has it, or else a new one after its last.
+
+        No text becomes a new one, so what is encoded stays what it is, and so does the fingerprint.
+        """
+        if not specials:
+            return self
+        found = {special.name: next((i for i in map(self.id_of, special.spellings) if i is not None), None) for special in specials}
+        new = [name for name, i in found.items() if i is None]
+        wider = copy.copy(self)
+        for computed in ("byte_lengths", "kinds"):
+            wider.__dict__.pop(computed, None)
+        wider.piece_bytes = self.piece_bytes + [b""] * len(new)
+        added = {name: self.vocabulary + k for k, name in enumerate(new)}
+        wider.specials = {**self.specials, **{name: added[name] if i is None else i for name, i in found.items()}}
+        return wider
+
+    def id_of(self, spelling: str) -> int | None:
+        """The id of the special token that its vocabulary spells so, if it has one."""
+        return None
 
     def encode(self, text: str) -> np.ndarray:
         """`[n]` int32 ids."""
@@ -189,6 +224,10 @@ class _SentencePiece(Fitted):
             return bytes([int(p.id_to_piece(i)[3:5], 16)])
         return b"" if p.is_control(i) or p.is_unknown(i) or p.is_unused(i) else p.id_to_piece(i).replace(MARK, " ").encode("utf-8")
 
+    def id_of(self, spelling):
+        i = self._processor.piece_to_id(spelling)
+        return i if self._processor.id_to_piece(i) == spelling and not self._processor.is_unknown(i) else None
+
     def encode(self, text: str) -> np.ndarray:
         # a literal "▁" would come back as a space, so it goes in as its bytes
         parts = self._processor.encode(text.split(MARK))
@@ -245,6 +284,9 @@ class _HuggingFace(Fitted):
             if found is not None:
                 return found
         return None
+
+    def id_of(self, spelling):
+        return self._tokenizer.token_to_id(spelling)
 
     def encode(self, text: str) -> np.ndarray:
         if None in self._mark or not self._mark:

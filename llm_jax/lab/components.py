@@ -23,13 +23,19 @@ from llm_jax.nn.residual import HyperConnections, NoResidual, Residual, ReZero, 
 from llm_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from llm_jax.nn.routing import ExpertChoice, Sigmoid, Softmax
 from llm_jax.objectives.continuation import Continuation
+from llm_jax.objectives.denoising import UL2, SpanCorruption
+from llm_jax.objectives.infilling import FillInTheMiddle
+from llm_jax.objectives.masked import MaskedLM
 from llm_jax.objectives.next_token import NextToken
+from llm_jax.objectives.prefix_lm import PrefixLM
+from llm_jax.objectives.spans import Denoiser
 
 __all__ = [
-    "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder", "Dense",
-    "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Gated", "HyperConnections",
-    "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MultiToken", "NextToken",
-    "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "RMSNorm", "ReZero",
-    "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "Stack",
-    "T5Bias", "TokenClassifier", "YarnScaling",
+    "LSTM", "MLA", "UL2", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder",
+    "Denoiser", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice",
+    "FillInTheMiddle", "Gated", "HyperConnections", "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling",
+    "Llama3Scaling", "MaskedLM", "MoE", "MultiToken", "NextToken", "NoFeedForward", "NoMixing", "NoNorm", "NoPosition",
+    "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM", "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled",
+    "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "SpanCorruption", "Stack", "T5Bias",
+    "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
