@@ -66,16 +66,17 @@ class Fitted:
 
         No text becomes a new one, so what is encoded stays what it is, and so does the fingerprint.
         """
-        if not specials:
+        wanted = [special for special in specials if special.name not in self.specials]
+        if not wanted:
             return self
-        found = {special.name: next((i for i in map(self.id_of, special.spellings) if i is not None), None) for special in specials}
-        new = [name for name, i in found.items() if i is None]
+        known = {special.name: next((i for i in map(self.id_of, special.spellings) if i is not None), None) for special in wanted}
+        new = [name for name, i in known.items() if i is None]
         wider = copy.copy(self)
         for computed in ("byte_lengths", "kinds"):
             wider.__dict__.pop(computed, None)
         wider.piece_bytes = self.piece_bytes + [b""] * len(new)
-        added = {name: self.vocabulary + k for k, name in enumerate(new)}
-        wider.specials = {**self.specials, **{name: added[name] if i is None else i for name, i in found.items()}}
+        found = {name: i for name, i in known.items() if i is not None}
+        wider.specials = {**self.specials, **found, **{name: self.vocabulary + k for k, name in enumerate(new)}}
         return wider
 
     def id_of(self, spelling: str) -> int | None:
