@@ -43,7 +43,7 @@ def test_ids_of_a_sentencepiece_model_are_used(tmp_path):
         "minloglevel": 2,
     }
     texts = ["the cat sat on the mat", "many small numbers add up"] * 10
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, minloglevel=2, **given)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **given)
     (tmp_path / "t.model").write_bytes(model.getvalue())
     plain = SentencePiece(path=str(tmp_path / "t.model")).fit(None, "")
     fitted = plain.with_specials((MASK, FIRST))
