@@ -25,7 +25,8 @@ def packed(sizes, *, rows=1, seed=0) -> Batch:
     number = np.repeat(np.arange(len(sizes)), sizes)
     segments = np.broadcast_to(number, (rows, len(number))).astype(np.int32)
     weights = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))).astype(np.float32)
-    return Batch(*(jnp.asarray(x) for x in (ids[:, :-1], ids[:, 1:], weights, segments)))
+    positions = np.broadcast_to(np.concatenate([np.arange(size) for size in sizes]), segments.shape).astype(np.int32)
+    return Batch(*(jnp.asarray(x) for x in (ids[:, :-1], ids[:, 1:], weights, segments, positions)))
 
 
 def whole(length, *, rows=1, seed=0) -> Batch:

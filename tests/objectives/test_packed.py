@@ -19,6 +19,7 @@ from llm_jax.models.predict import predict
 from llm_jax.models.stack import Stack
 from llm_jax.nn.attention import Bidirectional, Prefix
 from llm_jax.nn.multihead import Attention
+from llm_jax.nn.position import Learned
 from llm_jax.objectives.denoising import UL2, SpanCorruption
 from llm_jax.objectives.infilling import FillInTheMiddle
 from llm_jax.objectives.masked import MaskedLM
@@ -27,7 +28,7 @@ from llm_jax.objectives.prefix_lm import PrefixLM
 from llm_jax.train.check import compiled, moved, variant
 from tests.objectives.posed import packed, pose, tokenizer
 
-SMALL = {"width": 8, "depth": 1}
+SMALL = {"width": 8, "depth": 1, "position": Learned(max_length=80)}  # not distances alone, as Rope() would
 SIZE, DOCUMENTS = 12, 3  # all of one size, so that what is alone needs no padding and one program
 TWO_WAYS = Attention(heads=2, mask=Bidirectional())
 DECODER = Decoder(**SMALL, attention=Attention(heads=2))
