@@ -1,4 +1,4 @@
-"""How llm_jax is installed: `pip install -e .`, with the extras test, tpu, cuda and parity."""
+"""How llm_jax is installed: `pip install -e .`, with the extras data, test, tpu, cuda and parity."""
 
 import pathlib
 
@@ -19,8 +19,11 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "array_record>=0.8; sys_platform != 'win32'",  # grain's own format
+        "fsspec>=2025.3",
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
+        "jinja2>=3.1.6",  # chat templates run in its sandbox, which had holes before
         "safetensors>=0.8",
         "absl-py>=2",
         "pydantic>=2",
@@ -31,7 +34,11 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
+        # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://
+        "data": ["pyarrow>=20", "datasets>=4", "gcsfs>=2025.3", "s3fs>=2025.3"],
         "test": [
+            "pyarrow>=20",
+            "datasets>=4",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pytest-timeout>=2.3",

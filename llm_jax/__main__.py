@@ -6,7 +6,9 @@ import sys
 COMMANDS = {
     "run": "train what an experiment file declares, and report it",
     "report": "rebuild the report of one or several work folders from their results",
+    "prepare": "turn raw text into sharded, checksummed token files that experiments read",
     "inspect": "look inside a model: attention, logit lens, depth, embeddings, positions, as one page",
+    "tokenize": "train a tokenizer, encode with it, see the pieces of a text in colour, compare several",
     "check": "a model's gradient against finite differences, its causality, and that all ways to compute it agree",
 }
 

@@ -114,6 +114,8 @@ class LM:
         """
         decode.check(self.config)
         (befores, alone), (afters, single) = _several(context), _several(continuation)
+        if not befores or not afters:
+            raise ConfigError("has nothing in it: give at least one text", "continuation" if befores else "context")
         befores, afters = befores * (len(afters) if alone else 1), afters * (len(befores) if single else 1)
         if len(befores) != len(afters):
             raise ConfigError(f"has {len(afters)} texts, but context has {len(befores)}", "continuation")
@@ -132,6 +134,7 @@ class LM:
 
     def embed(self, texts: Texts, *, pooling: Pooling = "mean", batch_size: int = 8) -> np.ndarray:
         """A vector a text, `[n, D]` float32: the final hidden states, or an encoder-decoder's encoder's, pooled over the tokens."""
+        check_type(pooling, Pooling, "pooling")
         rows, _ = self._rows(texts)
         found = np.zeros((len(rows), self.config.final.width), np.float32)
         for group, given, _ in self._batches(rows, None, batch_size, stack=0):
@@ -174,8 +177,15 @@ class LM:
         """What follows each prompt, without the prompt: texts for texts, and ids, the end token included, for ids.
 
         sampling: `Greedy()`, the most probable token, unless given; `Sample(temperature=0.8, top_p=0.95)` draws, the same for the
-        same `seed`. end: ids that end a text, of which the model has its own. An encoder reads the prompt.
+        same `seed` and place in the list. end: ids that end a text, of which the model has its own. An encoder reads the prompt.
+        Experts with a capacity take every token that chose them, other than in `logits`: what is full depends on what is computed
+        together.
         """
+        check_type(seed, int, "seed")
+        check_type(max_new_tokens, int, "max_new_tokens")
+        check_type(sampling, Sampling | None, "sampling")
+        if end is not None and not isinstance(end, (Sequence, np.ndarray)):
+            raise ConfigError(f"must be a list of token ids, got {end!r}", "end")
         rows, single = self._rows(prompts)
         texts = [isinstance(prompt, str) for prompt in _several(prompts)[0]]
         key, found = jax.random.key(seed), [np.zeros(0, np.int32)] * len(rows)
@@ -188,10 +198,10 @@ class LM:
             sampling=sampling or Greedy(),
             end=self.end if end is None else end,
         )
-        for number, group in enumerate(batches([(len(row),) for row in rows], batch_size)):
+        for group in batches([(len(row),) for row in rows], batch_size):
             given = [rows[i] for i in group]
             begins, inputs = ([[self._start(row)] for row in given], given) if self.config.encodes else (given, None)
-            said = call(begins, inputs=inputs, key=jax.random.fold_in(key, number))
+            said = call(begins, inputs=inputs, key=key, numbers=group)
             for row, ids, count in zip(group, said.tokens, said.count, strict=True):
                 found[row] = ids[:count]
         said = [self._text(r, ids) if is_text else ids.tolist() for r, ids, is_text in zip(rows, found, texts, strict=True)]
@@ -228,6 +238,7 @@ class LM:
 
     def _ids(self, text: Text, before: Sequence[int] = (), after: Sequence[int] = ()) -> list[int]:
         if not isinstance(text, str):
+            text = np.asarray(text).tolist() if isinstance(text, jax.Array) else text
             other = next((i for i in text if not isinstance(i, (int, np.integer))), None)
             if other is not None:
                 raise ConfigError(
@@ -321,8 +332,8 @@ def load(
     Hugging Face. compute: dtype of the activations; None is float32, or what a trial was trained in. mesh: whose devices the
     parameters are split over, `Mesh(data=1, fsdp=-1)` over all; None: all on one. Raises `ConfigError`, in a sentence.
     """
-    for name, value, kind in (("arm", arm, str | None), ("trial", trial, str | None), ("step", step, int | None),
-                              ("dtype", dtype, Dtype), ("mesh", mesh, Mesh | None)):  # fmt: skip
+    given = {"path": (path, str | os.PathLike), "arm": (arm, str | None), "trial": (trial, str | None), "step": (step, int | None)}
+    for name, (value, kind) in (given | {"dtype": (dtype, Dtype), "mesh": (mesh, Mesh | None)}).items():
         check_type(value, kind, name)
     folder = pathlib.Path(path).expanduser()
     if pretrained.is_here(folder):
@@ -369,6 +380,8 @@ def export(
     family: a `model_type` of Hugging Face; otherwise the one it came from, or the first that computes the same, if need be with
     factors folded into matrices, absent biases as zeros, and keys repeated. Raises `ConfigError`, with the nearest, if none does.
     """
+    if not isinstance(lm, LM):
+        raise ConfigError(f"must be what llm_jax.load gave, got {lm!r}: export(lm, path)", "lm")
     if format != "huggingface":
         raise ConfigError(f"must be 'huggingface', got {format!r}", "format")
     write = partial(huggingface.export, lm.config, lm.vocabulary, lm.params, path, family=family or lm.family, dtype=dtype)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import shlex
 import sys
 import textwrap
 from types import ModuleType
@@ -45,7 +46,7 @@ def written(tmp_path_factory) -> ModuleType:
 
 @pytest.fixture
 def experiment(written):
-    return override_text(presets.nano(), [FLAG.strip().removeprefix("--set="), *SMALL])
+    return override_text(presets.nano(), [shlex.split(FLAG)[0].removeprefix("--set="), *SMALL])
 
 
 def test_the_flag_chooses_it(written, experiment):

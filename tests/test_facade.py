@@ -162,6 +162,12 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path):
         lambda: golden("t5")[0].logits([[1]], [[0, 99]]): "a token id is 99, but there are only 0 … 22",
         lambda: golden("bert")[0].generate([1]): "model is not causal",
         lambda: golden("bert")[0].loglikelihood([1], [2]): "model is not causal",
+        lambda: lm.logits([[1]], batch_size=0): "batch_size must be > 0, got 0",
+        lambda: lm.loglikelihood([1], []): "continuation has nothing in it",
+        lambda: lm.embed([[1]], pooling="max"): "pooling must be 'first' . 'last' . 'mean', got 'max'",
+        lambda: lm.generate([1], seed="a"): "seed must be int, got 'a'",
+        lambda: lm.generate([1], end=3): "end must be a list of token ids, got 3",
+        lambda: lm.generate([1], sampling="greedy"): "sampling must be Greedy . Sample . None, got 'greedy'",
         lambda: llm_jax.load(tmp_path): "is no model: give a folder with a config.json",
         lambda: llm_jax.load(GOLDEN / "gpt2", arm="a"): "is a model of Hugging Face, which has no arms",
         lambda: llm_jax.export(lm, tmp_path / "x", format="onnx"): "format must be 'huggingface', got 'onnx'",
@@ -221,6 +227,7 @@ def test_texts_and_ids_mean_the_same(speller):
     assert speller.generate(["the", "a"], max_new_tokens=12, sampling=way, seed=3) == [
         speller.tokenizer.decode(ids) for ids in drawn
     ]
+    assert drawn == speller.generate([[*b"the"], [*b"a"]], max_new_tokens=12, sampling=way, seed=3, batch_size=1)
     assert drawn != speller.generate([[*b"the"], [*b"a"]], max_new_tokens=12, sampling=way, seed=4)
     assert speller.generate("the", max_new_tokens=4) == speller.generate("the", max_new_tokens=4, sampling=Greedy())
 

@@ -59,7 +59,7 @@ def _model() -> tuple[Model, Objective | None]:
     from llm_jax.models.model import Model  # after lab, which knows all components
 
     if (FLAGS.model is None) == (FLAGS.experiment is None):
-        raise ConfigError('needs one of --model="Decoder(width=32, depth=2)" and --experiment=PATH', "check")
+        raise ConfigError('needs either --model="Decoder(width=32, depth=2)" or --experiment=PATH, and not both', "check")
     if FLAGS.model is not None:
         for flag in ("arm", "set"):
             if FLAGS[flag].value:

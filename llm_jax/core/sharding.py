@@ -66,6 +66,14 @@ def split_axes() -> set[str]:
     return {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in (*mesh.manual_axes, "population")}
 
 
+def splitting(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that split a dimension of that logical name and size here; none where they do not divide it."""
+    given = dict(RULES)[name]
+    axes = tuple(axis for axis in ((given,) if isinstance(given, str) else given or ()) if axis in split_axes())
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if size % math.prod(mesh.shape[axis] for axis in axes) else axes
+
+
 def sum_over_data(function: Callable) -> Callable:
     """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all small sums.
 

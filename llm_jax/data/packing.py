@@ -1,4 +1,4 @@
-"""Token stores: all documents of a split one after another in a memory-mapped file, made once and cached."""
+"""Token stores: all documents of a split one after another in memory-mapped files, made once and cached, or by `prepare`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import json
 import os
 import pathlib
 import shutil
-from dataclasses import dataclass
 
 import numpy as np
 
 from llm_jax.core.config import fingerprint
 from llm_jax.data.corpora import Corpus, Split
+from llm_jax.data.store import Tokens
 from llm_jax.data.tokenizers import Fitted
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """ids `[n]`, memory-mapped; starts `[documents]` int64: where each document begins; end: the id after each, or None."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    end: int | None
-    split: str = "train"
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split | str, cache: str | os.PathLike) -> Tokens:
-    """The token store of a split, from the `cache` folder if it is whole there. Raises what reading the corpus raises."""
+    """The token store of a split: the corpus's own, or from the `cache` folder if it is whole there.
+
+    Raises what reading the corpus raises.
+    """
+    ready = corpus.store(tokenizer.fingerprint, split, os.fspath(cache))
+    if ready is not None:
+        return ready
     identity = fingerprint([corpus.fingerprint(), repr(corpus), tokenizer.fingerprint, split])
     folder = pathlib.Path(cache) / "tokens" / identity
     if not (folder / "meta.json").is_file():

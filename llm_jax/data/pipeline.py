@@ -14,7 +14,7 @@ import numpy as np
 from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
 from llm_jax.data.corpora import Corpus, StandardLibrary
-from llm_jax.data.packing import Tokens
+from llm_jax.data.store import Tokens
 
 ROUNDS = 4  # of the Feistel network; four make a pseudo-random permutation (Luby & Rackoff 1988)
 
@@ -45,7 +45,7 @@ def windows(tokens: Tokens, length: int) -> int:
 def gather(tokens: Tokens, rows: np.ndarray, length: int, *, document_masks: bool) -> Batch:
     """The windows with the given numbers `[…]` as a batch `[…, length]` of int32."""
     at = rows[..., None].astype(np.int64) * length + np.arange(length + 1)
-    ids = tokens.ids[at].astype(np.int32)
+    ids = tokens.windows(at[..., 0], length + 1).astype(np.int32)
     if not document_masks:
         return Batch(ids[..., :-1], ids[..., 1:])
     document = np.searchsorted(tokens.starts, at, side="right")
@@ -149,7 +149,7 @@ def evaluation_batches(
         )
     if limit_bytes is not None:
         # twice as many ids hold that much text: only the ends of documents have no byte
-        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]])
+        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]], dtype=np.float64)
         count = max(min(count, int(np.searchsorted(text, limit_bytes, side="right")) // length), 1)
     rows = np.arange(-(-count // batch) * batch)
     found = gather(tokens, np.minimum(rows, count - 1).reshape(-1, batch), length, document_masks=data.document_masks)

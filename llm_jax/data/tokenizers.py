@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,7 @@ import numpy as np
 from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.kinds import kinds
-from llm_jax.data.pieces import MARK, pieces
+from llm_jax.data.pieces import MARK, character_spans, keeps_text
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,14 @@ class Fitted:
     """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents.
 
     lossless: whether the pieces of any text, one after another, are that text; where not, bits per byte are off by what is lost.
-    model: the file of SentencePiece that it is, or None. specials: special tokens that were asked for, and their ids.
+    unknown: the id of what it has no pieces for, or None. model: the file of SentencePiece that it is, or None; json: the
+    `tokenizer.json`. specials: special tokens that were asked for, and their ids.
     """
 
     lossless = True
+    unknown: int | None = None
     model: bytes | None = None
+    json: str | None = None
     specials: Mapping[str, int] = {}
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
@@ -53,7 +55,10 @@ class Fitted:
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """`[V]` int32: bytes of text that each id stands for; they sum to the text's own length."""
+        """`[V]` int32: bytes of text that each id stands for; they sum to the text's own length.
+
+        float32 where the tokenizer loses some: the mean over its corpus, so that they sum to about the text's own length.
+        """
         return np.array([len(piece) for piece in self.piece_bytes], np.int32)
 
     @functools.cached_property
@@ -87,6 +92,20 @@ class Fitted:
         """`[n]` int32 ids."""
         raise NotImplementedError
 
+    def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids `[n]`, and `[n, 2]` where in the text, in characters, what each stands for begins and ends.
+
+        Pieces of one character all have that character. Raises `ConfigError` for a SentencePiece model that loses something.
+        """
+        if not self.lossless:
+            raise ConfigError("loses where its pieces stand in the text: take its tokenizer.json", "tokenizer")
+        ids = self.encode(text)
+        return ids, character_spans(text, self.byte_lengths[ids])
+
+    def name_of(self, number: int) -> str:
+        """What an id is called that stands for no text."""
+        return "<end>" if number == self.end else f"<{number}>"
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
@@ -106,6 +125,20 @@ class Tokenizer(Config):
     def fit(self, corpus: Corpus, cache: str | os.PathLike) -> Fitted:
         """The tokenizer made from a corpus, or read from the `cache` folder if it was made before. Raises `ConfigError`."""
         raise NotImplementedError
+
+
+def trained(config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix: str, train: Callable[[Corpus], bytes]) -> bytes:
+    """The file that `train` makes of a corpus, or that it made before: kept in the `cache` folder, whole or not at all."""
+    identity = fingerprint([to_json(config), corpus.fingerprint(), repr(corpus)])  # the corpus's settings say what is trained on
+    file = pathlib.Path(cache) / "tokenizers" / f"{identity}{suffix}"
+    if not file.is_file():
+        if next(corpus.documents("train"), None) is None:
+            raise ConfigError("has no text in its train split, so no tokenizer can be trained on it", "data.corpus")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_bytes(train(corpus))
+        partial.replace(file)
+    return file.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -150,7 +183,8 @@ class _Characters(Fitted):
 class SentencePiece(Tokenizer):
     """Subwords: byte-pair encoding (Sennrich et al. 2016) or a unigram model (Kudo 2018), with bytes for what is unseen.
 
-    Trained on the corpus's train split, without normalization, or loaded from a `.model` file where `path` is given.
+    Trained on the corpus's train split, without normalization, or loaded from a `.model` file where `path` is given. What was
+    trained elsewhere may normalize text, put a space before it, or have no bytes to fall back on: then it is not `lossless`.
     """
 
     vocabulary: int = 4096
@@ -168,14 +202,7 @@ class SentencePiece(Tokenizer):
                 return _SentencePiece(file.read_bytes())
             except RuntimeError:
                 raise ConfigError(f"is no SentencePiece model: {self.path!r}", "tokenizer.path") from None
-        identity = fingerprint([to_json(self), corpus.fingerprint(), repr(corpus)])  # the corpus's settings say what is trained on
-        file = pathlib.Path(cache) / "tokenizers" / f"{identity}.model"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_bytes(self._train(corpus))
-            partial.replace(file)
-        return _SentencePiece(file.read_bytes())
+        return _SentencePiece(trained(self, corpus, cache, ".model", self._train))
 
     def _train(self, corpus: Corpus) -> bytes:
         import sentencepiece
@@ -217,7 +244,9 @@ class _SentencePiece(Fitted):
             p.eos_id() if p.eos_id() >= 0 else None,
             fingerprint([model.hex()]),
         )
+        self.unknown = p.unk_id()
         self._mark = [p.piece_to_id(f"<0x{b:02X}>") for b in MARK.encode()]
+        self.lossless = keeps_text(model)
 
     def _bytes_of(self, i: int) -> bytes:
         p = self._processor
@@ -230,6 +259,8 @@ class _SentencePiece(Fitted):
         return i if self._processor.id_to_piece(i) == spelling and not self._processor.is_unknown(i) else None
 
     def encode(self, text: str) -> np.ndarray:
+        if not self.lossless:
+            return np.array(self._processor.encode(text), np.int32)
         # a literal "▁" would come back as a space, so it goes in as its bytes
         parts = self._processor.encode(text.split(MARK))
         ids = list(parts[0])
@@ -237,70 +268,8 @@ class _SentencePiece(Fitted):
             ids += self._mark + list(part)
         return np.array(ids, np.int32)
 
-
-# ── tokenizer.json ───────────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass(frozen=True)
-class HuggingFace(Tokenizer):
-    """A `tokenizer.json`, as the library `tokenizers` writes it and models of transformers come with; path: the file or its folder.
-
-    specials: text that spells a special token, such as "<|endoftext|>", is taken for it; otherwise it is text like any other.
-    """
-
-    path: str = ""
-    specials: bool = False
-
-    def fit(self, corpus, cache):
-        path = pathlib.Path(self.path).expanduser()
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            model = next((path / name for name in ("tokenizer.model", "spiece.model") if (path / name).is_file()), None)
-            way_out = f": take SentencePiece(path={str(model)!r})" if model else ""
-            raise ConfigError(f"has no tokenizer.json: {self.path!r}{way_out}", "tokenizer.path")
-        return _HuggingFace(file, self.specials)
-
-
-class _HuggingFace(Fitted):
-    def __init__(self, file: pathlib.Path, specials: bool):
-        import tokenizers
-
-        text = file.read_text("utf-8")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library has no class of its own for it
-            raise ConfigError(f"is no tokenizer.json ({error}): {str(file)!r}", "tokenizer.path") from None
-        self._tokenizer.encode_special_tokens = not specials
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        found, self.lossless = pieces(json.loads(text), self._tokenizer.get_vocab(), specials)
-        super().__init__(found, self._end(file.parent), fingerprint([text, specials]))
-        self._mark = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in MARK.encode()] if self.lossless else []
-
-    def _end(self, folder: pathlib.Path) -> int | None:
-        """The id of the end of a text, by the files beside it."""
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-            values = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
-            token, number = values.get("eos_token"), values.get("eos_token_id")
-            token = token["content"] if isinstance(token, dict) else token
-            found = self._tokenizer.token_to_id(token) if token else number[0] if isinstance(number, list) else number
-            if found is not None:
-                return found
-        return None
-
-    def id_of(self, spelling):
-        return self._tokenizer.token_to_id(spelling)
-
-    def encode(self, text: str) -> np.ndarray:
-        if None in self._mark or not self._mark:
-            return self._ids(text)
-        first, *rest = text.split(MARK)  # a literal "▁" would come back as a space, so it goes in as its bytes
-        return np.concatenate(
-            [self._ids(first), *(ids for part in rest for ids in (np.array(self._mark, np.int32), self._ids(part)))]
-        )
-
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    def name_of(self, number: int) -> str:
+        return self._processor.id_to_piece(number)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        if self.lossless:
-            return super().decode(ids)
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return super().decode(ids) if self.lossless else self._processor.decode([int(i) for i in ids])

@@ -75,10 +75,13 @@ def generate(
     sampling: Sampling | None = None,
     end: Sequence[int] = (),
     inputs: Sequence[Ids] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Generated:
     """What follows each prompt, on the host; a row ends after one of the `end` tokens. Raises `ConfigError`.
 
-    inputs: what an encoder reads for each row; the prompts then are how its output begins, at least a start token.
+    inputs: what an encoder reads for each row; the prompts then are how its output begins, at least a start token. numbers: of the
+    rows (default: 0, 1, …); what is drawn for a row depends on `key` and its number alone. Experts with a capacity take every token
+    that chose them here: what is full depends on what is computed together.
     """
     check(model)
     length, width = max(map(len, prompts)), rounded_count(len(prompts))
@@ -98,7 +101,9 @@ def generate(
     state = prefill(model, vocabulary, params, rows, memory, slots=rows.tokens.shape[1] + max_new_tokens)
     way, values = ways.split(sampling or Greedy())
     ends = np.asarray(list(end) or [NOBODY], np.int32)
-    found, _ = extend(model, vocabulary, params, state, key, values, ends, sampling=way, steps=max_new_tokens)
+    known = range(len(prompts)) if numbers is None else numbers
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(np.array([*known] + [0] * (width - len(prompts)), np.uint32))
+    found, _ = extend(model, vocabulary, params, state, keys_B, values, ends, sampling=way, steps=max_new_tokens)
     return jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], found)
 
 
@@ -125,7 +130,7 @@ def extend(
     vocabulary: int,
     params: Params,
     state: State,
-    key: jax.Array,
+    key_B: jax.Array,
     values: dict[str, Any],
     end_E: jax.Array,
     *,
@@ -136,7 +141,10 @@ def extend(
 
     Every row's last token has been through the network too, so that the state can be extended again, while it has slots.
     """
-    choose, rows = ways.join(sampling, values), len(state.length)
+    method, rows = ways.join(sampling, values), len(state.length)
+
+    def choose(logits_V: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
+        return method(logits_V[None], jax.random.fold_in(key, step))[0]
 
     def unfinished(carry) -> jax.Array:
         step, _, _, done_B = carry
@@ -144,7 +152,7 @@ def extend(
 
     def one(carry):
         step, state, found, done_B = carry
-        token_B = jnp.where(done_B, 0, choose(state.logits, jax.random.fold_in(key, step)))
+        token_B = jnp.where(done_B, 0, jax.vmap(choose, (0, 0, None))(state.logits, key_B, step))
         log_p_B = jnp.take_along_axis(jax.nn.log_softmax(state.logits.astype(jnp.float32)), token_B[:, None], -1)[:, 0]
         found = Generated(
             found.tokens.at[:, step].set(token_B), found.log_p.at[:, step].set(jnp.where(done_B, 0, log_p_B)), found.count + ~done_B

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.core.config import check_type, require
+
 SMALLEST = 16  # tokens of a row, at least: shorter ones gain less than a program costs
 
 Ids = Sequence[int] | np.ndarray
@@ -52,6 +54,8 @@ def pad(sequences: Sequence[Ids], length: int, count: int | None = None) -> Rows
 
 def batches(lengths: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
     """Indices of at most `size` rows whose lengths are padded alike: a row's shape does not depend on the others."""
+    check_type(size, int, "batch_size")
+    require(size > 0, "batch_size", f"must be > 0, got {size}")
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, each in enumerate(lengths):
         alike.setdefault(tuple(rounded(length) for length in each), []).append(number)

@@ -14,7 +14,8 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.sharding import named, parameter_specs
 from llm_jax.data.corpora import StandardLibrary
-from llm_jax.data.tokenizers import Fitted, HuggingFace, SentencePiece
+from llm_jax.data.tokenizer_json import HuggingFace
+from llm_jax.data.tokenizers import Fitted, SentencePiece
 from llm_jax.io import huggingface, vocabularies
 from llm_jax.io.huggingface import Dtype
 from llm_jax.io.huggingface.fields import read_json

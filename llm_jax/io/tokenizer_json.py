@@ -1,39 +1,86 @@
-"""A tokenizer made here as a `tokenizer.json`, which the library `tokenizers` and transformers read."""
+"""A tokenizer as files: a `tokenizer.json`, which the library `tokenizers` and transformers read, or a model of SentencePiece."""
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from llm_jax.core.config import ConfigError
 from llm_jax.data.pieces import MARK, byte_characters
 from llm_jax.data.tokenizers import Fitted
 
 END = "<|endoftext|>"  # how the id between documents is spelt where it has no spelling yet
+MODEL = "tokenizer.model"
+
+
+def save(tokenizer: Fitted, path: str | os.PathLike) -> list[pathlib.Path]:
+    """Writes a `.model` file, which `SentencePiece(path=)` loads, or a folder, which `HuggingFace(path=)` does; returns its files.
+
+    Raises `ConfigError` for a `.model` that is not SentencePiece's, and where there are such files already.
+    """
+    place = pathlib.Path(path).expanduser()
+    is_file = place.suffix == ".model"
+    if is_file and tokenizer.model is None:
+        raise ConfigError("can only be written by SentencePiece: name a folder", str(path))
+    if place.suffix == ".json":
+        raise ConfigError("is a file, and tokenizer.json has files beside it: name a folder", str(path))
+    there = [file for file in ([place] if is_file else [place / "tokenizer.json", place / MODEL]) if file.exists()]
+    if there:
+        raise ConfigError("is there already: name another place", str(there[0]))
+    (place.parent if is_file else place).mkdir(parents=True, exist_ok=True)
+    if is_file:
+        assert tokenizer.model is not None
+        place.write_bytes(tokenizer.model)
+        return [place]
+    files = write(tokenizer, place)
+    if tokenizer.model is not None and place / MODEL not in files:
+        (place / MODEL).write_bytes(tokenizer.model)
+        files.append(place / MODEL)
+    return files
 
 
 def write(tokenizer: Fitted, folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that say what the tokenizer does, written into the folder; none where they cannot say it."""
     described = describe(tokenizer)
     if described is None:
-        return []
-    special = {token["id"]: token["content"] for token in described["added_tokens"]}
+        return _model_alone(tokenizer, folder)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    end = {} if tokenizer.end is None else {"eos_token": _spelling(described, tokenizer.end)}
     contents = {
         "tokenizer.json": json.dumps(described, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(config | ({} if tokenizer.end is None else {"eos_token": special[tokenizer.end]})),
+        "tokenizer_config.json": json.dumps(config | end),
     }
     for name, text in contents.items():
         (folder / name).write_text(text, "utf-8")
     return [folder / name for name in contents]
 
 
+def _model_alone(tokenizer: Fitted, folder: pathlib.Path) -> list[pathlib.Path]:
+    """A model of SentencePiece that changes text in ways which tokenizer.json has other words for, with nothing around a text."""
+    if tokenizer.model is None:
+        return []
+    (folder / MODEL).write_bytes(tokenizer.model)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "add_eos_token": False}), "utf-8")
+    return [folder / MODEL, folder / "tokenizer_config.json"]
+
+
+def _spelling(described: dict[str, Any], number: int) -> str:
+    vocabulary = described["model"]["vocab"]
+    spelt = vocabulary.items() if isinstance(vocabulary, dict) else ((piece, i) for i, (piece, _) in enumerate(vocabulary))
+    added = {token["id"]: token["content"] for token in described["added_tokens"]}
+    return added.get(number) or next(piece for piece, i in spelt if i == number)
+
+
 def describe(tokenizer: Fitted) -> dict[str, Any] | None:
     """The object of a `tokenizer.json`, or None where the format has no words for it."""
     pieces = tokenizer.piece_bytes
+    if tokenizer.json is not None:
+        return json.loads(tokenizer.json)
     if tokenizer.model is not None:
-        return _sentencepiece(tokenizer.model)
+        return _sentencepiece(tokenizer.model) if tokenizer.lossless else None
     specials = [(i, END) for i, piece in enumerate(pieces) if piece == b"" and i == tokenizer.end]
     specials += [(i, text) for text, i in tokenizer.specials.items()]
     if pieces[:256] == [bytes([b]) for b in range(256)] and len(pieces) == 256 + len(specials):

@@ -1,10 +1,13 @@
-"""Every component that a configuration or a flag may name, in one place to import from."""
+"""All that `model` and `objective` are put together from, in one place to import from."""
 
+from llm_jax.data.tokenizer_json import ByteLevelBPE, HuggingFace, WordPiece
+from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
 from llm_jax.models.block import Layer
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder import Encoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel, MultiToken, Scalar, SequenceClassifier, TokenClassifier
+from llm_jax.models.mup import MuP
 from llm_jax.models.stack import Stack
 from llm_jax.nn.attention import Bidirectional, Causal, Chunked, Prefix, SlidingWindow
 from llm_jax.nn.dispatch import Capacity, Dropless
@@ -34,8 +37,10 @@ __all__ = [
     "LSTM", "MLA", "UL2", "Alibi", "Attention", "Bidirectional", "Capacity", "Causal", "Chunked", "Continuation", "Decoder",
     "Denoiser", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice",
     "FillInTheMiddle", "Gated", "HyperConnections", "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling",
-    "Llama3Scaling", "MaskedLM", "MoE", "MultiToken", "NextToken", "NoFeedForward", "NoMixing", "NoNorm", "NoPosition",
+    "Llama3Scaling", "MaskedLM", "MoE", "MuP", "MultiToken", "NextToken", "NoFeedForward", "NoMixing", "NoNorm", "NoPosition",
     "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM", "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled",
     "SequenceClassifier", "Sigmoid", "Sinusoidal", "SlidingWindow", "Softmax", "SpanCorruption", "Stack", "T5Bias",
     "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
+
+TOKENIZERS = (ByteLevelBPE, Bytes, Characters, HuggingFace, SentencePiece, WordPiece)

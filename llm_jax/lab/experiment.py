@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -13,7 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llm_jax.core.config import Config, ConfigError, check_type, field_types, override, require, require_positive, to_json, traced
+from llm_jax.core.config import (
+    Config,
+    ConfigError,
+    check_type,
+    field_types,
+    nearest,
+    override,
+    require,
+    require_positive,
+    to_json,
+    traced,
+)
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Fitted, Tokenizer
@@ -156,6 +168,7 @@ class Ablation:
             require(isinstance(values, (tuple, list)), where, f"must be a tuple of values, got {values!r}")
             require(len(values) > 0, where, "is an empty grid: give it at least one value")
         for claim in self.claims:
+            require(isinstance(claim, Claim), "claims", f"must be Claim(…)s, got {claim!r}")
             for arm in (claim.better, claim.than):
                 self._known(arm, f"claim {claim.text!r}")
         if self.baseline is not None:
@@ -250,10 +263,22 @@ def _text(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(given)})"
 
 
+def _meant(error: Exception, names: Mapping[str, Any]) -> str:
+    """What a misspelt field or import may have meant, to follow Python's own message."""
+    field_of = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    imported = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
+    if field_of and dataclasses.is_dataclass(kind := names.get(field_of[1])):
+        return f": did you mean {nearest(field_of[2], [f.name for f in dataclasses.fields(kind)])}?"
+    if imported and imported[2] in sys.modules:
+        known = [name for name in vars(sys.modules[imported[2]]) if not name.startswith("_")]
+        return f": did you mean {nearest(imported[1], known)}?"
+    return ""
+
+
 def load(path: str | pathlib.Path) -> Ablation:
     """The ablation that an experiment file declares as `ablation` (or a single run, as `experiment`).
 
-    Raises `ConfigError` if the file is missing, cannot be run, or declares neither.
+    Raises `ConfigError`, with the line, if the file is missing, cannot be run, or declares neither.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -266,17 +291,20 @@ def load(path: str | pathlib.Path) -> Ablation:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}", where) from None
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}{_meant(error, vars(module))}", where) from None
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):
         for scale in declared.scales:  # a mistake in `full` is found before the big machine is rented
-            declared.at_scale(scale)
+            try:
+                declared.at_scale(scale)
+            except ConfigError as error:
+                raise ConfigError(f"{path}, scale {scale!r}: {error}") from None
         return replace(declared, name=path.stem)
     if isinstance(single, Experiment):
         return Ablation(question=(module.__doc__ or path.stem).strip().splitlines()[0], base=single, seeds=1, name=path.stem)

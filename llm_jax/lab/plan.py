@@ -185,10 +185,10 @@ def _groups(runs: Sequence[Run], largest: Largest) -> list[tuple[str, int]]:
 
 def _caption(ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: Largest, flops_per_second: float) -> str:
     training, scoring = (sum(getattr(costs[r.arm], part) for r in runs) for part in ("flops", "evaluation"))
-    programs = _groups(runs, largest)
+    programs, points = _groups(runs, largest), len(ablation.grid)
+    tuning = f"{len(ablation.arms)} arms × {points} grid points × {ablation.tuning_seeds} tuning seeds + " if points > 1 else ""
     return (
-        f"{len(ablation.arms)} arms × {len(ablation.grid)} grid points × {ablation.tuning_seeds} tuning seeds"
-        f" + {len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {len(programs)} groups, "
+        f"{tuning}{len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {len(programs)} groups, "
         f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {training:.3g} FLOPs to train and {scoring:.3g} to evaluate, about "
         f"{duration((training + scoring) / flops_per_second)} at {flops_per_second / 1e9:,.1f} GFLOP/s and the compilation of "
         f"{len(set(programs))} programs; nothing has been trained."

@@ -182,9 +182,13 @@ def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
     worse = [r["arm"] for r in known if r["verdict"] == "worse"]
     base = next((r["arm"] for r in rows if r["verdict"] == "baseline"), "")
     parts = ([f"better than {base}: {', '.join(better)}"] if better else []) + ([f"worse: {', '.join(worse)}"] if worse else [])
+    apart = sum(r["mean"] is not None for r in rows) - len(known)
+    tail = f" Not compared, since their settings differ in more than the arm: {apart}." if apart else ""
+    if len(known) == 1:
+        return f"{start}; there is no other arm to compare it with.{tail}"
     if not parts:
-        return f"{start}; no arm differs detectably from {base}."
-    return f"{start}; {'; '.join(parts)} (paired over seeds, Holm-corrected)."
+        return f"{start}; no arm differs detectably from {base}.{tail}"
+    return f"{start}; {'; '.join(parts)} (paired over seeds, Holm-corrected).{tail}"
 
 
 def _claims(trials, ablation, alike) -> list[dict[str, Any]]:

@@ -19,17 +19,13 @@ Products = Callable[[jax.Array, Sequence[jax.Array]], list[jax.Array]]  # (rows 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Slots, sorted by expert, and who is in them.
+class Slots:
+    """Places, sorted by expert, that tokens take.
 
-    pair_M: the (token, choice) in each slot, numbered token by token; T·K: empty. slot_TK: where each of them is; M: nowhere.
-    weight_TK: of each choice. load_BE: how many tokens of each row chose an expert. served_T: how many experts took a token.
-    products: multiplies every slot by its expert's matrix. expert_M: whose each slot is.
+    load_BE: how many tokens of each row chose an expert. served_T: how many experts took a token. products: multiplies every slot
+    by its expert's matrix. expert_M: whose each slot is.
     """
 
-    pair_M: jax.Array
-    slot_TK: jax.Array
-    weight_TK: jax.Array
     load_BE: jax.Array
     served_T: jax.Array
     products: Products
@@ -37,32 +33,45 @@ class Plan:
 
     def spread(self, x_TD: jax.Array) -> jax.Array:
         """`[T, D] -> [M, D]`: every slot's token, 0 in empty ones."""
-        return exchange(x_TD, self.pair_M // self.slot_TK.shape[1], self.slot_TK)
+        raise NotImplementedError
 
     def collect(self, y_MD: jax.Array) -> jax.Array:
         """`[M, D] -> [T, D]`: every token's weighted sum of what its experts returned."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chosen(Slots):
+    """Of experts that tokens chose.
+
+    pair_M: the (token, choice) in each slot, numbered token by token; T·K: empty. slot_TK: where each of them is; M: nowhere.
+    weight_TK: of each choice.
+    """
+
+    pair_M: jax.Array
+    slot_TK: jax.Array
+    weight_TK: jax.Array
+
+    def spread(self, x_TD):
+        return exchange(x_TD, self.pair_M // self.slot_TK.shape[1], self.slot_TK)
+
+    def collect(self, y_MD):
         choices = *self.slot_TK.shape, y_MD.shape[1]
         y_TKD = exchange(y_MD, self.slot_TK.reshape(-1), self.pair_M[:, None]).reshape(choices)
         return (y_TKD * self.weight_TK[:, :, None]).sum(1).astype(y_MD.dtype)
 
 
 @dataclass(frozen=True)
-class Taken:
-    """As `Plan`, made by experts: token_M in each expert's M / E slots (T: none), with weight_M."""
+class Taken(Slots):
+    """Of experts that chose tokens: token_M in each expert's M / E slots (T: none), with weight_M."""
 
     token_M: jax.Array
     weight_M: jax.Array
-    load_BE: jax.Array
-    served_T: jax.Array
-    products: Products
-    expert_M: jax.Array
 
-    def spread(self, x_TD: jax.Array) -> jax.Array:
-        """`[T, D] -> [M, D]`: every slot's token, 0 in empty ones."""
+    def spread(self, x_TD):
         return jnp.take(x_TD, self.token_M, axis=0, mode="fill", fill_value=0)
 
-    def collect(self, y_MD: jax.Array) -> jax.Array:
-        """`[M, D] -> [T, D]`: the weighted sum over the experts that took a token."""
+    def collect(self, y_MD):
         weighted_MD = y_MD * self.weight_M[:, None]
         y_TD = jnp.zeros((len(self.served_T), y_MD.shape[1]), weighted_MD.dtype)
         return y_TD.at[self.token_M].add(weighted_MD, mode="drop").astype(y_MD.dtype)
@@ -84,7 +93,7 @@ class Dispatch(Config):
         """Whether rows can be dispatched apart, on the devices that hold them."""
         return True
 
-    def plan(self, expert_TK: jax.Array, weight_TK: jax.Array, valid_T: jax.Array | None, *, experts: int, rows: int) -> Plan:
+    def plan(self, expert_TK: jax.Array, weight_TK: jax.Array, valid_T: jax.Array | None, *, experts: int, rows: int) -> Slots:
         """Slots for the experts that tokens of so many rows chose, first choice first; tokens that are not valid get none."""
         raise NotImplementedError
 
@@ -114,14 +123,14 @@ class Dropless(Dispatch):
         slots = count + (spare(block) if block else 0)
         pair_M = jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order, (0, slots - count)), count)
         slot_TK = jnp.where(segment_TK < experts, place.reshape(expert_TK.shape), slots)
-        return Plan(
-            pair_M,
-            slot_TK,
-            weight_TK,
+        return Chosen(
             loads(segment_TK, experts, rows),
             (segment_TK < experts).sum(1).astype(jnp.float32),
             lambda x_MD, kernels: grouped_products(x_MD, kernels, sizes_E, block=block),
             jnp.searchsorted(ends_E, jnp.arange(slots), side="right").clip(max=experts - 1),
+            pair_M,
+            slot_TK,
+            weight_TK,
         )
 
 
@@ -172,14 +181,14 @@ class Capacity(Dispatch):
             jnp.arange(room)[None] < filled_S[:, None], pair_N[at_SC.clip(max=tokens * active - 1)], tokens * active
         )
         chosen_TK = jnp.where(segment_TK < segments, expert_TK, experts)
-        return Plan(
-            pair_SC.reshape(-1),
-            jnp.where(kept_TK, segment_TK * room + rank_TK, slots),
-            weight_TK,
+        return Chosen(
             loads(chosen_TK, experts, rows),
             kept_TK.sum(1).astype(jnp.float32),
             batched_products,
             jnp.arange(slots) // (groups * room),
+            pair_SC.reshape(-1),
+            jnp.where(kept_TK, segment_TK * room + rank_TK, slots),
+            weight_TK,
         )
 
 
@@ -198,7 +207,7 @@ def take(score_TE: jax.Array, valid_T: jax.Array | None, *, share: float, groups
     load_BE = jnp.zeros((rows, experts)).at[token_M // (tokens // rows), expert_M].add(count_M)
     served_T = jnp.zeros(tokens).at[token_M].add(count_M)
     weight_M = score_TE[token_M, expert_M]
-    return Taken(jnp.where(filled_M, token_M, tokens), weight_M, load_BE, served_T, batched_products, expert_M)
+    return Taken(load_BE, served_T, batched_products, expert_M, jnp.where(filled_M, token_M, tokens), weight_M)
 
 
 def bounds(share: float, tokens: int, groups: int, valid_T: jax.Array | None, limit: int | None = None) -> tuple[int, jax.Array]:

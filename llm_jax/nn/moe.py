@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jax.core.config import require, require_positive, traced
-from llm_jax.core.sharding import constrain, partitioned, split_axes
+from llm_jax.core.sharding import constrain, partitioned, splitting
 from llm_jax.core.types import Weighted
 from llm_jax.nn.activations import ACTIVATIONS
-from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Plan, Taken
+from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Slots
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.ffn import MLP, Dense, FeedForward, Gated
 from llm_jax.nn.kernels.product import product
@@ -207,7 +207,7 @@ class Experts(nn.Module):
             self.sow("routing", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Plan | Taken, drop: Any) -> jax.Array:
+def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slots, drop: Any) -> jax.Array:
     """Every slot's token through its expert, `[M, D] -> [M, D]`. drop: what is done to hidden units, or None."""
 
     def linear(x: jax.Array, *names: str) -> list[jax.Array]:
@@ -225,9 +225,8 @@ def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Plan
 
 def on_each_devices_rows(routed: Any, rows: int) -> Any:
     """`routed` on each device's rows, where a mesh splits the batch evenly: tokens are sorted where they are, and none travels."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in split_axes())
-    if not axes or rows % math.prod(mesh.shape[axis] for axis in axes):
+    axes = splitting("batch", rows)
+    if not axes:
         return routed
     split, whole = PartitionSpec(axes), PartitionSpec()
     specs = (split, split, split, whole, whole)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive, traced
 from llm_jax.core.types import Weighted
-from llm_jax.nn.dispatch import Dispatch, Over, Plan, Taken, take
+from llm_jax.nn.dispatch import Dispatch, Over, Slots, take
 from llm_jax.nn.kernels.product import softmax
 
 
@@ -42,7 +42,7 @@ class Router(Config):
         active: int,
         rows: int,
         dispatch: Dispatch,
-    ) -> Plan | Taken:
+    ) -> Slots:
         """Who goes where. Tokens that are not valid go nowhere."""
         raise NotImplementedError
 

@@ -38,8 +38,8 @@ def main(size: str, *changes: str) -> None:
     from gpt2_llm_jax import gpt2
 
     from llm_jax.core.written import override_text
-    from llm_jax.data.packing import Tokens
     from llm_jax.data.pipeline import feed
+    from llm_jax.data.store import Tokens
     from llm_jax.io.progress import Progress
     from llm_jax.io.tracker import Tracker
     from llm_jax.lab.plan import cost

@@ -70,8 +70,8 @@ def test_an_arm_of_an_experiment_is_checked_with_its_objective(checked, monkeypa
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ([], 'check needs one of --model="Decoder(width=32, depth=2)" and --experiment=PATH'),
-        (["--model=Decoder()", "--experiment=x.py"], "check needs one of --model="),
+        ([], 'check needs either --model="Decoder(width=32, depth=2)" or --experiment=PATH'),
+        (["--model=Decoder()", "--experiment=x.py"], "or --experiment=PATH, and not both"),
         (["--model=Decodr()"], "--model has no choice 'Decodr': did you mean Decoder"),
         (["--model=Decoder(width=7)"], "--model.attention.heads must divide width=7"),
         (["--model=Decoder(position=Roppe())"], "--model.position has no choice 'Roppe': did you mean Rope"),

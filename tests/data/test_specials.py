@@ -8,7 +8,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import models
 
-from llm_jax.data.tokenizers import Bytes, HuggingFace, SentencePiece, Special
+from llm_jax.data.tokenizer_json import HuggingFace
+from llm_jax.data.tokenizers import Bytes, SentencePiece, Special
 from llm_jax.io import tokenizer_json
 
 MASK, FIRST = Special(("[MASK]", "<mask>")), Special(("<extra_id_0>",))

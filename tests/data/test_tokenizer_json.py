@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data.tokenizers import HuggingFace
+from llm_jax.data.tokenizer_json import HuggingFace
 
 TEXTS = ["the cat sat on the mat", "naïve café, 日本語", "def f(x):\n\treturn x + 0.5", "a▁b"] * 3
 END = "<|endoftext|>"

@@ -17,14 +17,16 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax.core.config import Config, ConfigError
+from llm_jax.core.config import Config, ConfigError, choices_of, field_types
 from llm_jax.core.types import Batch
 from llm_jax.core.written import override_text
 from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import components as exported
 from llm_jax.lab.experiment import Experiment
 from llm_jax.models import count
-from llm_jax.models.model import unstack_layers
+from llm_jax.models.block import Layer
+from llm_jax.models.model import Model, unstack_layers
+from llm_jax.objectives.objective import Objective
 from llm_jax.train.check import name_of
 from llm_jax.train.pretrain import trial
 from tests.lab.combination_table import ALONE, FACTORS, LENGTH, REFUSED, ROWS, VOCABULARY, assignments, base, experiment, refusal
@@ -129,6 +131,27 @@ def classes(value) -> set[str]:
     if not isinstance(value, Config):
         return set()
     return {type(value).__name__}.union(*(classes(v) for v in vars(value).values()))
+
+
+def reachable(annotation):
+    """Name → class of all that a field of that type, and the fields of what it may hold, may be set to."""
+    found = {}
+
+    def visit(annotation):
+        for name, kind in choices_of(annotation).items():
+            if name not in found and kind.__module__.startswith("llm_jax."):
+                found[name] = kind
+                for inner in field_types(kind).values():
+                    visit(inner)
+
+    visit(annotation)
+    return found
+
+
+def test_every_component_can_be_imported_from_one_place():
+    wanted = reachable(Model) | reachable(Objective) | {"Layer": Layer}  # in tuples
+    assert set(exported.__all__) == set(wanted)
+    assert all(getattr(exported, name) is kind for name, kind in wanted.items())
 
 
 def test_set_reaches_every_component():

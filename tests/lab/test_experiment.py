@@ -99,7 +99,7 @@ def test_an_experiment_survives_json_and_its_fingerprint_sees_every_change():
         ("", "declares neither"),
         ("ablation = 3", "declares neither"),
         ("ablation = (", "cannot be run: SyntaxError"),
-        ("from llm_jax.lab import Ablatoin", "cannot be run: ImportError"),
+        ("from llm_jax.lab import Ablatoin", "did you mean Ablation"),
         ("from llm_jax.optim.optimizers import SGD\nSGD(0.0)", "must be > 0"),
     ],
 )
@@ -171,21 +171,32 @@ def test_every_scale_of_every_experiment_fits_any_machine(file):
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("Rope(thta=5)", "line 4 cannot be run: TypeError"),
-        ("Ablation(question='q', base=Experiment(), nuissance={})", "line 4 cannot be run: TypeError"),
+        (
+            "Rope(thta=5)",
+            "line 4 cannot be run: TypeError: Rope.__init__() got an unexpected keyword",
+        ),
+        ("Ablation(question='q', base=Experiment(), nuissance={})", "'nuissance': did you mean nuisance?"),
+        ("Ablation(question='q', base=Experiment(), claims=['rope wins'])", "line 4: claims must be Claim(…)s, got 'rope wins'"),
+        ("1 / 0", "line 4 cannot be run: ZeroDivisionError"),
+        ("Rope(theta=-1.0)", "line 4: theta must be > 0"),
         ("Ablation(question='q', base=Experiment(), nuisance={'optimizer.learning_rate': 1e-3})", "must be a tuple of values"),
         ("Ablation(question='q', base=Experiment(), scientific={'model.depth': [1, 2]})", "must be {name: value}, got [1, 2]"),
-        ("Ablation(question='q', base=Experiment(), scales={'full': {'train.stpes': 5}})", "train.stpes is no field of Train"),
+        (
+            "Ablation(question='q', base=Experiment(), scales={'full': {'train.stpes': 5}})",
+            "scale 'full': train.stpes is",
+        ),
         ("Ablation(question='q', base=Experiment(), scientific={'model.dpeth': {'a': 1}})", "did you mean depth"),
     ],
 )
-def test_a_mistake_in_the_file_is_a_sentence_with_its_line(text, sentence, tmp_path):
+def test_a_mistake_in_the_file_is_a_sentence_with_its_line(text, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.py").write_text(
         f"from llm_jax.lab import Ablation, Experiment\nfrom llm_jax.nn.position import Rope\n\nablation = {text}\n"
     )
     with pytest.raises(ConfigError) as error:
-        load(tmp_path / "wrong.py")
+        load("wrong.py")
     assert sentence in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert "thta" not in text or str(error.value).endswith("'thta': did you mean theta?")
 
 
 def test_a_metric_has_one_direction():

@@ -139,7 +139,7 @@ def test_settings_that_differ_between_folders_are_told(tmp_path):
     assert "train.steps is null in one, 500 in two" in made["problems"]
     rows = {row["arm"]: (row["verdict"], row["p"]) for row in made["arms"]}
     assert rows["two/b"] == ("other settings", None) and rows["one/b"][0] == "better", "unlike runs are not tested"
-    assert "two/" not in made["answer"]
+    assert "two/" not in made["answer"] and "Not compared, since their settings differ" in made["answer"]
 
 
 def test_a_claim_is_tested_between_arms_of_two_folders(tmp_path):

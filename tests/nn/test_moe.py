@@ -453,7 +453,7 @@ def test_an_exchange_and_its_gradient():
 
 
 # ── populations, meshes, scans, dtypes ───────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("way", [{"dispatch": BLOCKS}, {"router": ExpertChoice()}], ids=str)
+@pytest.mark.parametrize("way", [{"dispatch": BLOCKS}, {"dispatch": RAGGED}, {"router": ExpertChoice()}], ids=str)
 def test_a_population_is_its_members(way):
     config = small(**way)
     both, x = [parameters(config, seed) for seed in (3, 30)], np.stack([tokens(1), tokens(5)])
@@ -572,6 +572,30 @@ def test_bfloat16_routes_in_float32():
     np.testing.assert_array_equal(sown["load"], wide["load"])
     np.testing.assert_allclose(sown["z_loss"].total, wide["z_loss"].total, rtol=1e-5)
     assert np.abs(f64(got) - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_gradients_of_bfloat16_are_summed_in_float32():
+    """128 blocks: sums of bfloat16 would be off by a percent."""
+    x, g = (jnp.asarray(normal(4096 + spare(32), 8, seed=seed), jnp.bfloat16) for seed in (1, 2))
+    kernels = jnp.asarray(normal(2, 8, 8, seed=3), jnp.bfloat16)
+    sizes = jnp.array([4000, 96])
+    _, back = jax.vjp(lambda x, kernels: grouped_products(x, [kernels], sizes, block=32)[0], x, kernels)
+    got = f64(back(g)[1])
+    for expert, rows in enumerate((slice(0, 4000), slice(4000, 4096))):
+        expected = f64(x[rows]).T @ f64(g[rows])
+        assert np.linalg.norm(got[expert] - expected) < 0.004 * np.linalg.norm(expected)
+
+
+def test_devices_drop_hidden_units_as_one_does():
+    config, x = small(dispatch=BLOCKS), tokens()
+    params = parameters(config)
+
+    def apply(params, x):
+        return Experts(config, 1.0, jnp.float32).apply({"params": params}, x, {"ffn": 0.3}, rngs={"dropout": jax.random.key(0)})
+
+    expected = jax.jit(apply)(params, x)
+    with jax.set_mesh(Mesh(data=2).build(jax.devices()[:2])):
+        close(jax.jit(lambda *given: apply(*given))(params, x), expected)
 
 
 def test_dropout_of_hidden_units_keeps_the_mean():

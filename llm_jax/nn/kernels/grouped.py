@@ -20,11 +20,11 @@ def grouped_products(x_MD: jax.Array, kernels: Sequence[jax.Array], sizes_E: jax
 
     Rows after the last group are undefined. block: a group's rows are multiplied so many at a time, what is left by quarters and
     sixteenths of that, and `spare(block)` rows must follow the last group; None is `jax.lax.ragged_dot`, which on XLA:CPU
-    multiplies every row by every matrix.
+    multiplies every row by every matrix. Gradients are summed in float32 at least.
     """
     if block is None:
         return [jax.lax.ragged_dot(x_MD, kernel_EDF, sizes_E) for kernel_EDF in kernels]
-    return _blocks(x_MD, list(kernels), sizes_E, block)
+    return _blocks(x_MD, list(kernels), sizes_E, min(block, len(x_MD)))
 
 
 def spare(block: int) -> int:
@@ -45,10 +45,13 @@ def _each_group(sizes_E: jax.Array, function: Callable[[jax.Array, jax.Array, ja
 
 
 def _each_block(first: jax.Array, end: jax.Array, block: int, function: Callable[[int, jax.Array, Any], Any], carry: Any) -> Any:
-    """`carry = function(rows, first of them, carry)`, which covers first … end with few products that have few rows too many."""
+    """`carry = function(rows, first of them, carry)` for blocks that cover first … end: whole ones, then quarters, then sixteenths.
+
+    What is left takes the larger kind of block where it fills three quarters of one.
+    """
     sizes = sorted({max(block // parts, 1) for parts in (1, 4, 16)}, reverse=True)
     for rows in sizes:
-        extra = rows - 1 if rows == sizes[-1] else rows // 4  # three quarters of a block are worth a whole one
+        extra = rows - 1 if rows == sizes[-1] else rows // 4
         count = (end - first + extra) // rows
         carry = jax.lax.fori_loop(0, count, lambda i, c, at=first, rows=rows: function(rows, at + i * rows, c), carry)
         first = jnp.minimum(first + count * rows, end)
@@ -88,6 +91,8 @@ def _blocks_fwd(x_MD, kernels, sizes_E, block):
 
 def _blocks_bwd(block, saved, gs):
     x_MD, kernels, sizes_E = saved
+    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
+    multiply = partial(jnp.matmul, preferred_element_type=wide)
     narrow = x_MD.shape[1] <= sum(g_MF.shape[1] for g_MF in gs)
 
     def group(expert, first, end, carry):
@@ -97,17 +102,18 @@ def _blocks_bwd(block, saved, gs):
         def step(rows, at, carry):
             dx_MD, dws = carry
             x_bD, gs_bF = _rows(x_MD, at, rows), [_rows(g_MF, at, rows) for g_MF in gs]
-            dx_bD = sum(g_bF @ kernel_DF.T for g_bF, kernel_DF in zip(gs_bF, own, strict=True))
+            dx_bD = sum(multiply(g_bF, kernel_DF.T) for g_bF, kernel_DF in zip(gs_bF, own, strict=True))
             # rows of the next group add nothing: of the factors, the narrower is masked
             ours_b1 = (jnp.arange(rows) < end - at)[:, None]
             if narrow:
                 x_bD = jnp.where(ours_b1, x_bD, 0)
             else:
                 gs_bF = [jnp.where(ours_b1, g_bF, 0) for g_bF in gs_bF]
-            return _write(dx_MD, at, dx_bD), [dw_DF + x_bD.T @ g_bF for dw_DF, g_bF in zip(dws, gs_bF, strict=True)]
+            dws = [dw_DF + multiply(x_bD.T, g_bF) for dw_DF, g_bF in zip(dws, gs_bF, strict=True)]
+            return _write(dx_MD, at, dx_bD.astype(dx_MD.dtype)), dws
 
-        dx_MD, sums = _each_block(first, end, block, step, (dx_MD, [jnp.zeros_like(kernel_DF) for kernel_DF in own]))
-        return dx_MD, [_write(dw_EDF, expert, dw_DF[None]) for dw_EDF, dw_DF in zip(dws, sums, strict=True)]
+        dx_MD, sums = _each_block(first, end, block, step, (dx_MD, [jnp.zeros_like(kernel_DF, wide) for kernel_DF in own]))
+        return dx_MD, [_write(dw_EDF, expert, dw_DF[None].astype(dw_EDF.dtype)) for dw_EDF, dw_DF in zip(dws, sums, strict=True)]
 
     dx_MD, dws = _each_group(sizes_E, group, (jnp.zeros_like(x_MD), [jnp.zeros_like(kernel) for kernel in kernels]))
     return dx_MD, dws, np.zeros(sizes_E.shape, jax.dtypes.float0)

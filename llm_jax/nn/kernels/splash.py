@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 
 import jax
@@ -14,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from llm_jax.core import platform
-from llm_jax.core.sharding import split_axes
+from llm_jax.core.sharding import splitting
 from llm_jax.nn.kernels.call import Call, Kernel
 from llm_jax.nn.masks import Bidirectional, Causal, Mask, Places, Prefix, SlidingWindow
 
@@ -24,11 +23,7 @@ NOWHERE = -1, -2  # documents of queries and keys that meet nothing
 
 def attend(call: Call) -> jax.Array:
     """`[B, L, H, V]`; where a mesh splits rows and heads, on each device for its own: the compiler cannot split a kernel."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), split_axes()
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in axes)
-    if call.q_BLHK.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
-        rows = ()
-    heads = ("tensor",) if "tensor" in axes and call.k_BMGK.shape[2] % mesh.shape["tensor"] == 0 else ()
+    rows, heads = splitting("batch", len(call.q_BLHK)), splitting("kv_heads_act", call.k_BMGK.shape[2])
     if not rows and not heads:
         return _attend(call)
     by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)

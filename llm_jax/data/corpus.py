@@ -1,0 +1,137 @@
+"""What a corpus is: documents of text, streamed, each with a name that decides which split it belongs to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llm_jax.core.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from llm_jax.data.store import Tokens
+
+Split = Literal["train", "valid", "test"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a corpus that is read by itself: a file, or the part of it from `start` to before `stop`.
+
+    file: its path or address; name: the file's, stable across machines; size: bytes, about; modified: whatever the file system
+    tells of when it was written. start, stop: bytes of text or numbers of rows, stop None is the end; first: lines before it.
+    """
+
+    file: str
+    name: str
+    size: int = 0
+    modified: str = ""
+    start: int = 0
+    stop: int | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus(Config):
+    """Documents of text. The order, the splits and the fingerprint are functions of the content alone.
+
+    Nothing but the document at hand is in memory. A corpus of its own gives `named` and `part`; one that several processes
+    should read at once gives `pieces` and `read`. bad: what is done about a document that cannot be read.
+    """
+
+    abstract = True
+    bad = "fatal"
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Names of more splits, each scored once training is done: as "valid/loss@name" and so on."""
+        return ()
+
+    def check(self, sequence_length: int) -> None:
+        """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
+
+    def pieces(self, size: int | None = None) -> Sequence[Piece]:
+        """The corpus in pieces, in order, each of about `size` bytes or less where it can be cut; None: uncut."""
+        return [Piece("", type(self).__name__)]
+
+    def read(self, piece: Piece) -> Iterator[tuple[str, str | ConfigError]]:
+        """(name, text) of every document of a piece, or what is wrong with it. Raises `ConfigError` for a damaged file."""
+        yield from self.named()
+
+    def named(self) -> Iterator[tuple[str, str]]:
+        """Every document as (a name that is stable across machines, text). Raises `ConfigError` for unreadable input.
+
+        Where `bad` is "skip", documents that cannot be read are left out, and a warning counts them.
+        """
+        read, skipped, first = 0, 0, None
+        for piece in self.pieces():
+            for name, text in self.read(piece):
+                read += 1
+                if not isinstance(text, ConfigError):
+                    yield name, text
+                    continue
+                if self.bad == "fatal":
+                    raise text
+                skipped, first = skipped + 1, first or str(text)
+        if skipped:
+            _warn_once(f"skipped {skipped:,} of {read:,} documents, the first because {first}")
+
+    def part(self, name: str, text: str, split: Split | str) -> str:
+        """What of a document belongs to the split; empty for nothing."""
+        raise NotImplementedError
+
+    def documents(self, split: Split | str) -> Iterator[str]:
+        """The documents of a split, or of one of `probes`. Raises `ConfigError` if the whole corpus is empty."""
+        empty = True
+        for name, text in self.named():
+            empty = empty and not text
+            chosen = self.part(name, text, split)
+            if chosen:
+                yield chosen
+        if empty:
+            raise empty_corpus()
+
+    def store(self, tokenizer: str, split: Split | str, cache: str) -> Tokens | None:
+        """The tokens of a split where they are written already; None for text. tokenizer: the fingerprint they must have.
+
+        Raises `ConfigError` where they are another tokenizer's, or damaged.
+        """
+        return None
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of everything that is in it, in order."""
+        return _fingerprint(self)
+
+
+def empty_corpus() -> ConfigError:
+    """For a corpus in which there is no text."""
+    return ConfigError("is an empty corpus: there is no text in it", "data.corpus")
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    logging.getLogger("llm_jax").warning(sentence)  # a corpus is read for its fingerprint and for each split
+
+
+@functools.cache
+def _fingerprint(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for name, text in corpus.named():
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def by_name(name: str, valid: float, test: float) -> Split:
+    """The split of a document, of which these fractions are for validation and test."""
+    at = share(name)
+    return "test" if at < test else "valid" if at < test + valid else "train"
