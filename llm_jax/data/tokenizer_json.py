@@ -68,9 +68,8 @@ class FromJson(Fitted):
     def name_of(self, number: int) -> str:
         return self._tokenizer.id_to_token(number) or super().name_of(number)
 
-    def id_of(self, token: str) -> int | None:
-        """The id of a token as it is spelt in the file."""
-        return self._tokenizer.token_to_id(token)
+    def id_of(self, spelling):
+        return self._tokenizer.token_to_id(spelling)
 
 
 # ── loaded ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

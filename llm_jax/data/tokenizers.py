@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,18 +19,31 @@ from llm_jax.data.kinds import kinds
 from llm_jax.data.pieces import MARK, character_spans, keeps_text
 
 
+@dataclass(frozen=True)
+class Special:
+    """A token that stands for no text. spellings: how published vocabularies have it, the usual one first."""
+
+    spellings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The usual spelling."""
+        return self.spellings[0]
+
+
 class Fitted:
     """A tokenizer ready to use. piece_bytes: the text that each id stands for, b"" for specials; end: the id between documents.
 
     lossless: whether the pieces of any text, one after another, are that text; where not, bits per byte are off by what is lost.
     unknown: the id of what it has no pieces for, or None. model: the file of SentencePiece that it is, or None; json: the
-    `tokenizer.json`.
+    `tokenizer.json`. specials: special tokens that were asked for, and their ids.
     """
 
     lossless = True
     unknown: int | None = None
     model: bytes | None = None
     json: str | None = None
+    specials: Mapping[str, int] = {}
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
         self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
@@ -51,6 +65,28 @@ class Fitted:
     def kinds(self) -> np.ndarray:
         """`[V]` int32: the kind of text that each id stands for, as in `data.kinds`."""
         return kinds(self.piece_bytes)
+
+    def with_specials(self, specials: Sequence[Special]) -> Fitted:
+        """The same, knowing an id for each: its own where its vocabulary has it, or else a new one after its last.
+
+        No text becomes a new one, so what is encoded stays what it is, and so does the fingerprint.
+        """
+        wanted = [special for special in specials if special.name not in self.specials]
+        if not wanted:
+            return self
+        known = {special.name: next((i for i in map(self.id_of, special.spellings) if i is not None), None) for special in wanted}
+        new = [name for name, i in known.items() if i is None]
+        wider = copy.copy(self)
+        for computed in ("byte_lengths", "kinds"):
+            wider.__dict__.pop(computed, None)
+        wider.piece_bytes = self.piece_bytes + [b""] * len(new)
+        found = {name: i for name, i in known.items() if i is not None}
+        wider.specials = {**self.specials, **found, **{name: self.vocabulary + k for k, name in enumerate(new)}}
+        return wider
+
+    def id_of(self, spelling: str) -> int | None:
+        """The id of the special token that its vocabulary spells so, if it has one."""
+        return None
 
     def encode(self, text: str) -> np.ndarray:
         """`[n]` int32 ids."""
@@ -217,6 +253,10 @@ class _SentencePiece(Fitted):
         if p.is_byte(i):
             return bytes([int(p.id_to_piece(i)[3:5], 16)])
         return b"" if p.is_control(i) or p.is_unknown(i) or p.is_unused(i) else p.id_to_piece(i).replace(MARK, " ").encode("utf-8")
+
+    def id_of(self, spelling):
+        i = self._processor.piece_to_id(spelling)
+        return i if self._processor.id_to_piece(i) == spelling and not self._processor.is_unknown(i) else None
 
     def encode(self, text: str) -> np.ndarray:
         if not self.lossless:

@@ -82,14 +82,16 @@ def describe(tokenizer: Fitted) -> dict[str, Any] | None:
     if tokenizer.model is not None:
         return _sentencepiece(tokenizer.model) if tokenizer.lossless else None
     specials = [(i, END) for i, piece in enumerate(pieces) if piece == b"" and i == tokenizer.end]
+    specials += [(i, text) for text, i in tokenizer.specials.items()]
     if pieces[:256] == [bytes([b]) for b in range(256)] and len(pieces) == 256 + len(specials):
         spelling = {raw: char for char, raw in byte_characters().items()}
         vocabulary = {spelling[piece]: i for i, piece in enumerate(pieces[:256])} | {text: i for i, text in specials}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         return _whole(_bpe(vocabulary, []), specials, pre_tokenizer=level, decoder=level)
-    characters = [piece.decode("utf-8", "replace") for piece in pieces]
-    if all(len(c) == 1 for c in characters):
-        return _whole(_bpe({c: i for i, c in enumerate(characters)}, []), [], decoder={"type": "Fuse"})
+    spelt = dict(specials)
+    characters = [spelt.get(i, piece.decode("utf-8", "replace")) for i, piece in enumerate(pieces)]
+    if all(len(c) == 1 or i in spelt for i, c in enumerate(characters)):
+        return _whole(_bpe({c: i for i, c in enumerate(characters)}, []), specials, decoder={"type": "Fuse"})
     return None
 
 

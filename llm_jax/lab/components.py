@@ -27,15 +27,21 @@ from llm_jax.nn.residual import HyperConnections, NoResidual, Residual, ReZero, 
 from llm_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from llm_jax.nn.routing import ExpertChoice, Sigmoid, Softmax
 from llm_jax.objectives.continuation import Continuation
+from llm_jax.objectives.denoising import UL2, SpanCorruption
+from llm_jax.objectives.infilling import FillInTheMiddle
+from llm_jax.objectives.masked import MaskedLM
 from llm_jax.objectives.next_token import NextToken
+from llm_jax.objectives.prefix_lm import PrefixLM
+from llm_jax.objectives.spans import Denoiser
 
 __all__ = [
-    "LSTM", "MLA", "Alibi", "Attention", "Bidirectional", "Brier", "Capacity", "Causal", "Chunked", "Continuation", "CrossEntropy",
-    "Decoder", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder", "EncoderDecoder", "ExpertChoice", "Focal",
-    "Gated", "HyperConnections", "LanguageModel", "Layer", "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MoE", "MuP",
-    "MultiToken", "NextToken", "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision",
-    "Prefix", "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal",
-    "SlidingWindow", "Softmax", "SquaredError", "Stack", "T5Bias", "TokenClassifier", "YarnScaling",
+    "LSTM", "MLA", "UL2", "Alibi", "Attention", "Bidirectional", "Brier", "Capacity", "Causal", "Chunked", "Continuation",
+    "CrossEntropy", "Decoder", "Denoiser", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder",
+    "EncoderDecoder", "ExpertChoice", "FillInTheMiddle", "Focal", "Gated", "HyperConnections", "LanguageModel", "Layer",
+    "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MaskedLM", "MoE", "MuP", "MultiToken", "NextToken",
+    "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM",
+    "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal",
+    "SlidingWindow", "Softmax", "SpanCorruption", "SquaredError", "Stack", "T5Bias", "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
 
 TOKENIZERS = (ByteLevelBPE, Bytes, Characters, HuggingFace, SentencePiece, WordPiece)

@@ -41,15 +41,16 @@ def growth(widths: Sequence[int], changes: dict[str, list[float]]) -> dict[str, 
 def _changes(experiment: Experiment, steps: int, vocabulary: int) -> dict[str, float]:
     """Activation → root mean square of what `steps` steps changed of it."""
     given = override(experiment, {"model.layers": "unrolled", "train.steps": max(experiment.train.steps, steps)})
-    one = trial(given, nameless(vocabulary))
+    tokens = nameless(vocabulary).with_specials(given.objective.specials)
+    one = trial(given, tokens)
     ids = np.random.default_rng(experiment.seed).integers(0, vocabulary, (ROWS, experiment.data.sequence_length + 1))
     batch = Batch(jnp.asarray(ids[:, :-1], jnp.int32), jnp.asarray(ids[:, 1:], jnp.int32))
     values = {"seed": jnp.int32(experiment.seed)}
     state = jax.jit(one.init)(values)
-    before = _activations(given, vocabulary, state.params, batch)
+    before = _activations(given, tokens.vocabulary, state.params, batch)
     many = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (steps, *x.shape)), batch)
     state, _ = jax.jit(one.steps)(values, state, many)
-    after = _activations(given, vocabulary, state.params, batch)
+    after = _activations(given, tokens.vocabulary, state.params, batch)
     return {name: float(jnp.sqrt(jnp.square(after[name] - before[name]).mean())) for name in before}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import os
 import pathlib
 import re
 import sys
@@ -27,7 +28,7 @@ from llm_jax.core.config import (
 )
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.pipeline import Data
-from llm_jax.data.tokenizers import Bytes, Tokenizer
+from llm_jax.data.tokenizers import Bytes, Fitted, Tokenizer
 from llm_jax.lab.arms import Arms, Choices, arms_of
 from llm_jax.lab.components import Decoder, NextToken  # so that all choices are known
 from llm_jax.models.model import Model
@@ -106,6 +107,10 @@ class Experiment(Config):
         every, log = self.evaluation.every, self.train.log_every
         whole = every % log == 0 or every >= self.train.steps
         require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")
+
+    def fitted(self, cache: str | os.PathLike) -> Fitted:
+        """The tokenizer, made from the corpus or read from the `cache` folder, with ids for what the objective writes itself."""
+        return self.tokenizer.fit(self.data.corpus, cache).with_specials(self.objective.specials)
 
 
 def sign(metric: str, *, judged: str, mode: str) -> int:

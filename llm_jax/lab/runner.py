@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
@@ -28,6 +27,7 @@ from llm_jax.lab.population import Compiled, check_rows, compile_population, gro
 from llm_jax.lab.sources import Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
+from llm_jax.train.pretrain import trial
 
 
 @dataclass
@@ -58,10 +58,8 @@ class Runner:
                 source = self.sources.of(experiment)
                 source.check()
                 self._check_metrics(experiment, source)
-                if structure(experiment) not in traced:  # a length that the model refuses is found here, not at the end
-                    for times in sorted({1, *experiment.evaluation.lengths}):
-                        tokens = jax.ShapeDtypeStruct((1, times * experiment.data.sequence_length), jnp.int32)
-                        jax.eval_shape(experiment.model.build(source.vocabulary).init, jax.random.key(0), tokens)
+                if structure(experiment) not in traced:  # a length that is refused is found here, not at the end
+                    _check_lengths(experiment, source)
                     traced.add(structure(experiment))
             except ConfigError as error:
                 raise ConfigError(f"{error} (in arm {arm!r})") from None
@@ -163,6 +161,15 @@ class Runner:
                 self.note(f"{len(runs)} runs of {runs[0].arm} leave {idle} of {jax.device_count()} devices idle")
             self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer)
         return self._compiled[key]
+
+
+def _check_lengths(experiment: Experiment, source: Source) -> None:
+    """Raises `ConfigError` for a length that the model or the objective refuses."""
+    one = trial(experiment, source.tokenizer)
+    state = jax.eval_shape(one.init, {})
+    for batches in {b.tokens.shape[-1]: b for b in source.evaluations(final=True).values()}.values():
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype), batches)
+        jax.eval_shape(one.evaluate, {}, state, row)
 
 
 class Group:

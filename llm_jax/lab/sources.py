@@ -23,12 +23,12 @@ class Source:
         self.corpus = experiment.data.corpus
         mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
-        self.tokenizer = experiment.tokenizer.fit(self.corpus, cache_dir())
+        self.tokenizer = experiment.fitted(cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}
 
     @property
     def vocabulary(self) -> int:
-        """Ids of the tokenizer, and so rows of the embedding."""
+        """Ids of the tokenizer and of the objective's special tokens, and so rows of the embedding."""
         return self.tokenizer.vocabulary
 
     def tokens(self, split: str) -> packing.Tokens:
@@ -89,9 +89,9 @@ class Sources:
 
     def of(self, experiment: Experiment) -> Source:
         """The experiment's source, made on first use."""
-        key = fingerprint(
-            [to_json(part) for part in (experiment.data, experiment.tokenizer, experiment.evaluation, experiment.mesh)]
-        )
+        e = experiment
+        names = [special.name for special in e.objective.specials]
+        key = fingerprint([*(to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh)), names])
         if key not in self._known:
             self._known[key] = Source(experiment)
         return self._known[key]

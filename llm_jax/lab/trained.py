@@ -59,7 +59,7 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
         raise ConfigError(
             f"{error} (of {result['trial']}): import the file that defines its components first (inspect: --experiment=FILE)"
         ) from None
-    tokenizer = experiment.tokenizer.fit(experiment.data.corpus, cache_dir())
+    tokenizer = experiment.fitted(cache_dir())
     if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
         raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus has changed", "tokenizer")
     found, params = _parameters(folder, result, experiment, tokenizer, step)

@@ -10,6 +10,7 @@ import jax
 
 from llm_jax.core.config import Config
 from llm_jax.core.types import Batch, Metrics, Predictions, Weighted
+from llm_jax.data.tokenizers import Fitted, Special
 
 Apply = Callable[[Any, Batch, jax.Array], Predictions]  # (params, batch, rng)
 
@@ -42,8 +43,22 @@ class Objective(Config):
     abstract = True
     scores: ClassVar[tuple[str, ...]] = ()  # what evaluation reports
 
+    @property
+    def specials(self) -> tuple[Special, ...]:
+        """Special tokens that it writes into what the model reads; the vocabulary has room for them."""
+        return ()
+
     def check(self, model: Predicts) -> None:
         """Raises `ConfigError` unless the model can be trained for it."""
+
+    def pose(self, batch: Batch, keys_B: jax.Array, *, model: Predicts, tokens: Fitted) -> Batch:
+        """The batch with something hidden or moved, as the model is to read it; called under jit, once a step, before `loss`.
+
+        keys: one a row, so that what becomes of a row does not depend on those beside it; evaluation gives row n of a split
+        the same one every time, whatever the seed of the trial. tokens: the tokenizer, with `specials`. Raises `ConfigError`
+        where the rows are too long for it.
+        """
+        return batch
 
     def loss(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, require, substitute
 from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import nameless
 from llm_jax.infer.forward import stretches
 from llm_jax.models import count
 from llm_jax.models.heads import LanguageModel, SequenceClassifier
@@ -54,12 +55,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: a model, what it is trained for (None: the mean square of what it says), and an example of its data."""
+    """What is checked: a model, what it is trained for (None: the mean square of what it says), and an example of its data.
+
+    posed: the example as the objective has the model read it.
+    """
 
     model: Model
     objective: Objective | None
     vocabulary: int
     batch: Batch
+    posed: Batch
     params: Tree  # float64, every layer by itself
     key: jax.Array
 
@@ -127,9 +132,12 @@ def subject(
     segments_BL = ((jnp.arange(length) >= length // 3)[None] & (jnp.arange(rows) > 0)[:, None]).astype(jnp.int32)
     places_BL = jnp.arange(length)[None] - segments_BL * (length // 3)
     batch = Batch(row_BL[:, :-1], row_BL[:, 1:], segments=segments_BL, positions=places_BL, inputs=row_BL[:, ::-1])
-    params = compiled(partial(initial_parameters, model.with_layers("unrolled"), vocabulary))(keys[1])
+    objective = objective or _usual(model)
+    tokens = nameless(vocabulary).with_specials(objective.specials if objective else ())
+    posed = objective.pose(batch, jax.random.split(keys[2], rows), model=model, tokens=tokens) if objective else batch
+    params = compiled(partial(initial_parameters, model.with_layers("unrolled"), tokens.vocabulary))(keys[1])
     params = jax.tree.map(partial(moved, np.random.default_rng(seed)), params)
-    return Subject(model, objective or _usual(model), vocabulary, batch, params, keys[2])
+    return Subject(model, objective, tokens.vocabulary, batch, posed, params, keys[2])
 
 
 def moved(rng: np.random.Generator, leaf: jax.Array) -> np.ndarray:
@@ -163,7 +171,7 @@ def loss(given: Subject, model: Model, params: Tree) -> jax.Array:
     params = stack_layers(params, model)
     if given.objective is not None:
         more = {"model": model, "rng": given.key, "byte_lengths": jnp.ones(given.vocabulary), "train": True}
-        return given.objective.loss(apply, params, given.batch, **more)[0].mean
+        return given.objective.loss(apply, params, given.posed, **more)[0].mean
     said = apply(params, given.batch, given.key)
     square = jnp.square(said.logits).mean()
     return square if said.penalty is None else square + said.penalty.mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,10 @@ class Trial:
 
 
 def trial(recipe: Any, tokens: Fitted) -> Trial:
-    """The trial of a `Recipe` over the ids of a tokenizer, of which it asks how much text, and what kind, each stands for."""
+    """The trial of a `Recipe` over the ids of a tokenizer, of which it asks how much text, and what kind, each stands for.
+
+    The tokenizer must know the objective's `specials`.
+    """
     vocabulary = tokens.vocabulary
     abstract = abstract_parameters(recipe.model, vocabulary)
     plain = sharding.unbox(abstract)
@@ -109,6 +113,9 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
         average = params if recipe.train.average is not None else None
         return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
 
+    def posed(given: Recipe, batch: Batch, keys_B: jax.Array) -> Batch:
+        return given.objective.pose(batch, keys_B, model=given.model, tokens=tokens)
+
     def loss(given: Recipe, *, train: bool):
         byte_lengths = jnp.asarray(tokens.byte_lengths)
 
@@ -128,6 +135,7 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
             rowwise=given.model.rowwise,
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
             settle=partial(experts.settle, given.model),
+            pose=lambda batch, rng: posed(given, batch, jax.random.split(rng, batch.tokens.shape[0])),
         )
         return many_steps(step, state, batches)
 
@@ -137,7 +145,15 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
         if params is None:
             params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
         score = loss(given, train=False)
-        per_batch = jax.lax.map(lambda batch: score(params, batch, state.key)[1], batches)
+        # of rows, so that what is hidden depends on no batch size, and on no trial's seed
+        numbers = jnp.arange(math.prod(batches.tokens.shape[:2])).reshape(batches.tokens.shape[:2])
+
+        def scored(part: tuple[Batch, jax.Array]) -> Metrics:
+            batch, numbers_B = part
+            keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(numbers_B)
+            return score(params, posed(given, batch, keys_B), state.key)[1]
+
+        per_batch = jax.lax.map(scored, (batches, numbers))
         scores = given.objective.concluded(jax.tree.map(lambda x: x.sum(0), per_batch))
         if recipe.evaluation.neighbours:
             scores |= neighbour_purity(token_table(recipe.model, params), tokens.kinds, recipe.evaluation.neighbours)

@@ -39,6 +39,7 @@ def make_train_step(
     rowwise: bool = False,
     averaged: Callable[[Any, Any], Any] = lambda opt_state, params: params,
     settle: Callable[[Any, Any], tuple[Any, Metrics]] = lambda params, routing: (params, {}),
+    pose: Callable[[Batch, jax.Array], Batch] = lambda batch, rng: batch,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
@@ -48,12 +49,14 @@ def make_train_step(
     rowwise: the loss is a sum over rows that know nothing of each other, and draws no random numbers, which must not depend on how
     many devices share the rows. averaged:
     `(opt_state, params) -> parameters` that the average is of. settle: `(params, routing) -> (params, metrics)` after the update,
-    where the loss reports "routing", which it has summed over the batch.
+    where the loss reports "routing", which it has summed over the batch. pose: `(batch, rng) -> batch` that the loss is of; it sees
+    the whole batch, so that it may draw random numbers however micro-batches and devices share the rows.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.key, state.step)
+        batch = pose(batch, jax.random.fold_in(rng, 2))
         sums = partial(_summed_gradients, loss, rng=rng, accumulate=accumulate)
         grads, total, metrics = (sum_over_data(sums) if rowwise else sums)(state.params, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-30), grads)

@@ -127,6 +127,13 @@ ALONE: tuple[tuple[str, ...], ...] = (
     ("model.head=SequenceClassifier(pooling=last)", "model.precision=Precision()"),
     ("model.shared_embedding=false", "model.head.tied=false", "model=EncoderDecoder()"),
     ("model=EncoderDecoder(encoder=Stack(width=16, depth=1), decoder=Stack(width=16, depth=3))",),
+    ("objective=MaskedLM(rate=0.5)", "model=Encoder()", "@attention.mask=Bidirectional()"),
+    ("objective=SpanCorruption(rate=0.5, sentinels=8)", "model=EncoderDecoder()"),
+    ("objective=UL2(denoisers=(Denoiser(rate=0.5, mode=X), Denoiser(rate=0.25, mean_length=None, mode=S)), sentinels=8)",),
+    ("objective=PrefixLM()", "@attention.mask=Prefix()"),
+    ("objective=PrefixLM()", "model=EncoderDecoder()"),
+    ("objective=FillInTheMiddle(rate=0.9)",),
+    *((f"objective=NextToken(criterion={criterion}())",) for criterion in ("CrossEntropy", "Focal", "Brier", "SquaredError")),
 )
 
 
@@ -218,6 +225,8 @@ def base() -> Experiment:
 def experiment(levels: Iterable[str]) -> Experiment:
     """The experiment of these levels, with the first objective that its model can be trained for. Raises `ConfigError`."""
     texts = assignments(levels)
+    if any(text.startswith("objective=") for text in texts):
+        return override_text(base(), texts)
     given = override_text(base(), [*texts, "objective=Supervised()"])
     for objective in ("Continuation()", "NextToken()") if "Prefix()" in "".join(texts) else ("NextToken()", "Continuation()"):
         try:

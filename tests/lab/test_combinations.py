@@ -64,7 +64,8 @@ def batch() -> Batch:
 def step(levels: Iterable[str]) -> str:
     """What is wrong with one step of the experiment's own trial, or nothing."""
     given = experiment(levels)
-    one = trial(given, nameless(VOCABULARY))
+    tokens = nameless(VOCABULARY).with_specials(given.objective.specials)
+    one = trial(given, tokens)
     shapes, rng = jax.eval_shape(one.init, {}), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes.params)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes.step, shapes.opt_state))
@@ -73,7 +74,7 @@ def step(levels: Iterable[str]) -> str:
     loss, leaves = metrics["train/loss"].mean, jax.tree.leaves(after.params)
     if not np.isfinite(loss) or not all(np.isfinite(leaf).all() for leaf in leaves):
         return f"the loss {loss} and all parameters should be finite"
-    counted, size = count.parameters(given.model, VOCABULARY), sum(leaf.size for leaf in leaves)
+    counted, size = count.parameters(given.model, tokens.vocabulary), sum(leaf.size for leaf in leaves)
     if counted != size:
         return f"it counts {counted} parameters and has {size}"
     (grads,) = (tree for kind in ("trace", "mu") if (tree := optax.tree.get(after.opt_state, kind)) is not None)
