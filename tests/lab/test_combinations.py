@@ -27,6 +27,7 @@ from llm_jax.models import count
 from llm_jax.models.block import Layer
 from llm_jax.models.model import Model, unstack_layers
 from llm_jax.objectives.objective import Objective
+from llm_jax.objectives.spans import Denoiser
 from llm_jax.train.check import name_of
 from llm_jax.train.pretrain import trial
 from tests.lab.combination_table import ALONE, FACTORS, LENGTH, REFUSED, ROWS, VOCABULARY, assignments, base, experiment, refusal
@@ -149,7 +150,7 @@ def reachable(annotation):
 
 
 def test_every_component_can_be_imported_from_one_place():
-    wanted = reachable(Model) | reachable(Objective) | {"Layer": Layer}  # in tuples
+    wanted = reachable(Model) | reachable(Objective) | {"Layer": Layer, "Denoiser": Denoiser}  # in tuples
     assert set(exported.__all__) == set(wanted)
     assert all(getattr(exported, name) is kind for name, kind in wanted.items())
 

@@ -32,6 +32,7 @@ from llm_jax.lab.experiment import Ablation, Checkpoints, Evaluation, Experiment
 from llm_jax.lab.runner import Runner
 from llm_jax.lab.trained import load
 from llm_jax.lab.workfolder import WorkFolder
+from llm_jax.objectives.hidden import Hidden
 from llm_jax.train.check import compiled
 from llm_jax.train.pretrain import Train, trial
 
@@ -89,7 +90,7 @@ def check(results, arm, scores):
 
 def test_an_encoder_is_trained_and_loaded_with_its_mask(tmp_path, base):
     results = trained(tmp_path, base, {"masked": ARMS["masked"]})
-    check(results, "masked", ("loss", "accuracy"))
+    check(results, "masked", Hidden.scores)
     found = load(tmp_path)
     assert found.tokenizer.vocabulary == found.params["embedding"]["embedding"].shape[0] == 258
     assert found.tokenizer.specials == {"[MASK]": 257}
