@@ -7,6 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.kernels.product import widened
+
 Activation = Literal["identity", "relu", "squared_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
 
 
@@ -14,12 +16,8 @@ def _gelu(x: jax.Array) -> jax.Array:
     return (x * _normal_cdf(x)).astype(x.dtype)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 + 0.5 * jax.lax.erf(_wide(x) * math.sqrt(0.5))
+    return 0.5 + 0.5 * jax.lax.erf(widened(x) * math.sqrt(0.5))
 
 
 @jax.custom_vjp
@@ -32,7 +30,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_bwd(x, g):
-    density = jnp.exp(-0.5 * jnp.square(_wide(x))) * (1 / math.sqrt(2 * math.pi))
+    density = jnp.exp(-0.5 * jnp.square(widened(x))) * (1 / math.sqrt(2 * math.pi))
     return ((g * (_normal_cdf(x) + x * density)).astype(x.dtype),)
 
 

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive, traced
-from llm_jax.nn.kernels.product import row_sum, softmax
+from llm_jax.nn.kernels.product import row_sum, softmax, widened
 
 SMALLEST = 1e-12  # of 1 - p where a power or a logarithm is taken of it: rounding may leave less than zero
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """-log softmax(logits)[target] in nats and log Σ exp(logits); `[..., V]` and `[...]` ids to `[...]` float32, twice."""
-    logits = _wide(logits)
+    logits = widened(logits)
     highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     log_sum = jnp.log(row_sum(jnp.exp(logits - highest)))
     target = _of_target(logits, targets)
@@ -61,7 +61,7 @@ class Brier(Criterion):
     """Σ over ids of (p - [is the target])², the mean squared error of probabilities, from 0 to 2 (Brier 1950)."""
 
     def __call__(self, logits, targets):
-        p = softmax(_wide(logits))
+        p = softmax(widened(logits))
         return (row_sum(jnp.square(p)) + (1 - 2 * _of_target(p, targets)))[..., 0]
 
 
@@ -79,7 +79,7 @@ class SquaredError(Criterion):
         require_positive(self, "height", "weight")
 
     def __call__(self, logits, targets):
-        logits = _wide(logits)
+        logits = widened(logits)
         target = _of_target(logits, targets)
         total = row_sum(jnp.square(logits)) + (self.weight * jnp.square(target - self.height) - jnp.square(target))
         return total[..., 0] / logits.shape[-1]
@@ -87,7 +87,7 @@ class SquaredError(Criterion):
 
 def smoothed(nll: jax.Array, log_sum: jax.Array, logits: jax.Array, smoothing: jax.Array | float) -> jax.Array:
     """(1 - s) · nll + s · the mean over ids of -log p: the cross-entropy to a target softened by s (Szegedy et al. 2016, §7)."""
-    return (1 - smoothing) * nll + smoothing * (log_sum - _wide(logits).mean(-1))
+    return (1 - smoothing) * nll + smoothing * (log_sum - widened(logits).mean(-1))
 
 
 # ── distillation ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,8 +96,8 @@ def distillation(logits: jax.Array, teacher: jax.Array, *, temperature: float = 
 
     T² keeps gradients as large as those of the cross-entropy. The teacher gets none.
     """
-    log_p = jax.nn.log_softmax(_wide(logits) / temperature)
-    log_q = jax.nn.log_softmax(_wide(jax.lax.stop_gradient(teacher)) / temperature)
+    log_p = jax.nn.log_softmax(widened(logits) / temperature)
+    log_q = jax.nn.log_softmax(widened(jax.lax.stop_gradient(teacher)) / temperature)
     return temperature**2 * (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
 
 
@@ -110,17 +110,13 @@ def top_k_distillation(logits: jax.Array, ids: jax.Array, log_q: jax.Array, *, t
     """
     if ids.shape[-1] >= logits.shape[-1]:
         raise ValueError(f"top_k_distillation: k={ids.shape[-1]} of {logits.shape[-1]} ids leaves no others: call distillation()")
-    log_p = jax.nn.log_softmax(_wide(logits) / temperature)
-    log_q = _wide(jax.lax.stop_gradient(log_q))
+    log_p = jax.nn.log_softmax(widened(logits) / temperature)
+    log_q = widened(jax.lax.stop_gradient(log_q))
     known = (jnp.exp(log_q) * (log_q - jnp.take_along_axis(log_p, ids, -1))).sum(-1)
     # the student's others are summed, not subtracted from one, which would leave rounding where they are improbable
     rest_p = jax.nn.logsumexp(jnp.put_along_axis(log_p, ids, -jnp.inf, -1, inplace=False), -1)
     rest_q = jnp.log(jnp.maximum(1 - jnp.exp(log_q).sum(-1), SMALLEST))
     return temperature**2 * (known + jnp.exp(rest_q) * (rest_q - rest_p))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _of_target(x: jax.Array, targets: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.sharding import partitioned
-from llm_jax.nn.kernels.product import row_sum
+from llm_jax.nn.kernels.product import row_sum, widened
 
 # pre: x + f(norm(x)); post: norm(x + f(x)), the original of 2017; sandwich: x + norm(f(norm(x)))
 # parallel: x + Σ f(norm_f(x)); parallel_shared: x + Σ f(norm(x))
@@ -97,5 +97,5 @@ class Normalize(nn.Module):
             )
             for name, value in self.config.vectors().items()
         }
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widened(x)
         return self.config.apply(wide, vectors).astype(x.dtype)

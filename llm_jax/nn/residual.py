@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.sharding import partitioned
+from llm_jax.nn.kernels.product import widened
 
 Parameter = Callable[..., jax.Array]  # (name, shape, initial value) -> array of rank of the shape
 Write = Callable[[jax.Array], jax.Array]  # the branch's result [B, L, D] -> the stream after it
@@ -126,7 +127,7 @@ class HyperConnections(Residual):
         return x.sum(2)
 
     def connect(self, x, *, depth, place, parameter):
-        n, width, h = self.rate, x.shape[-1], x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        n, width, h = self.rate, x.shape[-1], widened(x)
         read = parameter("read", (n, 1), jax.nn.one_hot(place % n, n)[:, None])
         mix = parameter("mix", (n, n), jnp.eye(n))
         write = parameter("write", (n, 1), 1.0)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.types import Weighted
+from llm_jax.nn.kernels.product import widened
 
 BINS = 15  # Guo et al. 2017
 
@@ -21,7 +22,7 @@ def rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def confidence(logits: jax.Array) -> jax.Array:
     """The probability of the most probable id, `[..., V]` to `[...]` float32."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = widened(logits)
     return jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, -1))
 
 

@@ -40,8 +40,7 @@ def documents(row: Batch) -> Documents:
     if row.segments is None:
         one = jnp.ones(1, jnp.int32)
         return Documents(jnp.zeros(length, jnp.int32), index_L, 0 * one, length * one, weights_L.any()[None])
-    begins_L = jnp.concatenate([jnp.ones(1, bool), row.segments[1:] != row.segments[:-1]])
-    number_L = jnp.cumsum(begins_L) - 1
+    number_L = jnp.cumsum(_begins(row.segments)) - 1
     size_D = jnp.zeros(length, jnp.int32).at[number_L].add(1)
     start_D = jnp.cumsum(size_D) - size_D
     live_D = jnp.zeros(length, bool).at[number_L].max(weights_L & (row.segments >= 0))
@@ -63,8 +62,12 @@ def arranged(key_N: jax.Array, present_N: jax.Array, room: int, values: Values) 
 def position_in_segment(segments_R: jax.Array) -> jax.Array:
     """0, 1, … from the first token of each segment of a row."""
     index_R = jnp.arange(len(segments_R))
-    begins_R = jnp.concatenate([jnp.ones(1, bool), segments_R[1:] != segments_R[:-1]])
-    return index_R - jax.lax.cummax(jnp.where(begins_R, index_R, 0))
+    return index_R - jax.lax.cummax(jnp.where(_begins(segments_R), index_R, 0))
+
+
+def _begins(segments_R: jax.Array) -> jax.Array:
+    """Whether a token is the first of its segment, `[R]` bool."""
+    return jnp.concatenate([jnp.ones(1, bool), segments_R[1:] != segments_R[:-1]])
 
 
 def predicting(ids_R: jax.Array, filled_R: jax.Array, segments_R: jax.Array, scored_R: jax.Array) -> Batch:

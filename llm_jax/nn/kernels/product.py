@@ -58,6 +58,11 @@ def _product_bwd(saved, g):
 _product.defvjp(lambda x, w: (x @ w, (x, w)), _product_bwd)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 where it is narrower."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def row_sum(x: jax.Array) -> jax.Array:
     """The sum over the last axis, kept as an axis of one; `[..., n] -> [..., 1]` in f32."""
     if traits().row_sums_by_product:
