@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llm_jax.core.config import Config, ConfigError
+from llm_jax.data.apportion import ALONE, Apportionment
 
 if TYPE_CHECKING:
     from llm_jax.data.store import Tokens
@@ -52,6 +53,14 @@ class Corpus(Config):
 
     def check(self, sequence_length: int) -> None:
         """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
+
+    def members(self, split: Split | str) -> Sequence[tuple[Corpus, Split | str]]:
+        """The corpora whose rows are drawn for a split, and what split of each it is."""
+        return [(self, split)]
+
+    def apportioned(self, rows: Sequence[int], total: int) -> Apportionment:
+        """Whose turn it is when, in training on `total` rows. rows: how many each of the members has."""
+        return ALONE
 
     def pieces(self, size: int | None = None) -> Sequence[Piece]:
         """The corpus in pieces, in order, each of about `size` bytes or less where it can be cut; None: uncut."""

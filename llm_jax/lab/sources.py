@@ -10,7 +10,9 @@ import jax
 from llm_jax.core.config import fingerprint, to_json
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.types import Batch
-from llm_jax.data import packing, pipeline
+from llm_jax.data import pipeline
+from llm_jax.data.packing import Rows
+from llm_jax.data.pipeline import Dispatches, Host
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
 
@@ -18,11 +20,12 @@ from llm_jax.lab.population import layout
 class Source:
     """The corpus of one experiment through its tokenizer; everything is read from the cache where it was made before."""
 
-    def __init__(self, experiment: Experiment):
-        self.data, self.evaluation = experiment.data, experiment.evaluation
-        self.corpus = experiment.data.corpus
+    def __init__(self, experiment: Experiment, *, workers: int = 0):
+        self.data, self.evaluation, self.steps = experiment.data, experiment.evaluation, experiment.train.steps
+        self.corpus, self.workers = experiment.data.corpus, workers
         mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
+        self.host = Host(jax.process_index(), jax.process_count())
         self.tokenizer = experiment.fitted(cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}
 
@@ -31,27 +34,27 @@ class Source:
         """Ids of the tokenizer and of the objective's special tokens, and so rows of the embedding."""
         return self.tokenizer.vocabulary
 
-    def tokens(self, split: str) -> packing.Tokens:
-        """The token store of a split."""
-        return packing.tokenize(self.corpus, self.tokenizer, split, cache_dir())
-
     @cached_property
-    def training(self) -> packing.Tokens:
-        """The token store that is trained on."""
-        return self.tokens("train")
+    def training(self) -> list[Rows]:
+        """The rows that are trained on."""
+        return pipeline.rows_of(self.data, self.tokenizer, "train", cache_dir())
 
     def check(self) -> None:
         """Raises `ConfigError` if any split that will be used is too short, before anything is trained."""
-        self.feed([0], 1, 0)
+        self._dispatches([0], 1)
         self.evaluations(final=True)
 
     def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
         """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
-        return pipeline.feed(self.data, self.training, seeds=seeds, steps_per_item=steps, start_step=start)
+        return pipeline.feed(self._dispatches(seeds, steps), start_step=start, workers=self.workers)
 
     def example(self, steps: int) -> Batch:
         """A host batch `[1, steps, B, L]` like those of `feed`."""
-        return pipeline.Dispatches(self.data, self.training, (0,), steps)[0]
+        return self._dispatches([0], steps)[0]
+
+    def _dispatches(self, seeds: Sequence[int], steps: int) -> Dispatches:
+        given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": self.host}
+        return pipeline.dispatches(self.data, self.training, **given)
 
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
         """Name → batches `[n, B, L]`: the validation split; at the end also other lengths, the corpus's probes, the test split.
@@ -71,27 +74,26 @@ class Source:
         if (split, times) not in self._evaluated:
             rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
             self._evaluated[split, times] = pipeline.evaluation_batches(
-                self.data,
-                self.tokens(split),
-                length=self.data.sequence_length * times,
+                pipeline.rows_of(self.data, self.tokenizer, split, cache_dir(), times=times),
                 batch=rows,
                 byte_lengths=self.tokenizer.byte_lengths,
                 limit_bytes=self.evaluation.bytes,
+                host=self.host,
             )
         return self._evaluated[split, times]
 
 
 class Sources:
-    """One `Source` for all experiments that read the same text in the same way."""
+    """One `Source` for all experiments that read the same text in the same way. workers: processes that make their batches."""
 
-    def __init__(self):
-        self._known: dict[str, Source] = {}
+    def __init__(self, *, workers: int = 0):
+        self._known, self._workers = dict[str, Source](), workers
 
     def of(self, experiment: Experiment) -> Source:
         """The experiment's source, made on first use."""
         e = experiment
         names = [special.name for special in e.objective.specials]
-        key = fingerprint([*(to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh)), names])
+        key = fingerprint([*(to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh)), names, e.train.steps])
         if key not in self._known:
-            self._known[key] = Source(experiment)
+            self._known[key] = Source(experiment, workers=self._workers)
         return self._known[key]
