@@ -72,16 +72,18 @@ class Windows(Rows):
         return max(len(self.tokens) - 1, 0) // self.length
 
     def gather(self, numbers):
-        starts = self.tokens.starts
-        at = numbers[..., None].astype(np.int64) * self.length + np.arange(self.length + 1)
-        ids = self.tokens.windows(at[..., 0], self.length + 1).astype(np.int32)
+        begins, starts = np.ravel(numbers).astype(np.int64) * self.length, self.tokens.starts
+        ids = self.tokens.windows(begins, self.length + 1).astype(np.int32).reshape(*np.shape(numbers), self.length + 1)
         if not self.document_masks:
             return Batch(ids[..., :-1], ids[..., 1:])
-        document = np.searchsorted(starts, at, side="right")
-        begins = np.maximum(starts[document[..., :-1] - 1], at[..., :1])
-        weights = (document[..., 1:] == document[..., :-1]).astype(np.float32)
-        segments = (document - document[..., :1])[..., :-1].astype(np.int32)
-        return Batch(ids[..., :-1], ids[..., 1:], weights, segments, (at[..., :-1] - begins).astype(np.int32))
+        first, stop = (np.searchsorted(starts, at, side="right") for at in (begins, begins + self.length))
+        document, row, _ = _ranges(first, stop - first)
+        new = np.zeros((len(begins), self.length + 1), bool)
+        new[row, starts[document] - begins[row]] = True
+        segments, positions = _counted(new[:, :-1])
+        weights = (~new[:, 1:]).astype(np.float32)
+        shape = (*np.shape(numbers), self.length)
+        return Batch(ids[..., :-1], ids[..., 1:], *(array.reshape(shape) for array in (weights, segments, positions)))
 
 
 # ── kept whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,23 +141,20 @@ class Packed(Rows):
         flat = np.ravel(numbers)
         first, stop = self.plan.first[flat], self.plan.first[flat + 1]
         piece, row, within = _ranges(first, stop - first)  # of each piece: its number, its row, its place among the row's
-        begins, sizes = np.asarray(self.plan.begins[piece]), np.asarray(self.plan.sizes[piece]).astype(np.int64)
-        filled = np.cumsum(sizes) - sizes
-        filled -= filled[np.flatnonzero(within == 0)][row]  # tokens of the row before the piece
-        shape = (flat.size, self.length)
-        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        weights, segments, positions = np.zeros(shape, np.float32), np.full(shape, PADDING, np.int32), np.zeros(shape, np.int32)
-        _, of, place = _ranges(begins, sizes)  # of each token: its piece, its place in it
-        at = row[of], filled[of] + place
-        ids = self.tokens.runs(begins, sizes)
-        ends = np.cumsum(sizes) - 1
-        goes_on = self._goes_on(begins + sizes)
-        following = np.append(ids[1:], 0)
-        following[ends[goes_on]] = self.tokens.runs((begins + sizes)[goes_on], np.ones(goes_on.sum(), np.int64))
-        counts = np.ones(len(ids), np.float32)
-        counts[ends[~goes_on]] = 0
-        for array, values in ((tokens, ids), (targets, following), (weights, counts), (segments, within[of]), (positions, place)):
-            array[at] = values
+        begins, sizes = np.asarray(self.plan.begins[piece]), np.asarray(self.plan.sizes[piece])
+        before = np.cumsum(sizes) - sizes
+        before -= before[np.flatnonzero(within == 0)][row]  # tokens of the row before the piece
+        shape = (len(flat), self.length)
+        real = np.arange(self.length) < np.bincount(row, sizes, len(flat))[:, None]
+        new = np.zeros(shape, bool)
+        new[row, before] = True
+        segments, positions = (np.where(real, found, filler) for found, filler in zip(_counted(new), (PADDING, 0), strict=True))
+        tokens, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), real.astype(np.float32)
+        tokens[real] = self.tokens.runs(begins, sizes)  # pieces fill their rows from the left, one row after another
+        targets[:, :-1] = tokens[:, 1:]
+        goes_on, last = self._goes_on(begins + sizes), before + sizes - 1
+        targets[row[goes_on], last[goes_on]] = self.tokens.windows((begins + sizes)[goes_on], 1)[:, 0]
+        weights[row[~goes_on], last[~goes_on]] = 0
         return Batch(*(x.reshape(*np.shape(numbers), self.length) for x in (tokens, targets, weights, segments, positions)))
 
     def _goes_on(self, after: np.ndarray) -> np.ndarray:
@@ -164,6 +163,15 @@ class Packed(Rows):
         next_start = np.searchsorted(starts, after)
         found = starts[np.minimum(next_start, len(starts) - 1)]
         return (after < len(self.tokens)) & (found != after)
+
+
+def _counted(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of segments and places within them, int32 `[R, L]`, where segments begin at the first place and where `new` says."""
+    inner = new.copy()
+    inner[:, 0] = False
+    begins = np.where(inner, np.arange(new.shape[1], dtype=np.int32), np.int32(0))
+    positions = np.arange(new.shape[1], dtype=np.int32) - np.maximum.accumulate(begins, 1)
+    return np.cumsum(inner, 1, dtype=np.int32), positions
 
 
 def _ranges(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

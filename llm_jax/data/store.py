@@ -49,7 +49,8 @@ class Tokens:
         """`[Σ sizes]`: from each of `begins` `[n]` on so many ids as `sizes` `[n]` says, one run after another."""
         if isinstance(self.ids, Joined):
             return self.ids.runs(begins, sizes)
-        return self.ids[np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())]
+        parts = [self.ids[begin : begin + size] for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True)]
+        return np.concatenate(parts) if parts else self.ids[:0]
 
 
 class Joined:
