@@ -1,4 +1,4 @@
-"""Every corpus, to import from: the embedded default, text files, records, token files that `prepare` wrote, and mixtures."""
+"""Every corpus, to import from: the embedded default, text files, records, what `prepare` wrote, synthetic tasks, mixtures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from llm_jax.data.mixture import Mixture, Source
 from llm_jax.data.prepared import Prepared
 from llm_jax.data.records import ArrayRecord, HuggingFace, Jsonl, Parquet, require_split
 from llm_jax.data.standard_library import StandardLibrary
+from llm_jax.data.tasks import Recall
 
 __all__ = [
-    "ArrayRecord", "Corpus", "HuggingFace", "Jsonl", "Mixture", "Parquet", "Piece", "Prepared", "Source", "Split",
+    "ArrayRecord", "Corpus", "HuggingFace", "Jsonl", "Mixture", "Parquet", "Piece", "Prepared", "Recall", "Source", "Split",
     "StandardLibrary", "TextFiles",
 ]  # fmt: skip
 
