@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.plan:
         runner.check()
         rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()
+        console().print(plan.readings(runner.readings()))
         console().print(plan.table(ablation, runner.costs(), runner.largest_population, rate))
         return 0
     try:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llm_jax.core.config import Config, ConfigError
 from llm_jax.data.apportion import ALONE, Apportionment
@@ -35,6 +35,14 @@ class Piece:
     first: int = 0
 
 
+class Member(NamedTuple):
+    """A corpus whose rows are drawn, alone or beside others: what it is called, and which split of it."""
+
+    name: str
+    corpus: Corpus
+    split: Split | str
+
+
 @dataclass(frozen=True)
 class Corpus(Config):
     """Documents of text. The order, the splits and the fingerprint are functions of the content alone.
@@ -54,9 +62,9 @@ class Corpus(Config):
     def check(self, sequence_length: int) -> None:
         """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
 
-    def members(self, split: Split | str) -> Sequence[tuple[Corpus, Split | str]]:
-        """The corpora whose rows are drawn for a split, and what split of each it is."""
-        return [(self, split)]
+    def members(self, split: Split | str) -> Sequence[Member]:
+        """The corpora whose rows are drawn for a split."""
+        return [Member(type(self).__name__, self, split)]
 
     def apportioned(self, rows: Sequence[int], total: int) -> Apportionment:
         """Whose turn it is when, in training on `total` rows. rows: how many each of the members has."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.core.config import Config, fingerprint, require, require_positive
 from llm_jax.data.apportion import apportion
-from llm_jax.data.corpus import Corpus
+from llm_jax.data.corpus import Corpus, Member
 
 Points = tuple[tuple[float, float], ...]
 
@@ -80,7 +80,7 @@ class Mixture(Corpus):
         named = [source.corpus for source in self.sources if source.name == name]
         if named:
             return named[0].members(probe or "valid")
-        return [member for source in self.sources for member in source.corpus.members(split)]
+        return [Member(source.name, source.corpus, split) for source in self.sources]
 
     def apportioned(self, rows, total):
         changing = any(isinstance(source.weight, tuple) for source in self.sources)

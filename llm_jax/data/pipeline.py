@@ -43,7 +43,7 @@ class Data(Config):
 
 def rows_of(data: Data, tokenizer: Fitted, split: Split | str, cache: str | os.PathLike, *, times: int = 1) -> list[Rows]:
     """The rows of a split, of each corpus in it, `times` as long as they are in training. Raises what reading the text raises."""
-    stores = [tokenize(corpus, tokenizer, part, cache) for corpus, part in data.corpus.members(split)]
+    stores = [tokenize(corpus, tokenizer, part, cache) for _, corpus, part in data.corpus.members(split)]
     return [data.packing.rows(tokens, times * data.sequence_length, cache) for tokens in stores]
 
 

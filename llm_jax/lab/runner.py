@@ -24,7 +24,7 @@ from llm_jax.lab import plan, results
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
-from llm_jax.lab.sources import Source, Sources
+from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
@@ -77,6 +77,10 @@ class Runner:
     def costs(self) -> dict[str, Cost]:
         """Arm → what one of its trials takes."""
         return {arm: self._cost(self.ablation.experiment(arm)) for arm in self.ablation.arms}
+
+    def readings(self) -> dict[str, list[Reading]]:
+        """Arm → what its training reads."""
+        return {arm: self.sources.of(self.ablation.experiment(arm)).readings() for arm in self.ablation.arms}
 
     def _cost(self, experiment: Experiment) -> Cost:
         source, steps = self.sources.of(experiment), experiment.train.steps

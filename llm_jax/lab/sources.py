@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import jax
@@ -15,6 +16,22 @@ from llm_jax.data.packing import Rows
 from llm_jax.data.pipeline import Dispatches, Host
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What training reads of one corpus: its name, its documents, tokens and rows, and how many rows are drawn."""
+
+    name: str
+    documents: int
+    tokens: int
+    rows: int
+    drawn: int
+
+    @property
+    def epochs(self) -> float:
+        """How often each row is drawn, on average."""
+        return self.drawn / self.rows
 
 
 class Source:
@@ -55,6 +72,13 @@ class Source:
     def _dispatches(self, seeds: Sequence[int], steps: int) -> Dispatches:
         given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": self.host}
         return pipeline.dispatches(self.data, self.training, **given)
+
+    def readings(self) -> list[Reading]:
+        """What training reads, of each corpus."""
+        found = self._dispatches([0], 1)
+        drawn = found.turns.taken(self.steps * self.data.batch_size)
+        members = zip(self.corpus.members("train"), self.training, drawn, strict=True)
+        return [Reading(m.name, len(rows.tokens.starts), len(rows.tokens), len(rows), int(count)) for m, rows, count in members]
 
     def evaluations(self, *, final: bool) -> dict[str, Batch]:
         """Name → batches `[n, B, L]`: the validation split; at the end also other lengths, the corpus's probes, the test split.

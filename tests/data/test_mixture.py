@@ -129,7 +129,7 @@ def test_evaluation_has_as_much_of_each_source(texts, tmp_path):
     own = pipeline.evaluation_batches(pipeline.rows_of(data, fitted, "b", tmp_path), **given)
     assert set(own.targets[own.weights > 0].tolist()) == {ord("b")}
     inner = Mixture((Source("facts", Recall(length=50, distances=(4,))), Source("b", texts["b"])))
-    assert inner.probes == ("facts", "b", "facts.4-facts") and inner.members("facts.4-facts")[0][1] == "4-facts"
+    assert inner.probes == ("facts", "b", "facts.4-facts") and inner.members("facts.4-facts")[0].split == "4-facts"
     assert sum(len(d) for d in corpus.documents("train")) == 3600 + 900  # what a tokenizer is trained on
 
 
