@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 
 from llm_jax.core.config import fingerprint
+from llm_jax.core.platform import cores
 from llm_jax.data.corpora import Corpus, Split
 from llm_jax.data.store import Joined, Tokens
 from llm_jax.data.tokenizers import Fitted
@@ -46,13 +47,12 @@ def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     starts, total = [], 0
     with open(partial / "ids.bin", "wb") as out:
-        for document in corpus.documents(split):
-            ids = tokenizer.encode(document).astype(dtype)
-            if tokenizer.end is not None:
-                ids = np.append(ids, np.array(tokenizer.end, dtype))
+        end = np.array([] if tokenizer.end is None else [tokenizer.end], dtype)
+        for ids in tokenizer.encode_all(corpus.documents(split), threads=cores()):
             starts.append(total)
-            total += len(ids)
-            ids.tofile(out)
+            total += len(ids) + len(end)
+            ids.astype(dtype).tofile(out)
+            end.tofile(out)
     np.save(partial / "starts.npy", np.array(starts, np.int64))
     (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))
     if folder.exists() and not (folder / "meta.json").is_file():  # by hand or by a broken disk: ours are renamed whole
