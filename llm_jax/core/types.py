@@ -58,7 +58,8 @@ class Predictions:
 
     logits `[B, L, V]`; ahead: those of the tokens after the next one, one array each. penalty: what training adds to the loss.
     routing: what layers with experts counted, as `models.experts` reads it. unembeddings: what the logits and those ahead are made
-    of (`nn.kernels.unembedding.Unembedding`), in this order, where the model says it.
+    of (`nn.kernels.unembedding.Unembedding`), in this order, where the model says it. teacher: what the objective's teacher says of
+    the same batch, in training.
     """
 
     logits: jax.Array
@@ -66,3 +67,4 @@ class Predictions:
     penalty: Weighted | None = None
     routing: Any = field(default_factory=dict)
     unembeddings: tuple[Any, ...] = ()
+    teacher: "Predictions | None" = None

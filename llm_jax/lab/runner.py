@@ -85,11 +85,12 @@ class Runner:
         )
         times = math.ceil(steps / experiment.evaluation.every) - 1  # at the end, `final` is scored instead
         scored = [(math.prod(shape), shape[-1]) for shape in during * times + final]
-        return plan.cost(experiment, source.vocabulary, scored=scored)
+        return plan.cost(experiment, source.vocabulary, scored=scored, teacher=source.asked)
 
     def largest_population(self, experiment: Experiment) -> int:
         """How many trials of this structure may share a program."""
-        each = plan.cost(experiment, self.sources.of(experiment).vocabulary)
+        source = self.sources.of(experiment)
+        each = plan.cost(experiment, source.vocabulary, teacher=source.asked)
         most = max(len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds) * len(self.ablation.arms)
         wanted = min(self.largest or most, most)
         return plan.largest_population(experiment, each, memory=platform.memory(), devices=jax.device_count(), wanted=wanted)
@@ -99,7 +100,7 @@ class Runner:
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
         with self.folder.alone():
-            corpora = {arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()}
+            corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
             self.folder.claim(self.ablation, corpora=corpora, scale=self.scale)
             tuned = self._all(plan.tuning_runs(self.ablation))
             best = plan.winners(self.ablation, tuned)
@@ -159,14 +160,17 @@ class Runner:
             idle = jax.device_count() - math.prod(key[1].sizes.values())
             if idle:
                 self.note(f"{len(runs)} runs of {runs[0].arm} leave {idle} of {jax.device_count()} devices idle")
-            self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer)
+            self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer, teacher=source.teacher)
         return self._compiled[key]
 
 
 def _check_lengths(experiment: Experiment, source: Source) -> None:
     """Raises `ConfigError` for a length that the model or the objective refuses."""
-    one = trial(experiment, source.tokenizer)
+    one = trial(experiment, source.tokenizer, source.asked)
     state = jax.eval_shape(one.init, {})
+    if source.teacher is not None:
+        batches = jax.tree.map(lambda x: x[0], source.example(1))
+        jax.eval_shape(one.steps, {}, state, batches, source.teacher.shapes)
     for batches in {b.tokens.shape[-1]: b for b in source.evaluations(final=True).values()}.values():
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype), batches)
         jax.eval_shape(one.evaluate, {}, state, row)
@@ -179,7 +183,7 @@ class Group:
         self.runner, self.runs = runner, runs
         self.name = fingerprint([run.name for run in runs])
         self.source = runner.sources.of(runs[0].experiment)
-        self.cost = plan.cost(runs[0].experiment, self.source.vocabulary)
+        self.cost = plan.cost(runs[0].experiment, self.source.vocabulary, teacher=self.source.asked)
         arms = list(dict.fromkeys(run.arm for run in runs))
         self.title = f"{arms[0] if len(arms) == 1 else f'{len(arms)} arms'} · {runs[0].phase} × {len(runs)}"
 

@@ -1,4 +1,4 @@
-"""The text of a trial, ready to train on: corpus, fitted tokenizer, token stores and evaluation batches, shared by equals."""
+"""What a trial learns from: corpus, fitted tokenizer, token stores, evaluation batches and a teacher, shared by equals."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from llm_jax.core.config import fingerprint, to_json
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.types import Batch
 from llm_jax.data import packing, pipeline
+from llm_jax.lab import teachers
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
+from llm_jax.train.pretrain import Teacher
 
 
 class Source:
     """The corpus of one experiment through its tokenizer; everything is read from the cache where it was made before."""
 
     def __init__(self, experiment: Experiment):
-        self.data, self.evaluation = experiment.data, experiment.evaluation
+        self.data, self.evaluation, self.objective = experiment.data, experiment.evaluation, experiment.objective
         self.corpus = experiment.data.corpus
         mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
@@ -36,12 +38,30 @@ class Source:
         return packing.tokenize(self.corpus, self.tokenizer, split, cache_dir())
 
     @cached_property
+    def teacher(self) -> teachers.Found | None:
+        """The trained model that the objective asks, if it asks one. Raises `ConfigError`."""
+        folder = self.objective.taught_by
+        return None if folder is None else teachers.find(folder, self.objective, self.tokenizer)
+
+    @property
+    def asked(self) -> Teacher | None:
+        """The teacher as a program sees it."""
+        return None if self.teacher is None else self.teacher.asked
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of all that is learned from."""
+        corpus = self.corpus.fingerprint()
+        return corpus if self.teacher is None else fingerprint([corpus, self.teacher.identity])
+
+    @cached_property
     def training(self) -> packing.Tokens:
         """The token store that is trained on."""
         return self.tokens("train")
 
     def check(self) -> None:
-        """Raises `ConfigError` if any split that will be used is too short, before anything is trained."""
+        """Raises `ConfigError` if any split that will be used is too short, or the teacher none, before anything is trained."""
+        _ = self.teacher
         self.feed([0], 1, 0)
         self.evaluations(final=True)
 
@@ -91,7 +111,8 @@ class Sources:
         """The experiment's source, made on first use."""
         e = experiment
         names = [special.name for special in e.objective.specials]
-        key = fingerprint([*(to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh)), names])
+        parts = (to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh))
+        key = fingerprint([*parts, names, e.objective.taught_by and to_json(e.objective)])
         if key not in self._known:
             self._known[key] = Source(experiment)
         return self._known[key]
