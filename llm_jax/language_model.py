@@ -252,7 +252,12 @@ class LM:
         if self.tokenizer is None:
             why = self.untold or f"{self.source} has no tokenizer"
             raise ConfigError(f"are what this model takes, got {text[:40]!r}: {why}", "token ids")
-        return [*before, *map(int, self.tokenizer.encode(text)), *after]
+        ids = [*before, *map(int, self.tokenizer.encode(text)), *after]
+        if ids and max(ids) >= self.vocabulary:
+            raise ConfigError(
+                f"gives the id {max(ids)}, and {self.source} has only {self.vocabulary}: it is another's", "tokenizer"
+            )
+        return ids
 
     def _scored(self, context: Text, continuation: Text) -> tuple[list[int], int, list[int]]:
         """A row, the place of its first token that is scored, and what an encoder reads."""

@@ -101,7 +101,8 @@ class Runner:
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
         with self.folder.alone():
             corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
-            self.folder.claim(self.ablation, corpora=corpora, scale=self.scale)
+            tokenizers = {arm: self.sources.of(e).tokenizer.fingerprint for arm, e in arms.items()}
+            self.folder.claim(self.ablation, corpora=corpora, tokenizers=tokenizers, scale=self.scale)
             tuned = self._all(plan.tuning_runs(self.ablation))
             best = plan.winners(self.ablation, tuned)
             for arm in arms:

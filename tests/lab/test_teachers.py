@@ -186,12 +186,12 @@ def test_a_better_teacher_helps_where_there_is_little_text(tmp_path):
     for name, lines in (("much.txt", 8000), ("little.txt", 140)):
         (tmp_path / name).write_text("\n".join(" ".join(rng.choice(WORDS, 8, p=odds / odds.sum())) for _ in range(lines)))
     much = Experiment(
-        data=Data(corpus=TextFiles(path=str(tmp_path / "much.txt")), sequence_length=32, batch_size=16),
+        data=Data(corpus=TextFiles(path=str(tmp_path / "much.txt")), sequence_length=64, batch_size=4),
         model=Decoder(width=32, depth=2, attention=Attention(heads=2)),
         optimizer=AdamW(learning_rate=8e-3),
-        train=Train(steps=400, log_every=100),
-        evaluation=Evaluation(every=400, bytes=16_384),
-        checkpoints=Checkpoints(every=400),
+        train=Train(steps=240, log_every=60),
+        evaluation=Evaluation(every=240, bytes=16_384),
+        checkpoints=Checkpoints(every=240),
     )
     (best,) = trained(tmp_path / "teacher", much, {"teacher": {}})
     few = override(much, {"data.corpus.path": str(tmp_path / "little.txt"), "data.corpus.valid_fraction": 0.3})
