@@ -70,6 +70,7 @@ class Runner:
         scores = (*experiment.objective.scores, *experiment.evaluation.scores)
         splits = [name.partition("@") for name in source.evaluations(final=True)]
         known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in scores]
+        known += [f"{probe}/accuracy" for probe in source.probed]
         for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
             if metric is not None and metric not in known:
                 raise ConfigError(f"is not scored: did you mean {nearest(metric, known)}?", f"metric {metric!r}")
@@ -203,7 +204,11 @@ class Group:
         seeds = [run.seed for run in self.runs]
         compiled.expect(
             self.source.example(rhythm.dispatch),
-            [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()],
+            [
+                *self.source.evaluations(final=False).values(),
+                *self.source.evaluations(final=True).values(),
+                *self.source.probed.values(),
+            ],
             fresh=not self._checkpoints.is_dir(),
         )
         self.runner.folder.begin(self.name, [run.name for run in self.runs])
@@ -294,7 +299,7 @@ class Group:
             rewind=rewind,
             report=progress.update,
             evaluations=self.source.evaluations(final=False),
-            final=self.source.evaluations(final=True),
+            final=self.source.evaluations(final=True) | self.source.probed,
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,

@@ -10,8 +10,9 @@ import jax
 
 from llm_jax.core.config import fingerprint, to_json
 from llm_jax.core.platform import cache_dir
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Probed
 from llm_jax.data import pipeline
+from llm_jax.data.labels import labelled
 from llm_jax.data.packing import Rows
 from llm_jax.data.pipeline import Dispatches, Host
 from llm_jax.lab.experiment import Experiment
@@ -60,6 +61,7 @@ class Source:
         """Raises `ConfigError` if any split that will be used is too short, before anything is trained."""
         self._dispatches([0], 1)
         self.evaluations(final=True)
+        _ = self.probed
 
     def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
         """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
@@ -94,12 +96,25 @@ class Source:
             sets |= {f"valid@{probe}": self._batches(probe, 1) for probe in self.corpus.probes}
         return sets
 
+    @cached_property
+    def probed(self) -> dict[str, Probed]:
+        """What a linear probe is fitted to and scored on, by the name of its scores; nothing where none is asked for."""
+        labels = self.evaluation.probe
+        if labels is None:
+            return {}
+        given = {"length": self.data.sequence_length, "batch": self._rows(1)}
+        fit, test = (labelled(self.corpus, self.tokenizer, split, labels, **given) for split in ("valid", "test"))
+        return {"probe": Probed(fit, test)}
+
+    def _rows(self, times: int) -> int:
+        """Rows of a batch that is scored, of `times` the trained length: about as many tokens as a batch of training."""
+        return -(-self.data.batch_size // (times * self.parts)) * self.parts
+
     def _batches(self, split: str, times: int) -> Batch:
         if (split, times) not in self._evaluated:
-            rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
             self._evaluated[split, times] = pipeline.evaluation_batches(
                 pipeline.rows_of(self.data, self.tokenizer, split, cache_dir(), times=times),
-                batch=rows,
+                batch=self._rows(times),
                 byte_lengths=self.tokenizer.byte_lengths,
                 limit_bytes=self.evaluation.bytes,
                 host=self.host,

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, require, require_positive, substitute, traced
-from llm_jax.core.types import Batch, Metrics
+from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.models import experts
 from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles, token_table
-from llm_jax.models.predict import predict
+from llm_jax.models.predict import hidden_states, predict
 from llm_jax.nn.embedding import neighbour_purity
 from llm_jax.objectives.objective import Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
+from llm_jax.train.probe import linear_probe
 from llm_jax.train.step import TrainState, make_train_step, many_steps
 
 Values = Mapping[str, Any]  # dotted path → scalar, traced under jit
@@ -76,13 +77,14 @@ class Trial:
     """Pure functions of `values` (path → scalar), which take the place of the recipe's traced fields.
 
     init: `values -> TrainState`. steps: `(values, state, batches [k, B, L]) -> (state, metrics summed over k)`.
-    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout.
+    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout; of what is `Probed`, those of a
+    linear probe of the hidden states.
     parameters: abstract, boxed with their logical axes.
     """
 
     init: Callable[[Values], TrainState]
     steps: Callable[[Values, TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Values, TrainState, Batch], Metrics]
+    evaluate: Callable[[Values, TrainState, Batch | Probed], Metrics]
     parameters: Any
 
 
@@ -139,11 +141,12 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
         )
         return many_steps(step, state, batches)
 
-    def evaluate(values: Values, state: TrainState, batches: Batch) -> Metrics:
+    def evaluate(values: Values, state: TrainState, batches: Batch | Probed) -> Metrics:
         given = substitute(recipe, values)
-        params = state.average
-        if params is None:
-            params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
+        params = _evaluated(given, state)
+        if isinstance(batches, Probed):
+            features = partial(hidden_states, given.model, vocabulary, params)
+            return linear_probe(features, batches, len(recipe.evaluation.probe.classes))
         score = loss(given, train=False)
         # of rows, so that what is hidden depends on no batch size, and on no trial's seed
         numbers = jnp.arange(math.prod(batches.tokens.shape[:2])).reshape(batches.tokens.shape[:2])
@@ -160,3 +163,8 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
         return scores
 
     return Trial(init, steps, evaluate, abstract)
+
+
+def _evaluated(given: Recipe, state: TrainState) -> Any:
+    """The parameters that are scored: their moving average, where there is one."""
+    return given.optimizer.evaluation_params(state.opt_state[1], state.params) if state.average is None else state.average
