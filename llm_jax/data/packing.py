@@ -78,10 +78,11 @@ class Windows(Rows):
             return Batch(ids[..., :-1], ids[..., 1:])
         first, stop = (np.searchsorted(starts, at, side="right") for at in (begins, begins + self.length))
         document, row, _ = _ranges(first, stop - first)
-        new = np.zeros((len(begins), self.length + 1), bool)
-        new[row, starts[document] - begins[row]] = True
-        segments, positions = _counted(new[:, :-1])
-        weights = (~new[:, 1:]).astype(np.float32)
+        place = starts[document] - begins[row]  # 1 to length
+        weights = np.ones((len(begins), self.length), np.float32)
+        weights[row, place - 1] = 0
+        inner = place < self.length
+        segments, positions = _counted(row[inner], place[inner], weights.shape)
         shape = (*np.shape(numbers), self.length)
         return Batch(ids[..., :-1], ids[..., 1:], *(array.reshape(shape) for array in (weights, segments, positions)))
 
@@ -146,9 +147,8 @@ class Packed(Rows):
         before -= before[np.flatnonzero(within == 0)][row]  # tokens of the row before the piece
         shape = (len(flat), self.length)
         real = np.arange(self.length) < np.bincount(row, sizes, len(flat))[:, None]
-        new = np.zeros(shape, bool)
-        new[row, before] = True
-        segments, positions = (np.where(real, found, filler) for found, filler in zip(_counted(new), (PADDING, 0), strict=True))
+        counted = _counted(row, before, shape)
+        segments, positions = (np.where(real, found, filler) for found, filler in zip(counted, (PADDING, 0), strict=True))
         tokens, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), real.astype(np.float32)
         tokens[real] = self.tokens.runs(begins, sizes)  # pieces fill their rows from the left, one row after another
         targets[:, :-1] = tokens[:, 1:]
@@ -165,13 +165,19 @@ class Packed(Rows):
         return (after < len(self.tokens)) & (found != after)
 
 
-def _counted(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of segments and places within them, int32 `[R, L]`, where segments begin at the first place and where `new` says."""
-    inner = new.copy()
-    inner[:, 0] = False
-    begins = np.where(inner, np.arange(new.shape[1], dtype=np.int32), np.int32(0))
-    positions = np.arange(new.shape[1], dtype=np.int32) - np.maximum.accumulate(begins, 1)
-    return np.cumsum(inner, 1, dtype=np.int32), positions
+def _counted(row: np.ndarray, place: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of segments and places within them, int32 `[R, L]`: segments begin where rows do and at these places of rows.
+
+    Run by run: four times as quick as sums along rows.
+    """
+    rows, length = shape
+    firsts = np.arange(rows) * length
+    begins = np.union1d(firsts, row * length + place)
+    sizes = np.diff(begins, append=rows * length)
+    of = begins // length
+    numbers = np.arange(len(begins)) - np.searchsorted(begins, firsts)[of]
+    segments, starts = (np.repeat(each.astype(np.int32), sizes).reshape(shape) for each in (numbers, begins - firsts[of]))
+    return segments, np.arange(length, dtype=np.int32) - starts
 
 
 def _ranges(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -85,6 +85,9 @@ class Dispatches:
         turns = self.turns.turns((self.first + item) * size, (self.first + item + 1) * size)
         whose, which = (x.reshape(self.steps, self.batch)[:, self.host.part(self.batch)] for x in turns)
         present = [number for number in range(len(self.sources)) if (whose == number).any()]
+        if len(present) == 1:
+            found = self._rows(present[0], which.ravel())
+            return jax.tree.map(lambda array: array.reshape(len(self.seeds), *which.shape, -1), found)
         places = [np.nonzero(whose == number) for number in present]
         parts = [self._rows(number, which[at]) for number, at in zip(present, places, strict=True)]
 

@@ -33,9 +33,8 @@ def _feistel(value: np.ndarray, epoch: np.ndarray, seed: int, half: int) -> np.n
 
 def _mixed(value: np.ndarray, epoch: np.ndarray, seed: int, turn: int) -> np.ndarray:
     """SplitMix64's finalizer (Steele et al. 2014) of value, epoch, seed and round."""
-    with np.errstate(over="ignore"):
-        key = np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(turn + 1) * np.uint64(0xD1B54A32D192ED03)
-        x = value + key + epoch.astype(np.uint64) * np.uint64(0x8CB92BA72F3D8DD7)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    key = np.uint64((int(seed) % 2**63 * 0x9E3779B97F4A7C15 + (turn + 1) * 0xD1B54A32D192ED03) % 2**64)
+    x = value + key + epoch.astype(np.uint64) * np.uint64(0x8CB92BA72F3D8DD7)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
