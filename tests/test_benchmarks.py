@@ -16,6 +16,14 @@ from llm_jax.models import count
 
 BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 QUICK = ["--patience=0", "--rounds=1"]
+TEXT = [
+    "pipeline.py",
+    *QUICK,
+    "--corpus=StandardLibrary(megabytes=0.3)",
+    "--tokenizer=ByteLevelBPE(400)",
+    "--length=64",
+    "--seconds=0",
+]
 MOE = ["moe.py", *QUICK, "--widths=32", "--tokens=256", "--length=64", "--steps=1"]
 
 WORKER = """
@@ -76,6 +84,8 @@ def test_work_of_children_is_our_own():
         ([*MOE, "--at_most=0.01"], 1, "skewed"),
         (["attention.py", *QUICK, "--lengths=128", "--long=1024"], 0, "1024 tokens, blockwise"),
         (["train.py", *QUICK, "--sizes=XS", "--sides=llm_jax", "--seconds=0.2", "--retakes=0"], 0, "108,352 parameters"),
+        ([*TEXT, "--paragraphs", "--tried=50", "--at_least=0.01,0.01"], 0, "arrow without map"),
+        ([*TEXT, "--works=packing", "--at_least=0,1e9"], 1, "both sides' tokens are the same"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
 )

@@ -31,6 +31,13 @@ flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+flags.DEFINE_integer(
+    "data_workers",
+    0,
+    "Processes that make batches ahead of time (default: a thread does): for slow disks and fast devices.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
@@ -44,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report
     from llm_jax.lab.runner import Runner
+    from llm_jax.lab.sources import Sources
     from llm_jax.lab.workfolder import WorkFolder
     from llm_jax.train.loop import Interrupted
 
@@ -51,10 +59,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
-    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), command=command, scale=scale, largest=FLAGS.population)
+    given = {"command": command, "scale": scale, "largest": FLAGS.population, "sources": Sources(workers=FLAGS.data_workers)}
+    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), **given)
     if FLAGS.plan:
         runner.check()
         rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()
+        console().print(plan.readings(runner.readings()))
         console().print(plan.table(ablation, runner.costs(), runner.largest_population, rate))
         return 0
     try:

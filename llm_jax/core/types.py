@@ -30,6 +30,24 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Labelled:
+    """Token sequences and a class for each token, int32 `[..., B, L]`; negative for none."""
+
+    batch: Batch
+    classes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Probed:
+    """What a linear probe is fitted to, and what it is scored on; `[n, B, L]` both."""
+
+    fit: Labelled
+    test: Labelled
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Weighted:
     """A sum and its weight, kept apart so that micro-batches, hosts and packed rows add up exactly (f32 scalars)."""
 

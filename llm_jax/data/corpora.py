@@ -1,4 +1,4 @@
-"""Every corpus, in one place to import from: the embedded default, text files, records, and token files that `prepare` wrote."""
+"""Every corpus, to import from: the embedded default, text files, records, what `prepare` wrote, synthetic tasks, mixtures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Literal
 from llm_jax.core.config import require
 from llm_jax.data import files
 from llm_jax.data.corpus import Corpus, Piece, Split, by_name
+from llm_jax.data.mixture import Mixture, Source
 from llm_jax.data.prepared import Prepared
 from llm_jax.data.records import ArrayRecord, HuggingFace, Jsonl, Parquet, require_split
 from llm_jax.data.standard_library import StandardLibrary
+from llm_jax.data.tasks import Recall
 
 __all__ = [
-    "ArrayRecord", "Corpus", "HuggingFace", "Jsonl", "Parquet", "Piece", "Prepared", "Split", "StandardLibrary", "TextFiles",
+    "ArrayRecord", "Corpus", "HuggingFace", "Jsonl", "Mixture", "Parquet", "Piece", "Prepared", "Recall", "Source", "Split",
+    "StandardLibrary", "TextFiles",
 ]  # fmt: skip
 
 

@@ -7,9 +7,10 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llm_jax.core.config import Config, ConfigError
+from llm_jax.data.apportion import ALONE, Apportionment
 
 if TYPE_CHECKING:
     from llm_jax.data.store import Tokens
@@ -34,6 +35,14 @@ class Piece:
     first: int = 0
 
 
+class Member(NamedTuple):
+    """A corpus whose rows are drawn, alone or beside others: what it is called, and which split of it."""
+
+    name: str
+    corpus: Corpus
+    split: Split | str
+
+
 @dataclass(frozen=True)
 class Corpus(Config):
     """Documents of text. The order, the splits and the fingerprint are functions of the content alone.
@@ -52,6 +61,14 @@ class Corpus(Config):
 
     def check(self, sequence_length: int) -> None:
         """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
+
+    def members(self, split: Split | str) -> Sequence[Member]:
+        """The corpora whose rows are drawn for a split."""
+        return [Member(type(self).__name__, self, split)]
+
+    def apportioned(self, rows: Sequence[int], total: int) -> Apportionment:
+        """Whose turn it is when, in training on `total` rows. rows: how many each of the members has."""
+        return ALONE
 
     def pieces(self, size: int | None = None) -> Sequence[Piece]:
         """The corpus in pieces, in order, each of about `size` bytes or less where it can be cut; None: uncut."""
@@ -126,6 +143,7 @@ def _fingerprint(corpus: Corpus) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(1)  # it is asked for once for each split
 def share(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -36,6 +36,22 @@ def pieces(data: dict[str, Any], ids: dict[str, int]) -> tuple[list[bytes], bool
     return found, whole and all(_keeps(step) for step in before)
 
 
+def parts_at_words(data: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` gives the same ids where a text is cut after a word, before a space or line end.
+
+    So it is where BERT's or GPT-2's words are looked at one by one and special tokens are text.
+    """
+    normalizers, cutters = [*_steps(data.get("normalizer"))], [*_steps(data.get("pre_tokenizer"))]
+    if len(cutters) != 1 or not all(token["special"] for token in data.get("added_tokens", ())):
+        return False
+    match cutters[0]:
+        case {"type": "BertPreTokenizer"}:
+            return all(step["type"] == "BertNormalizer" for step in normalizers)
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return cutters[0].get("use_regex", True) and not normalizers
+    return False
+
+
 def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """The parts of a normalizer, pre-tokenizer or decoder, one by one."""
     inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers") or (part or {}).get("decoders")
@@ -69,15 +85,21 @@ def byte_characters() -> dict[str, bytes]:
     return {chr(b): bytes([b]) for b in printable} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
 
 
-def keeps_text(model: bytes) -> bool:
-    """Whether a file of SentencePiece leaves text as it is: nothing is normalized or added, and bytes stand for what is unseen."""
+def keeps_text(model: bytes) -> tuple[bool, bool]:
+    """Whether a file of SentencePiece leaves text as it is, and then whether ids stay what they are where it is cut at a line end.
+
+    The former where nothing is normalized or added and bytes stand for what is unseen; the latter where only pairs are joined, and
+    no piece has a line end inside. A unigram model adds up what comes before, and rounds.
+    """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     read = proto.ModelProto.FromString(model)
     does = read.normalizer_spec
     changes = does.add_dummy_prefix or does.remove_extra_whitespaces or does.precompiled_charsmap or not does.escape_whitespaces
     in_bytes = sum(piece.type == proto.ModelProto.SentencePiece.BYTE for piece in read.pieces) == 256
-    return not changes and in_bytes
+    pairs = read.trainer_spec.model_type == proto.TrainerSpec.BPE
+    lines = pairs and not any("\n" in piece.piece and len(piece.piece) > 1 for piece in read.pieces)
+    return not changes and in_bytes, lines
 
 
 # ── where pieces stand ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,158 +1,200 @@
-"""From token stores to batches: windows in an order that is a function of seed and step alone, packed documents masked.
+"""From token stores to batches, in an order that is a function of seed and step alone, whoever reads it.
 
 The unit that grain iterates over is a whole dispatch of batches, gathered by vectorised numpy: at 64-token windows grain's own
-shuffle and batch cost 50 µs a window, a fifth of a core at the speed that small models eat them.
+shuffle and batch cost 50 µs a window, a fifth of a core at the speed that small models eat them. A dispatch depends on no other,
+so any host makes its own rows of any of them, and an iterator's state is a number.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
-from llm_jax.data.corpora import Corpus, StandardLibrary
-from llm_jax.data.store import Tokens
-
-ROUNDS = 4  # of the Feistel network; four make a pseudo-random permutation (Luby & Rackoff 1988)
+from llm_jax.data.apportion import Apportionment
+from llm_jax.data.corpora import Corpus, Split, StandardLibrary
+from llm_jax.data.packing import ConcatThenSplit, Packing, Rows
+from llm_jax.data.shuffle import shuffled
+from llm_jax.data.tokenized import tokenize
+from llm_jax.data.tokenizers import Fitted
 
 
 @dataclass(frozen=True)
 class Data(Config):
     """What is trained on, and in what pieces.
 
-    sequence_length: tokens a row; batch_size: rows a step, over all devices. Documents are packed one after another and cut
-    into rows; with document_masks attention, positions and loss stay within documents, without they run across.
+    sequence_length: tokens a row; batch_size: rows a step, over all devices; packing: how documents become rows.
     """
 
     corpus: Corpus = field(default_factory=StandardLibrary)
     sequence_length: int = 128
     batch_size: int = 16
-    document_masks: bool = True
+    packing: Packing = field(default_factory=ConcatThenSplit)
 
     def validate(self):
         require_positive(self, "sequence_length", "batch_size")
         self.corpus.check(self.sequence_length)
 
 
-def windows(tokens: Tokens, length: int) -> int:
-    """How many rows of `length` tokens and their targets a store holds."""
-    return max(len(tokens) - 1, 0) // length
+def rows_of(data: Data, tokenizer: Fitted, split: Split | str, cache: str | os.PathLike, *, times: int = 1) -> list[Rows]:
+    """The rows of a split, of each corpus in it, `times` as long as they are in training. Raises what reading the text raises."""
+    stores = [tokenize(corpus, tokenizer, part, cache) for _, corpus, part in data.corpus.members(split)]
+    return [data.packing.rows(tokens, times * data.sequence_length, cache) for tokens in stores]
 
 
-def gather(tokens: Tokens, rows: np.ndarray, length: int, *, document_masks: bool) -> Batch:
-    """The windows with the given numbers `[…]` as a batch `[…, length]` of int32."""
-    at = rows[..., None].astype(np.int64) * length + np.arange(length + 1)
-    ids = tokens.windows(at[..., 0], length + 1).astype(np.int32)
-    if not document_masks:
-        return Batch(ids[..., :-1], ids[..., 1:])
-    document = np.searchsorted(tokens.starts, at, side="right")
-    begins = np.maximum(tokens.starts[document[..., :-1] - 1], at[..., :1])
-    weights = (document[..., 1:] == document[..., :-1]).astype(np.float32)
-    segments = (document - document[..., :1])[..., :-1].astype(np.int32)
-    return Batch(ids[..., :-1], ids[..., 1:], weights, segments, (at[..., :-1] - begins).astype(np.int32))
+@dataclass(frozen=True)
+class Host:
+    """Which one of the processes that each make their rows of every batch; together they make all."""
 
+    index: int = 0
+    count: int = 1
 
-def shuffled(index: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where the examples with the given running numbers stand: every `size` of them are one epoch, a permutation of its own.
-
-    Nothing is stored, so it costs the same for 10⁴ and 10¹² examples: a Feistel network over the next power of four, walked
-    until it lands inside (Black & Rogaway 2002).
-    """
-    epoch, within = np.divmod(np.asarray(index, np.int64), size)
-    half = max((int(size - 1).bit_length() + 1) // 2, 1)
-    place = _feistel(within.astype(np.uint64), epoch, seed, half)
-    outside = place >= size
-    while outside.any():
-        place[outside] = _feistel(place[outside], epoch[outside], seed, half)
-        outside = place >= size
-    return place.astype(np.int64)
-
-
-def _feistel(value: np.ndarray, epoch: np.ndarray, seed: int, half: int) -> np.ndarray:
-    mask = np.uint64((1 << half) - 1)
-    left, right = value >> np.uint64(half), value & mask
-    for turn in range(ROUNDS):
-        left, right = right, left ^ (_mixed(right, epoch, seed, turn) & mask)
-    return (left << np.uint64(half)) | right
-
-
-def _mixed(value: np.ndarray, epoch: np.ndarray, seed: int, turn: int) -> np.ndarray:
-    """SplitMix64's finalizer (Steele et al. 2014) of value, epoch, seed and round."""
-    with np.errstate(over="ignore"):
-        key = np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(turn + 1) * np.uint64(0xD1B54A32D192ED03)
-        x = value + key + epoch.astype(np.uint64) * np.uint64(0x8CB92BA72F3D8DD7)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    def part(self, rows: int) -> slice:
+        """Its own of so many rows. Raises `ConfigError` where they do not divide."""
+        if rows % self.count:
+            raise ConfigError(f"must be a multiple of the {self.count} hosts that make it, got {rows}", "data.batch_size")
+        share = rows // self.count
+        return slice(self.index * share, (self.index + 1) * share)
 
 
 @dataclass(frozen=True)
 class Dispatches:
-    """A random-access source whose item i is everything that dispatch i of the program eats: `[seeds, steps, B, L]`."""
+    """A random-access source whose item i is everything that dispatch `first + i` of the program eats: `[seeds, steps, B, L]`.
 
-    data: Data
-    tokens: Tokens
+    sources: the rows of every source; turns: whose turn it is; batch: rows of a step, of which those of `host` are made.
+    """
+
+    sources: tuple[Rows, ...]
+    turns: Apportionment
+    batch: int
     seeds: tuple[int, ...]
     steps: int
+    host: Host = Host()
+    first: int = 0
 
     def __len__(self) -> int:
-        return 2**62 // (self.steps * self.data.batch_size)
+        return 2**62 // (self.steps * self.batch)
 
     def __getitem__(self, item: int) -> Batch:
-        data, per_item = self.data, self.steps * self.data.batch_size
-        running = np.arange(item * per_item, (item + 1) * per_item)
-        size = windows(self.tokens, data.sequence_length)
-        rows = np.stack([shuffled(running, size, seed).reshape(self.steps, data.batch_size) for seed in self.seeds])
-        return gather(self.tokens, rows, data.sequence_length, document_masks=data.document_masks)
+        size = self.steps * self.batch
+        turns = self.turns.turns((self.first + item) * size, (self.first + item + 1) * size)
+        whose, which = (x.reshape(self.steps, self.batch)[:, self.host.part(self.batch)] for x in turns)
+        present = [number for number in range(len(self.sources)) if (whose == number).any()]
+        if len(present) == 1:
+            found = self._rows(present[0], which.ravel())
+            return jax.tree.map(lambda array: array.reshape(len(self.seeds), *which.shape, -1), found)
+        places = [np.nonzero(whose == number) for number in present]
+        parts = [self._rows(number, which[at]) for number, at in zip(present, places, strict=True)]
+
+        def woven(*arrays: np.ndarray) -> np.ndarray:
+            found = np.empty((len(self.seeds), *whose.shape, arrays[0].shape[-1]), arrays[0].dtype)
+            for (step, row), array in zip(places, arrays, strict=True):
+                found[:, step, row] = array
+            return found
+
+        return jax.tree.map(woven, *parts)
+
+    def _rows(self, number: int, which: np.ndarray) -> Batch:
+        """`[seeds, n, L]`: rows of a source, the examples `which` `[n]` of each seed's own order."""
+        rows = self.sources[number]
+        return rows.gather(np.stack([shuffled(which, len(rows), seed + (number << 32)) for seed in self.seeds]))
 
 
-def feed(data: Data, tokens: Tokens, *, seeds: Sequence[int], steps_per_item: int, start_step: int = 0) -> Iterator[Batch]:
-    """Batches `[seeds, steps_per_item, B, L]` of host arrays without end, prefetched by a thread.
+def dispatches(
+    data: Data, sources: Sequence[Rows], *, seeds: Sequence[int], steps_per_item: int, steps: int, host: Host = Host()
+) -> Dispatches:
+    """All that training for so many steps eats, and of it what `host` makes.
 
-    Row r of step s is the same for a seed whatever the others are and however steps are grouped. The iterator is grain's:
-    `get_state()` is `{"next_index": n}` and `set_state` resumes exactly. Raises `ConfigError` for too short a store.
+    Raises `ConfigError` where a source has no row, they do not last, or hosts cannot share a batch.
+    """
+    host.part(data.batch_size)
+    for rows in sources:
+        if len(rows) < 1:
+            raise ConfigError(
+                f"must be < {len(rows.tokens)}, all the tokens of the {rows.tokens.split} split, got {data.sequence_length}: "
+                "use a larger corpus or shorter sequences",
+                "data.sequence_length",
+            )
+    turns = data.corpus.apportioned([len(rows) for rows in sources], steps * data.batch_size)
+    return Dispatches(tuple(sources), turns, data.batch_size, tuple(seeds), steps_per_item, host)
+
+
+def feed(source: Dispatches, *, start_step: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """Batches `[seeds, steps, B, L]` of host arrays without end.
+
+    Row r of step s is the same for a seed whatever the others are, however steps are grouped, and however many hosts there are.
+    They are made ahead of time, by a thread, or by so many `workers`, processes. The iterator is grain's: without workers
+    `get_state()` is `{"next_index": n}`, from `start_step` on, and `set_state` resumes exactly.
     """
     import grain
 
-    if windows(tokens, data.sequence_length) < 1:
-        raise ConfigError(
-            f"must be < {len(tokens)}, all the tokens of the {tokens.split} split, got {data.sequence_length}: "
-            "use a larger corpus or shorter sequences",
-            "data.sequence_length",
-        )
-    if start_step % steps_per_item:
-        raise ValueError(f"start_step={start_step} must be a multiple of steps_per_item={steps_per_item}")
-    source = Dispatches(data, tokens, tuple(seeds), steps_per_item)
-    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-    iterator.set_state({"next_index": start_step // steps_per_item})
-    return iterator
+    if start_step % source.steps:
+        raise ValueError(f"start_step={start_step} must be a multiple of steps={source.steps}")
+    source = replace(source, first=start_step // source.steps)
+    items = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    return iter(items) if workers == 0 else _by_workers(items, workers)
+
+
+def _by_workers(items, workers: int) -> Iterator[Batch]:
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain hands the flags on to its processes
+        flags.FLAGS.mark_as_parsed()
+    return iter(items.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
 
 
 def evaluation_batches(
-    data: Data, tokens: Tokens, *, length: int, batch: int, byte_lengths: np.ndarray, limit_bytes: int | None
+    sources: Sequence[Rows], *, batch: int, byte_lengths: np.ndarray, limit_bytes: int | None, host: Host = Host()
 ) -> Batch:
-    """The store's first windows of `length` tokens in order, `[n, batch, length]`; at most about `limit_bytes` of text.
+    """The first rows of all sources in order, `[n, batch, length]`; at most about `limit_bytes` of text, as much of each source.
 
     byte_lengths `[V]`: bytes that each id stands for, so that every tokenizer is scored on the same text.
 
-    The last batch is filled up with rows of weight 0. Raises `ConfigError` if there is no window at all.
+    The last batch is filled up with rows of weight 0. Raises `ConfigError` where a source has no row at all.
     """
-    count = windows(tokens, length)
-    if count < 1:
+    limit = None if limit_bytes is None else limit_bytes // len(sources)
+    found = _joined([_first_rows(rows, byte_lengths, limit) for rows in sources])
+    count = len(found.tokens)
+    missing = -count % batch
+    weights = np.ones(found.targets.shape, np.float32) if found.weights is None else np.asarray(found.weights)
+    filled = jax.tree.map(lambda array: np.concatenate([array, array[-1:].repeat(missing, 0)]), found)
+    filled = replace(filled, weights=np.pad(weights, ((0, missing), (0, 0))))
+    return jax.tree.map(lambda array: array.reshape(-1, batch, array.shape[-1])[:, host.part(batch)], filled)
+
+
+def _first_rows(rows: Rows, byte_lengths: np.ndarray, limit: int | None) -> Batch:
+    """`[n, length]`: the first rows of about so many bytes of text; all without a limit, one at least."""
+    if len(rows) < 1:
         raise ConfigError(
-            f"has only {len(tokens)} tokens in its {tokens.split} split, and evaluation needs sequences of {length}: "
-            "use a larger corpus, shorter sequences or smaller evaluation.lengths",
+            f"has only {len(rows.tokens)} tokens in its {rows.tokens.split} split, and evaluation needs sequences of "
+            f"{rows.length}: use a larger corpus, shorter sequences or smaller evaluation.lengths",
             "data.corpus",
         )
-    if limit_bytes is not None:
-        # twice as many ids hold that much text: only the ends of documents have no byte
-        text = np.cumsum(byte_lengths[tokens.ids[1 : 2 * limit_bytes + 1]], dtype=np.float64)
-        count = max(min(count, int(np.searchsorted(text, limit_bytes, side="right")) // length), 1)
-    rows = np.arange(-(-count // batch) * batch)
-    found = gather(tokens, np.minimum(rows, count - 1).reshape(-1, batch), length, document_masks=data.document_masks)
-    weights = np.ones(found.targets.shape, np.float32) if found.weights is None else found.weights
-    weights = weights * (rows < count).reshape(-1, batch, 1).astype(np.float32)
-    return Batch(found.tokens, found.targets, weights, found.segments, found.positions)
+    if limit is None:
+        return rows.gather(np.arange(len(rows)))
+    kept, room, at = [], float(limit), 0
+    while at < len(rows):
+        # twice as many ids hold that much text: only the ends of documents, and padding, have no byte
+        part = rows.gather(np.arange(at, min(at + int(2 * room) // rows.length + 1, len(rows))))
+        text = byte_lengths[part.targets].astype(np.float64)
+        if part.segments is not None:
+            text[part.segments < 0] = 0
+        filled = np.cumsum(text.sum(-1))
+        held = int(np.searchsorted(filled, room, side="right"))
+        kept.append(jax.tree.map(lambda array, held=held: array[:held], part))
+        if held < len(filled):
+            break
+        room, at = room - filled[-1], at + len(filled)
+    found = _joined(kept)
+    return found if len(found.tokens) else rows.gather(np.arange(1))
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """Batches `[n, …]` one after another."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -41,9 +41,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes the folder that `Prepared(path=out)` reads; returns its manifest. The same call again goes on where it stopped.
 
-    shard_bytes: text of a shard, about, where the corpus can be cut; workers: processes. A shard that is there already is
-    checked, and made anew if it is damaged, which `note` is told. tell: gets the progress a few times a second. Raises
-    `ConfigError` for what cannot be read, or a folder that belongs to another corpus or tokenizer.
+    shard_bytes: text of a shard, about, where the corpus can be cut; workers: processes, or threads where shards are fewer. A
+    shard that is there already is checked, and made anew if it is damaged, which `note` is told. tell: gets the progress a few
+    times a second. Raises `ConfigError` for what cannot be read, or a folder that belongs to another corpus or tokenizer.
     """
     folder = pathlib.Path(out).expanduser()
     if type(corpus).documents is not Corpus.documents:
@@ -66,8 +66,9 @@ def prepare(
         waiting = [number for number in range(len(groups)) if not _is_whole(folder, number, corpus, fitted, note)]
         progress = Progress(len(groups) - len(waiting), len(groups), sum(sizes) - sum(sizes[n] for n in waiting), sum(sizes))
         tell(progress)
-        run = in_turn if workers == 1 or len(waiting) < 2 else in_parallel(named, fitted.fingerprint, cache, workers)
-        work = Work(corpus, fitted, folder, dtype)
+        processes = max(min(workers, len(waiting)), 1)
+        run = in_turn if processes == 1 else in_parallel(named, fitted.fingerprint, cache, processes)
+        work = Work(corpus, fitted, folder, dtype, threads=workers // processes)
         with contextlib.closing(run(work, {number: groups[number] for number in waiting}, progress, tell)) as finished:
             for number in finished:
                 progress.shards, progress.bytes = progress.shards + 1, progress.bytes + sizes[number]

@@ -71,15 +71,25 @@ class Prepared(Corpus):
                 f"set tokenizer={written(self.folder)}",
                 "tokenizer",
             )
-        names = [name for name in manifest["files"] if name.rpartition("/")[2].split(".")[0] == split]
-        ids = [name for name in names if name.endswith(".ids")]
-        if not ids:
+        files = _files(manifest, split)
+        if not files:
             raise ConfigError(f"has no split {split!r}: it has {', '.join(manifest['splits'])}", "data.corpus")
-        check(self.folder, {name: manifest["files"][name] for name in names}, cache if self.verify else None)
-        dtype = np.dtype(manifest["dtype"])
-        joined = Joined([(self.folder / name, manifest["files"][name]["bytes"] // dtype.itemsize) for name in ids], dtype)
-        starts = np.load(self.folder / f"{split}.starts.npy", mmap_mode="r" if len(joined) else None)
-        return Tokens(joined, np.asarray(starts), made["end"], split)
+        check(self.folder, files, cache if self.verify else None)
+        return _opened(str(self.folder), str(split))
+
+
+def _files(manifest: dict[str, Any], split: str) -> dict[str, Any]:
+    return {name: told for name, told in manifest["files"].items() if name.rpartition("/")[2].split(".")[0] == split}
+
+
+def _opened(folder: str, split: str) -> Tokens:
+    path = pathlib.Path(folder)
+    manifest = read_manifest(path)
+    files, dtype = _files(manifest, split), np.dtype(manifest["dtype"])
+    ids = Joined([(path / name, told["bytes"] // dtype.itemsize) for name, told in files.items() if name.endswith(".ids")], dtype)
+    starts = np.load(path / f"{split}.starts.npy", mmap_mode="r" if len(ids) else None)
+    reopen = functools.partial(_opened, folder, split)
+    return Tokens(ids, starts, manifest["tokenizer"]["end"], split, fingerprint(files), reopen)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from llm_jax.data.tokenizers import Fitted, Tokenizer
 
 SPLITS = ("train", "valid", "test")
 SHARD = "shard.json"
-EVERY = 64  # documents between two reports of a worker
+BLOCK = 1 << 15  # tokens between two writes to a file, and between two reports of a worker
 
 
 class _Written:
@@ -40,36 +41,54 @@ class _Written:
 
 
 class _Split:
-    """The ids and starts of a split of a shard."""
+    """The ids and starts of a split of a shard, written `BLOCK` tokens at a time."""
 
     def __init__(self, files: contextlib.ExitStack, folder: pathlib.Path, split: str, work: Work):
         self.names = [f"{split}.ids", f"{split}.starts"]
-        self.ids, self.starts = (_Written(files.enter_context(open(folder / n, "wb", buffering=1 << 20))) for n in self.names)
+        self.ids, self.starts = (_Written(files.enter_context(open(folder / n, "wb"))) for n in self.names)
         self.dtype, end = work.dtype, work.tokenizer.end
-        self.end = np.array([] if end is None else [end], self.dtype)
+        self.end = [] if end is None else [np.array([end], np.int32)]
         self.count = {"documents": 0, "tokens": 0, "bytes": 0}
+        self._ids: list[np.ndarray] = []
+        self._starts: list[int] = []
+        self._written = 0
 
-    def add(self, text: str, ids: np.ndarray) -> None:
-        self.starts.write(np.array([self.count["tokens"]], "<i8"))
-        self.ids.write(ids.astype(self.dtype))
-        self.ids.write(self.end)
+    def add(self, ids: np.ndarray) -> int:
+        """Takes a document's ids; the number of its tokens."""
+        self._starts.append(self.count["tokens"])
+        self._ids += [ids, *self.end]
+        tokens = len(ids) + len(self.end)
         self.count["documents"] += 1
-        self.count["tokens"] += len(ids) + len(self.end)
-        self.count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+        self.count["tokens"] += tokens
+        if self.count["tokens"] - self._written >= BLOCK:
+            self._write()
+        return tokens
+
+    def _write(self) -> None:
+        if self._starts:
+            self.starts.write(np.array(self._starts, "<i8"))
+            self.ids.write(np.concatenate(self._ids).astype(self.dtype))
+        self._starts, self._ids, self._written = [], [], self.count["tokens"]
 
     def described(self) -> dict[str, Any]:
+        """What is in the files, of which this writes the rest."""
+        self._write()
         return dict(zip(self.names, (self.ids.described(), self.starts.described()), strict=True))
 
 
 @dataclass
 class Work:
-    """What all shards have in common. tally: told now and then how many documents and tokens there are more."""
+    """What all shards have in common.
+
+    tally: told now and then how many documents and tokens there are more; threads: of encoding.
+    """
 
     corpus: Corpus
     tokenizer: Fitted
     out: pathlib.Path
     dtype: np.dtype
     tally: Callable[[int, int], None] = field(default=lambda documents, tokens: None)
+    threads: int = 1
 
 
 def name_of(number: int) -> str:
@@ -95,28 +114,46 @@ def write(work: Work, number: int, pieces: Sequence[Piece]) -> None:
 
 
 def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dict[str, Any]:
-    read, skipped, first, untold = 0, 0, None, [0, 0]
-    for piece in pieces:
-        for name, text in work.corpus.read(piece):
-            read += 1
-            if isinstance(text, ConfigError):
-                if work.corpus.bad == "fatal":
-                    raise text
-                skipped, first = skipped + 1, first or str(text)
-                continue
-            for split, out in splits.items():
-                if chosen := work.corpus.part(name, text, split):
-                    ids = work.tokenizer.encode(chosen)
-                    out.add(chosen, ids)
-                    untold = [untold[0] + 1, untold[1] + len(ids) + len(out.end)]
-            if untold[0] >= EVERY:
-                work.tally(*untold)
-                untold = [0, 0]
+    reading, untold = _Reading(work.corpus, splits, pieces), [0, 0]
+    for ids in work.tokenizer.encode_all(reading.texts(), threads=work.threads):
+        untold = [untold[0] + 1, untold[1] + reading.goes_to.popleft().add(ids)]
+        if untold[1] >= BLOCK:
+            work.tally(*untold)
+            untold = [0, 0]
     work.tally(*untold)
     counts = {split: out.count for split, out in splits.items()}
     written = {name: told for out in splits.values() for name, told in out.described().items()}
-    told = {"tokenizer": work.tokenizer.fingerprint, "read": read, "skipped": skipped, "first_skipped": first}
+    told = {"tokenizer": work.tokenizer.fingerprint, "read": reading.read}
+    told |= {"skipped": reading.skipped, "first_skipped": reading.first_skipped}
     return told | {"splits": counts, "files": written}
+
+
+@dataclass
+class _Reading:
+    """The documents of a shard on their way to the tokenizer; goes_to: the splits of those that it has not given back."""
+
+    corpus: Corpus
+    splits: dict[str, _Split]
+    pieces: Sequence[Piece]
+    goes_to: deque[_Split] = field(default_factory=deque)
+    read: int = 0
+    skipped: int = 0
+    first_skipped: str | None = None
+
+    def texts(self) -> Iterator[str]:
+        for piece in self.pieces:
+            for name, text in self.corpus.read(piece):
+                self.read += 1
+                if isinstance(text, ConfigError):
+                    if self.corpus.bad == "fatal":
+                        raise text
+                    self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or str(text)
+                    continue
+                for split, out in self.splits.items():
+                    if chosen := self.corpus.part(name, text, split):
+                        out.count["bytes"] += len(chosen.encode("utf-8", "surrogatepass"))
+                        self.goes_to.append(out)
+                        yield chosen
 
 
 # ── a tokenizer without a corpus ─────────────────────────────────────────────────────────────────────────────────────

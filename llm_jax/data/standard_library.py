@@ -8,6 +8,7 @@ import hashlib
 import pathlib
 import sysconfig
 from dataclasses import dataclass
+from typing import Literal
 
 from llm_jax.core.config import ConfigError, require_positive
 from llm_jax.data.corpus import Corpus, by_name, share
@@ -44,10 +45,13 @@ class StandardLibrary(Corpus):
 
     It is on every machine, but differs between Python versions: its fingerprint is recorded with every result. Tests and
     generated tables are left out, copies are dropped, and 5% of the files each are for validation and test.
-    megabytes: only the first of the files, in an order that depends on their names' hashes; None is all (about 12).
+    megabytes: only the first of the files, in an order that depends on their names' hashes; None is all (about 12). Those of test
+    and validation come first, so less text is less to train on, until a tenth is left. kind: the sources alone ("code"), or the
+    language reference alone ("prose", about 0.5 megabytes).
     """
 
     megabytes: float | None = None
+    kind: Literal["all", "code", "prose"] = "all"
 
     def validate(self):
         require_positive(self, "megabytes")
@@ -57,6 +61,8 @@ class StandardLibrary(Corpus):
         for name, text in _standard_library():
             if room <= 0:
                 return
+            if self.kind != "all" and name.startswith(TOPICS) != (self.kind == "prose"):
+                continue
             text = text if len(text) <= room else text[: int(room)]
             room -= len(text.encode())
             yield name, text

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_jax.core.config import fingerprint, require, require_positive
-from llm_jax.data.corpora import Corpus
+from llm_jax.data.corpus import Corpus
 
 KEYS = np.array(list(string.ascii_letters))
 TELL, ASK = ":", "?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError, fingerprint, require
+from llm_jax.data import encoding
 from llm_jax.data.corpora import Corpus
-from llm_jax.data.pieces import MARK, measured_lengths, pieces
+from llm_jax.data.pieces import MARK, measured_lengths, parts_at_words, pieces
 from llm_jax.data.tokenizers import Fitted, Tokenizer, trained
 
 END = "<|endoftext|>"
@@ -26,6 +28,8 @@ class FromJson(Fitted):
     def __init__(self, text: str, *, specials: bool = False, end: int | None = None, corpus: Corpus | None = None):
         import tokenizers
 
+        # threads are ours: the library's are as many as cores in each of several processes, and warn at every fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.json, self._corpus, self._tokenizer = text, corpus, tokenizers.Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = not specials
         self._tokenizer.no_padding()
@@ -36,7 +40,9 @@ class FromJson(Fitted):
         unknown = described["model"].get("unk_token")
         self.unknown = described["model"].get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
         super().__init__(found, end, fingerprint([text, specials]))
-        self._mark = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in MARK.encode()] if self.lossless else []
+        mark = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in MARK.encode()]
+        self._mark = np.array(mark, np.int32) if self.lossless and None not in mark else None
+        self._cut = encoding.Cut(encoding.AFTER_WORDS, 1 << 15) if not specials and parts_at_words(described) else None
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
@@ -44,15 +50,10 @@ class FromJson(Fitted):
         return known if self._exact or self._corpus is None else measured_lengths(self.spans, known, self._corpus)
 
     def encode(self, text: str) -> np.ndarray:
-        if None in self._mark or not self._mark:
-            return self._ids(text)
-        first, *rest = text.split(MARK)  # a literal "▁" would come back as a space, so it goes in as its bytes
-        return np.concatenate(
-            [self._ids(first), *(ids for part in rest for ids in (np.array(self._mark, np.int32), self._ids(part)))]
-        )
+        return next(self.encode_all([text]))
 
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    def _encoded(self, texts):
+        return [np.array(found.ids, np.int32) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         if self.lossless:

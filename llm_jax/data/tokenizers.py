@@ -7,13 +7,14 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
+from llm_jax.data import encoding
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.kinds import kinds
 from llm_jax.data.pieces import MARK, character_spans, keeps_text
@@ -44,6 +45,8 @@ class Fitted:
     model: bytes | None = None
     json: str | None = None
     specials: Mapping[str, int] = {}
+    _mark: np.ndarray | None = None  # ids in place of a literal "▁", which would come back as a space
+    _cut: encoding.Cut | None = None  # where long texts may be cut without another id
 
     def __init__(self, piece_bytes: Sequence[bytes], end: int | None, identity: str):
         self.piece_bytes, self.end, self.fingerprint = list(piece_bytes), end, identity
@@ -91,6 +94,21 @@ class Fitted:
     def encode(self, text: str) -> np.ndarray:
         """`[n]` int32 ids."""
         raise NotImplementedError
+
+    def encode_all(self, texts: Iterable[str], *, threads: int = 1) -> Iterator[np.ndarray]:
+        """What `encode` gives for each text, in order and sooner; a batch of texts is read ahead, and one more for each thread."""
+        return encoding.encode_all(texts, self._parts, self._encoded, threads)
+
+    def _parts(self, text: str) -> Sequence[encoding.Part]:
+        """A text in parts that can be encoded one by one, and ids that stand between them; at least one."""
+        parts = [text] if self._mark is None else encoding.replaced(text, MARK, self._mark)
+        if self._cut is None:
+            return parts
+        return [one for part in parts for one in (self._cut(part) if isinstance(part, str) else [part])]
+
+    def _encoded(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        """The ids of each of a batch of parts, in one thread."""
+        return [self.encode(text) for text in texts]
 
     def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids `[n]`, and `[n, 2]` where in the text, in characters, what each stands for begins and ends.
@@ -245,8 +263,10 @@ class _SentencePiece(Fitted):
             fingerprint([model.hex()]),
         )
         self.unknown = p.unk_id()
-        self._mark = [p.piece_to_id(f"<0x{b:02X}>") for b in MARK.encode()]
-        self.lossless = keeps_text(model)
+        self.lossless, lines = keeps_text(model)
+        if self.lossless:
+            self._mark = np.array([p.piece_to_id(f"<0x{b:02X}>") for b in MARK.encode()], np.int32)
+            self._cut = encoding.Cut(encoding.AT_LINES, 1 << 11) if lines else None  # byte pairs are 1.2 times as quick as at 2¹⁶
 
     def _bytes_of(self, i: int) -> bytes:
         p = self._processor
@@ -259,14 +279,12 @@ class _SentencePiece(Fitted):
         return i if self._processor.id_to_piece(i) == spelling and not self._processor.is_unknown(i) else None
 
     def encode(self, text: str) -> np.ndarray:
-        if not self.lossless:
-            return np.array(self._processor.encode(text), np.int32)
-        # a literal "▁" would come back as a space, so it goes in as its bytes
-        parts = self._processor.encode(text.split(MARK))
-        ids = list(parts[0])
-        for part in parts[1:]:
-            ids += self._mark + list(part)
-        return np.array(ids, np.int32)
+        return next(self.encode_all([text]))
+
+    def _encoded(self, texts):
+        if len(texts) == 1:  # a list has a thread started for it
+            return [np.array(self._processor.encode(texts[0]), np.int32)]
+        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
 
     def name_of(self, number: int) -> str:
         return self._processor.id_to_piece(number)

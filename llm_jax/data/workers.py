@@ -57,8 +57,8 @@ def in_parallel(named: Tokenizer, identity: str, cache: str | os.PathLike, worke
     ) -> Generator[int, None, None]:
         context = multiprocessing.get_context("spawn")  # threads of the parent's libraries do not survive a fork
         counts = context.Array("q", 2)
-        given = (work.corpus, named, identity, os.fspath(cache), work.out, work.dtype, counts)
-        pool, numbers = ProcessPoolExecutor(min(workers, len(waiting)), context, _start, given), {}
+        given = (work.corpus, named, identity, os.fspath(cache), work.out, work.dtype, work.threads, counts)
+        pool, numbers = ProcessPoolExecutor(workers, context, _start, given), {}
         try:
             numbers = {pool.submit(_write, number, pieces): number for number, pieces in waiting.items()}
             while numbers:
@@ -85,7 +85,7 @@ def in_parallel(named: Tokenizer, identity: str, cache: str | os.PathLike, worke
 _work: Work  # of a worker process
 
 
-def _start(corpus, named, identity, cache, out, dtype, counts) -> None:
+def _start(corpus, named, identity, cache, out, dtype, threads, counts) -> None:
     global _work  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -98,7 +98,7 @@ def _start(corpus, named, identity, cache, out, dtype, counts) -> None:
     fitted = shards.without_text(named, cache)
     if fitted.fingerprint != identity:
         raise ConfigError("changed while it was read", "tokenizer")
-    _work = Work(corpus, fitted, out, dtype, tally)
+    _work = Work(corpus, fitted, out, dtype, tally, threads)
 
 
 def _die_with_parent() -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from llm_jax.core.config import fingerprint
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.population import groups, layout, structure
+from llm_jax.lab.sources import Reading
 from llm_jax.models import count
 from llm_jax.models.model import Model
 from llm_jax.objectives.objective import Objective
@@ -115,11 +116,11 @@ def cost(
     rows, length = experiment.train.steps * data.batch_size, data.sequence_length
 
     def flops(objective: Objective, length: int, of: Model = model, ids: int = vocabulary) -> float:
-        return count.flops_per_row(of, ids, *objective.lengths(length, model=model, packed=data.document_masks))
+        return count.flops_per_row(of, ids, *objective.lengths(length, model=model, packed=data.packing.segmented))
 
     forward = sum(n / m * flops(each, m) / 3 for n, m in scored for each in experiment.objective.evaluated.values())
     asked = 0.0 if teacher is None else flops(experiment.objective, length, teacher.model, teacher.vocabulary) / 3
-    words, inputs = experiment.objective.lengths(length, model=model, packed=data.document_masks)
+    words, inputs = experiment.objective.lengths(length, model=model, packed=data.packing.segmented)
     micro, slots = data.batch_size // experiment.train.accumulate, experiment.optimizer.slots
     memory = count.training_memory(model, vocabulary, micro, words, slots, inputs)
     return Cost(
@@ -182,6 +183,25 @@ def table(ablation: Ablation, costs: Mapping[str, Cost], largest: Largest, flops
             f"{each.memory / 2**20:,.0f} MiB",
             duration(len(own) * (each.flops + each.evaluation) / flops_per_second),
         )
+    return shown
+
+
+def readings(sources: Mapping[str, Sequence[Reading]]) -> Table:
+    """What each arm's training reads, by the corpora; arms that read alike are one row."""
+    alike: dict[tuple[Reading, ...], list[str]] = {}
+    for arm, found in sources.items():
+        alike.setdefault(tuple(found), []).append(arm)
+    shown = Table()
+    for column in ("arms", "corpus"):
+        shown.add_column(column)
+    for column in ("documents", "tokens", "rows", "share", "epochs"):
+        shown.add_column(column, justify="right")
+    for found, arms in alike.items():
+        total = sum(one.drawn for one in found)
+        for one in found:
+            counts = (f"{count:,}" for count in (one.documents, one.tokens, one.rows))
+            who = "all" if len(alike) == 1 else ", ".join(arms)
+            shown.add_row(who, one.name, *counts, f"{one.drawn / total:.1%}", f"{one.epochs:.3g}")
     return shown
 
 

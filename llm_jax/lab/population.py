@@ -21,7 +21,7 @@ from llm_jax.core.ahead import Ahead
 from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.platform import cores, traits
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.teachers import Found
@@ -94,8 +94,8 @@ class Compiled:
     evaluate: Ahead
     taught: tuple[Any, ...] = ()
 
-    def expect(self, batch: Batch, evaluations: Iterable[Batch], *, fresh: bool) -> None:
-        """Has other threads compile for batches like `batch` `[any, k, B, L]` and `evaluations` `[n, B, L]`; fresh: and `init`."""
+    def expect(self, batch: Batch, evaluations: Iterable[Batch | Probed], *, fresh: bool) -> None:
+        """Has other threads compile for batches like `batch` `[any, k, B, L]`, and for `evaluations`; fresh: and `init`."""
         pool = ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="compile")
         if fresh:
             self.init.expect(pool, self.values)
@@ -117,7 +117,7 @@ class Compiled:
         """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
         values, wanted = stacked_values(experiments, self.members), len(experiments)
 
-        def put(batches: Batch, where: NamedSharding, *, pad: int = 0) -> Batch:
+        def put(batches: Any, where: NamedSharding, *, pad: int = 0) -> Batch:
             def array(x):
                 x = np.asarray(x)
                 return jax.make_array_from_process_local_data(where, np.concatenate([x, x[-1:].repeat(pad, 0)]) if pad else x)
@@ -195,7 +195,7 @@ def compile_population(
     return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh) for f in (init, steps, evaluate)), taught)
 
 
-def _abstract(batches: Batch, where: NamedSharding) -> Batch:
+def _abstract(batches: Any, where: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batches)
 
 

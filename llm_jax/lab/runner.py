@@ -24,7 +24,7 @@ from llm_jax.lab import plan, results
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
-from llm_jax.lab.sources import Source, Sources
+from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
@@ -70,6 +70,7 @@ class Runner:
         scores = (*experiment.objective.scores, *experiment.evaluation.scores)
         splits = [name.partition("@") for name in source.evaluations(final=True)]
         known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in scores]
+        known += [f"{probe}/accuracy" for probe in source.probed]
         for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
             if metric is not None and metric not in known:
                 raise ConfigError(f"is not scored: did you mean {nearest(metric, known)}?", f"metric {metric!r}")
@@ -77,6 +78,10 @@ class Runner:
     def costs(self) -> dict[str, Cost]:
         """Arm → what one of its trials takes."""
         return {arm: self._cost(self.ablation.experiment(arm)) for arm in self.ablation.arms}
+
+    def readings(self) -> dict[str, list[Reading]]:
+        """Arm → what its training reads."""
+        return {arm: self.sources.of(self.ablation.experiment(arm)).readings() for arm in self.ablation.arms}
 
     def _cost(self, experiment: Experiment) -> Cost:
         source, steps = self.sources.of(experiment), experiment.train.steps
@@ -204,7 +209,11 @@ class Group:
         seeds = [run.seed for run in self.runs]
         compiled.expect(
             self.source.example(rhythm.dispatch),
-            [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()],
+            [
+                *self.source.evaluations(final=False).values(),
+                *self.source.evaluations(final=True).values(),
+                *self.source.probed.values(),
+            ],
             fresh=not self._checkpoints.is_dir(),
         )
         self.runner.folder.begin(self.name, [run.name for run in self.runs])
@@ -295,7 +304,7 @@ class Group:
             rewind=rewind,
             report=progress.update,
             evaluations=self.source.evaluations(final=False),
-            final=self.source.evaluations(final=True),
+            final=self.source.evaluations(final=True) | self.source.probed,
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,

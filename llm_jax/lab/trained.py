@@ -85,9 +85,7 @@ def find(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
         ) from None
     tokenizer = experiment.fitted(cache_dir())
     if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
-        raise ConfigError(
-            f"is not the one that {result['trial']} was trained with: its corpus or its file has changed", "tokenizer"
-        )
+        raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus or file has changed", "tokenizer")
     return Kept(folder, result, experiment, tokenizer)
 
 

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 
 from llm_jax.core import sharding
 from llm_jax.core.config import Config, ConfigError, require, require_positive, substitute, traced
-from llm_jax.core.types import Batch, Metrics, Predictions
+from llm_jax.core.types import Batch, Metrics, Predictions, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.models import experts
 from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles, token_table
-from llm_jax.models.predict import predict
+from llm_jax.models.predict import hidden_states, predict
 from llm_jax.nn.embedding import neighbour_purity
 from llm_jax.objectives.objective import Apply, Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
+from llm_jax.train.probe import linear_probe
 from llm_jax.train.step import TrainState, make_train_step, many_steps
 
 Values = Mapping[str, Any]  # dotted path → scalar, traced under jit
@@ -85,13 +86,14 @@ class Trial:
 
     init: `values -> TrainState`. steps: `(values, state, batches [k, B, L], teacher's parameters or None) -> (state, metrics summed
     over k)`.
-    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout.
+    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout; of what is `Probed`, those of a
+    linear probe of the hidden states.
     parameters: abstract, boxed with their logical axes.
     """
 
     init: Callable[[Values], TrainState]
     steps: Callable[..., tuple[TrainState, Metrics]]
-    evaluate: Callable[[Values, TrainState, Batch], Metrics]
+    evaluate: Callable[[Values, TrainState, Batch | Probed], Metrics]
     parameters: Any
 
 
@@ -193,13 +195,20 @@ def trial(recipe: Any, tokens: Fitted, teacher: Teacher | None = None) -> Trial:
         )
         return many_steps(step, state, batches)
 
-    def evaluate(values: Values, state: TrainState, batches: Batch) -> Metrics:
-        params = state.average
-        if params is None:
-            params = substitute(recipe, values).optimizer.evaluation_params(state.opt_state[1], state.params)
+    def evaluate(values: Values, state: TrainState, batches: Batch | Probed) -> Metrics:
+        given = substitute(recipe, values)
+        params = _evaluated(given, state)
+        if isinstance(batches, Probed):
+            features = partial(hidden_states, given.model, vocabulary, params)
+            return linear_probe(features, batches, len(recipe.evaluation.probe.classes))
         scores = _scores(recipe, tokens, values, params, state.key, batches)
         if recipe.evaluation.neighbours:
             scores |= neighbour_purity(token_table(recipe.model, params), tokens.kinds, recipe.evaluation.neighbours)
         return scores
 
     return Trial(init, steps, evaluate, abstract)
+
+
+def _evaluated(given: Recipe, state: TrainState) -> Any:
+    """The parameters that are scored: their moving average, where there is one."""
+    return given.optimizer.evaluation_params(state.opt_state[1], state.params) if state.average is None else state.average

@@ -2,6 +2,7 @@
 
 from shapes import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY, Shape
 
+from llm_jax.data.packing import ConcatThenSplit
 from llm_jax.data.pipeline import Data
 from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
@@ -17,7 +18,7 @@ from llm_jax.train.pretrain import Train
 def gpt2(shape: Shape, *, steps: int, log_every: int) -> Experiment:
     """The run of a shape, evaluated and saved only at its end."""
     return Experiment(
-        data=Data(sequence_length=shape.length, batch_size=shape.rows, document_masks=False),
+        data=Data(sequence_length=shape.length, batch_size=shape.rows, packing=ConcatThenSplit(document_masks=False)),
         model=Decoder(
             width=shape.width,
             depth=shape.depth,

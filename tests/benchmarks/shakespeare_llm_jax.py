@@ -17,6 +17,7 @@ from llm_jax.core import platform
 def recipe(text: str):
     """The run. What differs from the reference's is said where it is set."""
     from llm_jax.data.corpora import TextFiles
+    from llm_jax.data.packing import ConcatThenSplit
     from llm_jax.data.pipeline import Data
     from llm_jax.data.tokenizers import Characters
     from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
@@ -32,7 +33,7 @@ def recipe(text: str):
     steps = 270
     return Experiment(
         seed=int(os.environ.get("SEED", "0")),
-        data=Data(corpus=TextFiles(path=text), sequence_length=64, batch_size=12, document_masks=False),
+        data=Data(corpus=TextFiles(path=text), sequence_length=64, batch_size=12, packing=ConcatThenSplit(document_masks=False)),
         tokenizer=Characters(),
         model=Decoder(
             width=128,

@@ -38,7 +38,7 @@ def main(size: str, *changes: str) -> None:
     from gpt2_llm_jax import gpt2
 
     from llm_jax.core.written import override_text
-    from llm_jax.data.pipeline import feed
+    from llm_jax.data.pipeline import dispatches, feed
     from llm_jax.data.store import Tokens
     from llm_jax.io.progress import Progress
     from llm_jax.io.tracker import Tracker
@@ -50,7 +50,7 @@ def main(size: str, *changes: str) -> None:
     experiment = override_text(gpt2(shape, steps=FOREVER, log_every=LOG_EVERY[size]), changes)
     train, price = experiment.train, cost(experiment, shape.vocabulary)
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS).astype(np.uint16)
-    tokens = Tokens(ids, np.zeros(1, np.int64), None)
+    rows = experiment.data.packing.rows(Tokens(ids, np.zeros(1, np.int64), None), shape.length, "")
     program = compile_population(experiment, 1, nameless(shape.vocabulary)).bind([experiment])
     rhythm = Rhythm.fitting(
         steps=FOREVER,
@@ -59,6 +59,7 @@ def main(size: str, *changes: str) -> None:
         checkpoint_every=FOREVER,
         dispatch=train.steps_per_dispatch or platform.traits().steps_per_dispatch,
     )
+    source = dispatches(experiment.data, [rows], seeds=[0], steps_per_item=rhythm.dispatch, steps=FOREVER)
     per_unit = train.log_every // rhythm.dispatch
     info = {
         "unit": train.log_every * shape.rows * shape.length,
@@ -91,9 +92,7 @@ def main(size: str, *changes: str) -> None:
             )
 
             def batches(start: int) -> Iterator:
-                return gated(
-                    feed(experiment.data, tokens, seeds=[0], steps_per_item=rhythm.dispatch, start_step=start), per_unit, **info
-                )
+                return gated(feed(source, start_step=start), per_unit, **info)
 
             try:
                 fit(program, batches, rhythm, session)

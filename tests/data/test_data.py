@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data import packing, pipeline
+from llm_jax.data import pipeline, tokenized
 from llm_jax.data.corpora import Jsonl, StandardLibrary, TextFiles
 from llm_jax.data.kinds import KINDS, NO_KIND, kinds
+from llm_jax.data.packing import ConcatThenSplit
 from llm_jax.data.pipeline import Data
+from llm_jax.data.shuffle import shuffled
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
 
 
@@ -85,15 +87,16 @@ def test_the_standard_library_is_the_same_in_every_process():
 
 def test_windows_are_what_a_loop_over_documents_gives(corpus, tmp_path):
     tokenizer = Bytes().fit(corpus, tmp_path)
-    tokens, length = packing.tokenize(corpus, tokenizer, "valid", tmp_path), 16
+    tokens, length = tokenized.tokenize(corpus, tokenizer, "valid", tmp_path), 16
     flat, document, place = [], [], []
     for number, text in enumerate(corpus.documents("valid")):
         ids = [*text.encode(), 256]
         flat += ids
         document += [number] * len(ids)
         place += list(range(len(ids)))
-    assert tokens.ids.tolist() == flat
-    batch = pipeline.gather(tokens, np.arange(pipeline.windows(tokens, length)), length, document_masks=True)
+    assert tokens.ids[:].tolist() == flat
+    rows = ConcatThenSplit().rows(tokens, length, tmp_path)
+    batch = rows.gather(np.arange(len(rows)))
     for row in range(len(batch.tokens)):
         at = range(row * length, (row + 1) * length)
         assert (
@@ -107,58 +110,59 @@ def test_windows_are_what_a_loop_over_documents_gives(corpus, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 1000])
 def test_every_epoch_is_a_permutation_of_its_own(size):
-    epochs = [pipeline.shuffled(np.arange(e * size, (e + 1) * size), size, seed=3) for e in range(3)]
+    epochs = [shuffled(np.arange(e * size, (e + 1) * size), size, seed=3) for e in range(3)]
     assert all(sorted(e) == list(range(size)) for e in epochs)
     if size >= 64:
-        assert (epochs[0] != epochs[1]).any() and (epochs[0] != pipeline.shuffled(np.arange(size), size, seed=4)).any()
+        assert (epochs[0] != epochs[1]).any() and (epochs[0] != shuffled(np.arange(size), size, seed=4)).any()
         assert abs(np.corrcoef(epochs[0], np.arange(size))[0, 1]) < 0.3
 
 
 def test_the_order_is_a_function_of_seed_and_step(corpus, tmp_path):
-    tokens = packing.tokenize(corpus, Bytes().fit(corpus, tmp_path), "train", tmp_path)
     data = Data(corpus=corpus, sequence_length=16, batch_size=4)
+    rows = pipeline.rows_of(data, Bytes().fit(corpus, tmp_path), "train", tmp_path)
+    source = lambda seeds, k: pipeline.dispatches(data, rows, seeds=seeds, steps_per_item=k, steps=100)  # noqa: E731
 
     def steps(count, *, seeds, k, start=0):
-        feed = pipeline.feed(data, tokens, seeds=seeds, steps_per_item=k, start_step=start)
+        feed = pipeline.feed(source(seeds, k), start_step=start)
         return np.concatenate([next(feed).tokens for _ in range(count // k)], 1)
 
     alone = steps(12, seeds=[5], k=1)
     np.testing.assert_array_equal(steps(12, seeds=[9, 5], k=3)[1:], alone)
     np.testing.assert_array_equal(steps(8, seeds=[5], k=2, start=4), alone[:, 4:])
-    feed = pipeline.feed(data, tokens, seeds=[5], steps_per_item=2)
+    feed = pipeline.feed(source([5], 2))
     next(feed)
     state = json.loads(json.dumps(feed.get_state()))
     rest = [next(feed).tokens for _ in range(3)]
-    again = pipeline.feed(data, tokens, seeds=[5], steps_per_item=2)
+    again = pipeline.feed(source([5], 2))
     again.set_state(state)
     np.testing.assert_array_equal([next(again).tokens for _ in range(3)], rest)
 
 
 def test_evaluation_counts_every_target_once(corpus, tmp_path):
-    tokens = packing.tokenize(corpus, Bytes().fit(corpus, tmp_path), "valid", tmp_path)
-    data = Data(corpus=corpus, document_masks=False)
-    lengths = Bytes().fit(corpus, tmp_path).byte_lengths
-    batches = pipeline.evaluation_batches(data, tokens, length=32, batch=8, byte_lengths=lengths, limit_bytes=None)
-    assert batches.weights.sum() == pipeline.windows(tokens, 32) * 32
+    data = Data(corpus=corpus, sequence_length=32, packing=ConcatThenSplit(document_masks=False))
+    fitted = Bytes().fit(corpus, tmp_path)
+    rows = pipeline.rows_of(data, fitted, "valid", tmp_path)
+    batches = pipeline.evaluation_batches(rows, batch=8, byte_lengths=fitted.byte_lengths, limit_bytes=None)
+    assert batches.weights.sum() == len(rows[0]) * 32
 
 
 def test_every_tokenizer_is_scored_on_the_same_text(subwords, corpus, tmp_path):
     tokenizer, limit = subwords, 600
     for fitted in (tokenizer, Bytes().fit(corpus, tmp_path)):
-        tokens = packing.tokenize(corpus, fitted, "valid", tmp_path)
-        given = {"length": 8, "batch": 2, "byte_lengths": fitted.byte_lengths}
-        batches = pipeline.evaluation_batches(Data(corpus=corpus, document_masks=False), tokens, **given, limit_bytes=limit)
+        data = Data(corpus=corpus, sequence_length=8, packing=ConcatThenSplit(document_masks=False))
+        rows = pipeline.rows_of(data, fitted, "valid", tmp_path)
+        batches = pipeline.evaluation_batches(rows, batch=2, byte_lengths=fitted.byte_lengths, limit_bytes=limit)
         scored = (fitted.byte_lengths[batches.targets] * batches.weights).sum()
         assert limit - 8 * fitted.byte_lengths.max() < scored <= limit
 
 
 def test_an_interrupted_write_is_not_trusted(corpus, tmp_path, monkeypatch):
     tokenizer = Bytes().fit(corpus, tmp_path)
-    monkeypatch.setattr(packing.np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    monkeypatch.setattr(tokenized.np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
-        packing.tokenize(corpus, tokenizer, "train", tmp_path)
+        tokenized.tokenize(corpus, tokenizer, "train", tmp_path)
     monkeypatch.undo()
-    whole = packing.tokenize(corpus, tokenizer, "train", tmp_path)
+    whole = tokenized.tokenize(corpus, tokenizer, "train", tmp_path)
     assert len(whole) == sum(len(text.encode()) + 1 for text in corpus.documents("train"))
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data import packing, pipeline, prepared, workers
+from llm_jax.data import pipeline, prepared, tokenized, workers
 from llm_jax.data.corpora import Jsonl, Prepared, TextFiles
+from llm_jax.data.packing import ConcatThenSplit
 from llm_jax.data.pipeline import Data
 from llm_jax.data.prepare import prepare
 from llm_jax.data.store import Joined, Tokens
@@ -62,9 +63,9 @@ def test_the_tokens_are_those_of_tokenizing_in_memory(tokenizer, corpus, cache, 
     fitted = tokenizer.fit(corpus, cache)
     assert len([name for name in manifest["files"] if name.endswith("train.ids")]) > 4
     for split in SPLITS:
-        expected = packing.tokenize(corpus, fitted, split, cache)
-        found = packing.tokenize(Prepared(path=str(tmp_path / "tokens")), fitted, split, cache)
-        np.testing.assert_array_equal(found.ids[:], expected.ids)
+        expected = tokenized.tokenize(corpus, fitted, split, cache)
+        found = tokenized.tokenize(Prepared(path=str(tmp_path / "tokens")), fitted, split, cache)
+        np.testing.assert_array_equal(found.ids[:], expected.ids[:])
         np.testing.assert_array_equal(found.starts, expected.starts)
         assert found.end == expected.end and found.ids.dtype == np.uint16
         count, text = manifest["splits"][split], list(corpus.documents(split))
@@ -73,13 +74,13 @@ def test_the_tokens_are_those_of_tokenizing_in_memory(tokenizer, corpus, cache, 
 
 def test_batches_are_those_of_tokenizing_in_memory(corpus, cache, made):
     fitted = Bytes().fit(corpus, cache)
-    given = {"length": 100, "batch": 4, "byte_lengths": fitted.byte_lengths, "limit_bytes": 3000}
+    given = {"batch": 4, "byte_lengths": fitted.byte_lengths, "limit_bytes": 3000}
     found = []
     for one in (corpus, Prepared(path=str(made))):
         data = Data(corpus=one, sequence_length=100, batch_size=4)
-        feed = pipeline.feed(data, packing.tokenize(one, fitted, "train", cache), seeds=[1, 2], steps_per_item=5)
-        batches = [next(feed) for _ in range(3)]
-        found.append([*batches, pipeline.evaluation_batches(data, packing.tokenize(one, fitted, "valid", cache), **given)])
+        rows = {split: pipeline.rows_of(data, fitted, split, cache) for split in ("train", "valid")}
+        feed = pipeline.feed(pipeline.dispatches(data, rows["train"], seeds=[1, 2], steps_per_item=5, steps=100))
+        found.append([*(next(feed) for _ in range(3)), pipeline.evaluation_batches(rows["valid"], **given)])
     for expected, got in zip(*found, strict=True):
         for name in ("tokens", "targets", "weights", "segments", "positions"):
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
@@ -162,7 +163,7 @@ def test_checksums_are_compared_once_and_again_when_a_file_changes(copy, tmp_pat
 def test_another_tokenizer_is_refused(corpus, cache, made, tmp_path):
     other = SentencePiece(vocabulary=320)
     with pytest.raises(ConfigError, match=r"tokenizer is not the one that .* was made with .*: set tokenizer=Bytes\(\)"):
-        packing.tokenize(Prepared(path=str(made)), other.fit(corpus, cache), "train", cache)
+        tokenized.tokenize(Prepared(path=str(made)), other.fit(corpus, cache), "train", cache)
     with pytest.raises(ConfigError, match=r"corpus has tokens and no text, .*: set tokenizer=Bytes\(\)"):
         other.fit(Prepared(path=str(made)), tmp_path)
     with pytest.raises(ConfigError, match="corpus has no split '4x': it has train, valid, test"):
@@ -171,7 +172,7 @@ def test_another_tokenizer_is_refused(corpus, cache, made, tmp_path):
     way_out = prepared.written(tmp_path / "own")
     assert way_out == f"SentencePiece(path={str(tmp_path / 'own' / 'tokenizer.model')!r})"
     again = SentencePiece(path=str(tmp_path / "own" / "tokenizer.model")).fit(Prepared(path=str(tmp_path / "own")), tmp_path)
-    assert len(packing.tokenize(Prepared(path=str(tmp_path / "own")), again, "train", cache)) > 1000
+    assert len(tokenized.tokenize(Prepared(path=str(tmp_path / "own")), again, "train", cache)) > 1000
 
 
 def test_a_folder_is_for_one_corpus_and_tokenizer(corpus, cache, copy, tmp_path):
@@ -234,7 +235,7 @@ def test_tails_are_held_out_in_files_too(cache, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 80 + "y" * 10 + "z" * 10)
     corpus = TextFiles(path=str(tmp_path / "a.txt"), test_fraction=0.1)
     prepare(corpus, Bytes(), tmp_path / "t", cache=cache)
-    found = {split: packing.tokenize(Prepared(path=str(tmp_path / "t")), Bytes().fit(None, ""), split, cache) for split in SPLITS}
+    found = {split: tokenized.tokenize(Prepared(path=str(tmp_path / "t")), Bytes().fit(None, ""), split, cache) for split in SPLITS}
     assert {split: bytes(tokens.ids[:-1].astype(np.uint8)) for split, tokens in found.items()} == {
         split: next(corpus.documents(split)).encode() for split in SPLITS
     }
@@ -259,7 +260,7 @@ def test_large_vocabularies_take_32_bits_and_empty_splits_are_empty(cache, tmp_p
     tokens = Prepared(path=str(tmp_path / "t")).store("nameless", "train", str(cache))
     assert tokens.ids[:].tolist() == [ord("a"), 0x1D11E, 0x10FFFF] and tokens.ids.dtype == np.uint32
     empty = Prepared(path=str(tmp_path / "t")).store("nameless", "valid", str(cache))
-    assert len(empty) == 0 and len(empty.starts) == 0 and pipeline.windows(empty, 4) == 0
+    assert len(empty) == 0 and len(empty.starts) == 0 and len(ConcatThenSplit().rows(empty, 4, cache)) == 0
 
 
 def test_many_files_are_read_as_one_array(tmp_path, monkeypatch):

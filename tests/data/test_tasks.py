@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data import packing, pipeline
+from llm_jax.data import pipeline
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tasks import Recall
 from llm_jax.data.tokenizers import Bytes
@@ -49,10 +49,8 @@ def test_splits_are_apart_and_the_seed_says_which_rows():
 
 def test_no_window_cuts_a_row(tmp_path):
     fitted = Bytes().fit(TASK, tmp_path)
-    tokens = packing.tokenize(TASK, fitted, "4-facts", tmp_path)
-    data = Data(TASK, sequence_length=50, batch_size=4)
-    given = {"length": 50, "batch": 4, "byte_lengths": fitted.byte_lengths, "limit_bytes": 1000}
-    batch = pipeline.evaluation_batches(data, tokens, **given)
+    rows = pipeline.rows_of(Data(TASK, sequence_length=50, batch_size=4), fitted, "4-facts", tmp_path)
+    batch = pipeline.evaluation_batches(rows, batch=4, byte_lengths=fitted.byte_lengths, limit_bytes=1000)
     for row, text in zip(batch.tokens.reshape(-1, 50), TASK.documents("4-facts"), strict=False):
         assert fitted.decode(row[:-1]) == text and row[-1] == fitted.end
     assert (np.asarray(batch.segments) == 0).all()

@@ -34,9 +34,7 @@ def test_a_run_is_not_continued_with_another(base, file, tmp_path):  # noqa: F81
     assert llm_jax.load(tmp_path / "w").tokenizer.vocabulary == 290
     known = json.loads((tmp_path / "w" / "ablation.json").read_text())
     exchange()
-    with pytest.raises(
-        ConfigError, match=r"belongs to another experiment: tokenizers.one is .* there and .* here\. Choose"
-    ):
+    with pytest.raises(ConfigError, match=r"belongs to another experiment: tokenizers.one is .* there and .* here\. Choose"):
         trained(tmp_path / "w", given, {"one": {}}, seeds=2)
     with pytest.raises(ConfigError, match=r"tokenizer is not the one that one-final-.* was trained with: its corpus or file"):
         llm_jax.load(tmp_path / "w")
@@ -52,7 +50,7 @@ def test_ids_that_a_model_has_no_rows_for_are_never_read():
     lm = llm_jax.LM(model, 100, initial_parameters(model, 100, jax.random.key(0)), Bytes().fit(None, ""), source="a folder")
     assert lm.logits("!").shape == (1, 1, 100)
     for call in (lambda: lm.logits("z"), lambda: lm.loglikelihood("!", "z"), lambda: lm.generate("z"), lambda: lm.embed("z")):
-        with pytest.raises(ConfigError, match="tokenizer gives the id 122, and a folder has 100: it is another's"):
+        with pytest.raises(ConfigError, match="tokenizer gives the id 122, and a folder has only 100: it is another's"):
             call()
     alone = dataclasses.replace(lm, tokenizer=nameless(100))
     assert alone.logits([[99]]).shape == (1, 1, 100)
