@@ -21,7 +21,7 @@ CONCEPTS: dict[int, tuple[str, str | None, str | None]] = {
     10: ("residual connections", "llm_jax/nn/residual.py", "c10_residual"),
     11: ("pretraining", "llm_jax/train/pretrain.py", "c11_pretraining"),
     12: ("self-supervised learning", "llm_jax/objectives/denoising.py", "c12_self_supervised"),
-    13: ("next-token prediction", "llm_jax/objectives/next_token.py", None),
+    13: ("next-token prediction", "llm_jax/objectives/next_token.py", "c13_next_token"),
     14: ("gradient descent and backpropagation", "llm_jax/optim/gradients.py", None),
     15: ("optimizers", "llm_jax/optim/optimizers.py", "c15_optimizers"),
     16: ("loss functions", "llm_jax/nn/losses.py", "c16_losses"),

@@ -269,6 +269,7 @@ class Group:
             self.source.tokenizer.fingerprint,
             len(self.runs),
             self.name,
+            None if self.source.teacher is None else self.source.teacher.identity,
         )
 
     @property

@@ -15,7 +15,7 @@ from llm_jax.core.sharding import named, parameter_specs, unbox
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.io import huggingface, pretrained
 from llm_jax.lab import trained
-from llm_jax.models.model import Model, Params, abstract_parameters
+from llm_jax.models.model import Params, abstract_parameters
 from llm_jax.objectives.objective import Objective
 from llm_jax.train.pretrain import Teacher
 
@@ -90,7 +90,6 @@ def _published(folder: pathlib.Path) -> Found:
 
 
 def _own(kept: trained.Kept) -> Found:
-    steps = kept.steps()
-    model: Model = kept.experiment.model
+    model, steps = kept.experiment.model, kept.steps()
     read = lambda where: jax.device_put(kept.load().params, where)  # noqa: E731
-    return Found(Teacher(model, kept.tokenizer.vocabulary), f"{kept.result['trial']} at step {steps[-1:]}", read)
+    return Found(Teacher(model, kept.tokenizer.vocabulary), f"{kept.result['trial']} at step {max(steps, default=0)}", read)

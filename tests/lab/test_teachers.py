@@ -78,6 +78,8 @@ def test_a_student_is_trained_and_written_down_with_whom_it_asked(base, folder, 
     assert set(metrics["alone"]) == set(metrics["taught"]), "scored alike"
     assert metrics["alone"]["valid/loss"] != metrics["taught"]["valid/loss"]
     assert {result["status"] for result in results} == {"done"}
+    asked = {result["arm"]: result["provenance"]["teacher"] for result in results}
+    assert asked["alone"] is None and asked["taught"].startswith("teacher-final-") and asked["taught"].endswith(" at step 6")
     other = tmp_path / "other"
     trained(other, override(base, {"model.position": Rope(), "seed": 5}), {"teacher": {}})
     folder.rename(folder.with_name("gone"))
