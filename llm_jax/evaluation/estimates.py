@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ class Estimate:
     high: float
     count: int
 
-    def transformed(self, function, slope) -> Estimate:
+    def transformed(self, function: Callable[[float], float], slope: float) -> Estimate:
         """The same of an increasing function of it, whose derivative at the value is `slope` (the delta method)."""
         return Estimate(function(self.value), slope * self.error, function(self.low), function(self.high), self.count)
 
@@ -34,6 +34,15 @@ def proportion(hits: Sequence[bool] | np.ndarray) -> Estimate:
     interval = stats.binomtest(total, count).proportion_ci(LEVEL, "wilson")
     error = math.sqrt(p * (1 - p) / (count - 1)) if count > 1 else math.nan
     return Estimate(p, error, float(interval.low), float(interval.high), count)
+
+
+def reported(value: float, error: float, count: int) -> Estimate:
+    """What another library says of a score: as `proportion` has it where its error is that of one, or else normal."""
+    if count > 1 and 0 <= value <= 1 and math.isclose(error, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-6):
+        interval = stats.binomtest(round(value * count), count).proportion_ci(LEVEL, "wilson")
+        return Estimate(value, error, float(interval.low), float(interval.high), count)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    return Estimate(value, error, value - half, value + half, count)
 
 
 @dataclass

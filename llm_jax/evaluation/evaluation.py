@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -94,10 +95,9 @@ def evaluate(
     found = [_corpus(asked, corpus, split, context, limit, tell) for corpus in corpora]
     found += [_task(asked, task, limit, tell) for task in tasks]
     if harness:
-        scores, cut = _harness().run(
-            lm, harness, include_path=include_path, length=length, shots=shots, chats=chats, limit=limit, seed=seed
-        )
-        found += [Found(name, one, _cut(cut), {"kind": "harness", "cut": cut}) for name, one in scores.items()]
+        call = partial(_harness().run, lm, harness, include_path=include_path, shots=shots)
+        by_task = call(length=length, chats=chats, limit=limit, seed=seed)
+        found += [Found(name, scores, _cut(cut), {"kind": "harness", "cut": cut}) for name, scores, cut in by_task]
         settings |= {"shots": shots}
     return Evaluated(repr(lm), settings, tuple(found))
 

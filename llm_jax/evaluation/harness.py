@@ -12,6 +12,7 @@ depends on a batch size.
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import re
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data import chat
-from llm_jax.evaluation.estimates import Estimate
+from llm_jax.evaluation.estimates import Estimate, reported
 from llm_jax.evaluation.reading import Reader, reader
 from llm_jax.evaluation.writing import Prompt, write
 from llm_jax.infer.sampling import Greedy, Sample, Sampling
@@ -63,12 +64,17 @@ class HarnessLM(api.LM):
     ):
         super().__init__()
         lm = pretrained if isinstance(pretrained, LM) else load(pretrained, arm=arm, trial=trial, step=step)
-        self.reader, self.seed, self.cut = reader(lm, max_length, chats=chats), seed, 0
+        self.reader, self.seed = reader(lm, max_length, chats=chats), seed
+        self.cut: collections.Counter[str | None] = collections.Counter()  # contexts that are cut on the left, by task
 
     # ── what it is asked ─────────────────────────────────────────────────────────────────────────────────────────────
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(Σ log p, whether it is what greedy decoding says) of each (context, continuation)."""
-        pairs = [self._counted(*self.reader.pair(*request.args)) for request in requests]
+        pairs = []
+        for request in requests:
+            pair, cut = self.reader.pair(*request.args)
+            pairs.append(pair)
+            self.cut[request.task_name] += cut
         answers = [(scores.log_p, scores.greedy) for scores in self._scored(pairs, disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -95,14 +101,10 @@ class HarnessLM(api.LM):
         written = [""] * len(requests)
         for number, text, cut in tqdm(write(self.reader, prompts, seed=self.seed), total=len(prompts), disable=disable_tqdm):
             written[number] = text
-            self.cut += cut
+            self.cut[requests[number].task_name] += cut
         for request, text in zip(requests, written, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return written
-
-    def _counted(self, request: Request, cut: bool) -> Request:
-        self.cut += cut
-        return request
 
     def _scored(self, requests: Sequence[Request], quiet: bool) -> list[Scores]:
         lm, found = self.reader.lm, [Scores(0.0, True)] * len(requests)
@@ -167,8 +169,8 @@ def run(
     chats: bool = False,
     limit: int | None = None,
     seed: int = 0,
-) -> tuple[dict[str, dict[str, Estimate]], int]:
-    """The harness's scores by task and metric, and how many contexts were cut. include_path: a folder of task files of one's own.
+) -> Iterator[tuple[str, dict[str, Estimate], int]]:
+    """(task, the harness's scores by metric, how many contexts were cut). include_path: a folder of task files of one's own.
 
     Raises `ConfigError` for tasks that it does not have.
     """
@@ -191,7 +193,8 @@ def run(
         log_samples=False,
     )
     assert found is not None
-    return {name: dict(_estimates(name, told, found)) for name, told in found["results"].items()}, model.cut
+    for name, told in found["results"].items():
+        yield name, dict(_estimates(name, told, found)), model.cut[name]
 
 
 def _estimates(name: str, told: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
@@ -201,7 +204,6 @@ def _estimates(name: str, told: Mapping[str, Any], found: Mapping[str, Any]) -> 
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = told.get(f"{metric}_stderr,{filtered}")
-        error = float(error) if isinstance(error, (int, float)) else math.nan
-        half = 1.96 * error
+        known = isinstance(error, (int, float))
         label = metric if filtered == "none" else f"{metric} ({filtered})"
-        yield label, Estimate(float(value), error, value - half, value + half, count)
+        yield label, reported(float(value), float(error) if known else math.nan, count)

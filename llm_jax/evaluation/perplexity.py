@@ -33,14 +33,6 @@ class Predicted:
     unscored: int
 
 
-@dataclass
-class _Document:
-    numbers: list[float]
-    left: int  # windows whose score is not there yet
-    whole: bool = False  # whether all its windows have been handed over
-    sums: list[float] = field(default_factory=list)
-
-
 def perplexity(
     reader: Reader, corpus: Corpus, split: str, *, context: int = 1, limit: int | None = None, tell: Tell = lambda *_: None
 ) -> Predicted:
@@ -52,48 +44,20 @@ def perplexity(
         raise ConfigError("reads an input besides, and a corpus gives none: its answers are scored by --task", reader.lm.source)
     if not 1 <= context <= reader.length:
         raise ConfigError(f"must be in 1 … {reader.length}, the tokens that are read, got {context}", "context")
-    sums, open_documents, unscored = Sums(4), {}, 0
-    owners: dict[int, int] = {}  # request → document
-    texts = islice(_texts(reader, corpus, split), limit)
-
-    def requests() -> Iterator[Request]:
-        nonlocal unscored
-        number = 0
-        for document, (ids, words, size) in enumerate(texts):
-            first = 0 if reader.prefix else 1
-            unscored += first
-            size -= _bytes(reader, ids[:first])
-            open_documents[document] = entry = _Document([0.0, len(ids) - first, words, size], 0)
-            for request in reader.windows(ids, context):
-                owners[number], number, entry.left = document, number + 1, entry.left + 1
-                yield request
-            entry.whole = True
-            close(document)
-
-    def close(document: int) -> None:
-        entry = open_documents[document]
-        if entry.whole and not entry.left:
-            entry.numbers[NLL] = math.fsum(entry.sums)  # exact, and so the same in any order
-            sums.add(entry.numbers)
-            del open_documents[document]
-            tell(sums.count, f"{sums.count:,} documents, {sums.totals[TOKENS]:,.0f} tokens")
-
-    for number, found in Scorer(reader.lm.config, reader.lm.vocabulary, reader.lm.params)(requests()):
-        document = owners.pop(number)
-        open_documents[document].sums.append(-found.log_p)
-        open_documents[document].left -= 1
-        close(document)
-    return _predicted(sums, unscored, split)
-
-
-def _predicted(sums: Sums, unscored: int, split: str) -> Predicted:
-    totals = [round(total) for total in sums.totals]
-    if not sums.count or not totals[TOKENS]:
+    tally = _Tally(tell)
+    windows = tally.windows(reader, islice(_documents(reader, corpus, split), limit), context)
+    for number, found in Scorer(reader.lm.config, reader.lm.vocabulary, reader.lm.params)(windows):
+        tally.scored(number, found.log_p)
+    totals = [round(total) for total in tally.sums.totals]
+    if not totals[TOKENS]:
         raise ConfigError(f"has no text in its {split} split: name another with --split", "corpus")
+    return Predicted(_scores(tally.sums), tally.sums.count, totals[TOKENS], totals[WORDS], totals[BYTES], tally.unscored)
+
+
+def _scores(sums: Sums) -> dict[str, Estimate]:
     nll = {name: sums.ratio(NLL, under) for name, under in (("token", TOKENS), ("word", WORDS), ("byte", BYTES))}
     scores = {f"{name}_perplexity": one.transformed(_exp, _exp(one.value)) for name, one in nll.items()}
-    scores["bits_per_byte"] = nll["byte"].transformed(lambda x: x / math.log(2), 1 / math.log(2))
-    return Predicted(scores, sums.count, totals[TOKENS], totals[WORDS], totals[BYTES], unscored)
+    return scores | {"bits_per_byte": nll["byte"].transformed(lambda x: x / math.log(2), 1 / math.log(2))}
 
 
 def _exp(x: float) -> float:
@@ -105,22 +69,77 @@ def words_of(text: str) -> int:
     return len(re.split(r"\s+", text))
 
 
-def _bytes(reader: Reader, ids: list[int]) -> int:
-    assert reader.lm.tokenizer is not None
-    return sum(len(reader.lm.tokenizer.piece_bytes[i]) for i in ids)
+# ── documents, and their windows ─────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class _Document:
+    """A document's ids, and how many words and UTF-8 bytes it has."""
+
+    ids: list[int]
+    words: int
+    bytes: int
 
 
-def _texts(reader: Reader, corpus: Corpus, split: str) -> Iterator[tuple[list[int], int, int]]:
-    """(ids, words, UTF-8 bytes) of every document: of a text, or of tokens where they are written already."""
+def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
+    """Every document: of a text, or of tokens where they are written already."""
     tokenizer = reader.lm.tokenizer
     assert tokenizer is not None
     store = corpus.store(tokenizer.fingerprint, split, str(cache_dir()))
     if store is None:
         for text in corpus.documents(split):
-            yield reader.encode(text), words_of(text), len(text.encode("utf-8"))
+            yield _Document(reader.encode(text), words_of(text), len(text.encode("utf-8")))
         return
     for begin, stop in pairwise(chain(store.starts, [len(store)])):
         ids = np.asarray(store.ids[int(begin) : int(stop)]).tolist()
         ids = ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids
         text = tokenizer.decode(ids)
-        yield ids, words_of(text), len(text.encode("utf-8"))
+        yield _Document(ids, words_of(text), len(text.encode("utf-8")))
+
+
+@dataclass
+class _Open:
+    """A document some of whose windows are not scored yet. numbers: NLL … BYTES; whole: whether all of them are handed over."""
+
+    numbers: list[float]
+    left: int = 0
+    whole: bool = False
+    nll: list[float] = field(default_factory=list)
+
+
+class _Tally:
+    """Puts the scores of windows, which come in another order, together to those of documents."""
+
+    def __init__(self, tell: Tell):
+        self.sums, self.unscored, self._tell = Sums(4), 0, tell
+        self._open: dict[int, _Open] = {}
+        self._owners: dict[int, int] = {}  # window → document
+
+    def windows(self, reader: Reader, documents: Iterator[_Document], context: int) -> Iterator[Request]:
+        """The windows of all documents, numbered as they come."""
+        window, skipped = 0, 0 if reader.prefix else 1
+        for number, document in enumerate(documents):
+            lost = reader.lm.tokenizer.byte_lengths[document.ids[:skipped]].sum() if skipped else 0  # type: ignore[union-attr]
+            self.unscored += min(skipped, len(document.ids))
+            scored = max(len(document.ids) - skipped, 0)
+            self._open[number] = entry = _Open([0.0, scored, document.words, document.bytes - float(lost)])
+            for request in reader.windows(document.ids, context):
+                self._owners[window] = number
+                window, entry.left = window + 1, entry.left + 1
+                yield request
+            entry.whole = True
+            self._close(number)
+
+    def scored(self, window: int, log_p: float) -> None:
+        """One window's Σ log p."""
+        number = self._owners.pop(window)
+        self._open[number].nll.append(-log_p)
+        self._open[number].left -= 1
+        self._close(number)
+
+    def _close(self, number: int) -> None:
+        entry = self._open[number]
+        if entry.left or not entry.whole:
+            return
+        entry.numbers[NLL] = math.fsum(entry.nll)  # exact, and so the same in any order
+        self.sums.add(entry.numbers)
+        del self._open[number]
+        self._tell(self.sums.count, f"{self.sums.count:,} documents, {self.sums.totals[TOKENS]:,.0f} tokens")

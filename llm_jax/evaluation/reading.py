@@ -58,14 +58,14 @@ class Reader:
         spaces = len(context) - len(context.rstrip())
         continuation = context[len(context) - spaces :] + continuation
         context = context[: len(context) - spaces]
-        if self.lm.config.encodes:
-            return self._answer(context, continuation)
-        row, first = self._joined(context, continuation)
+        row, first, read = (
+            self._answer(context, continuation) if self.lm.config.encodes else (*self._joined(context, continuation), [])
+        )
         scored = len(row) - first
         if scored > self.length:
             raise ConfigError(f"has {scored} tokens to be scored, and the model reads {self.length}", repr(continuation[:40]))
         kept = row[-(self.length + 1) :]
-        return Request(kept, len(kept) - scored), len(kept) < len(row)
+        return Request(kept, len(kept) - scored, read[-self.length :]), len(kept) < len(row) or len(read) > self.length
 
     def _joined(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The ids of both, and the place of the first that is scored."""
@@ -82,12 +82,11 @@ class Reader:
         same = next((place for place, pair in enumerate(zip(known, whole, strict=False)) if pair[0] != pair[1]), len(whole))
         return (whole, same) if same else (self.prefix + whole, len(self.prefix))
 
-    def _answer(self, context: str, continuation: str) -> tuple[Request, bool]:
-        """The same of an encoder-decoder, whose encoder reads the context."""
-        read, row = [*self.ids(context), *self.lm.after], self.encode(continuation)
+    def _answer(self, context: str, continuation: str) -> tuple[list[int], int, list[int]]:
+        """The same of an encoder-decoder, and what its encoder reads: the context."""
+        read = [*(self.ids(context) if context else self.prefix), *self.lm.after]
         start = read[-1] if self.lm.start is None else self.lm.start
-        request = Request([start, *row[-self.length :]], 1, read[-self.length :])
-        return request, len(read) > self.length
+        return [start, *self.encode(continuation)], 1, read
 
     def windows(self, ids: Sequence[int] | np.ndarray, context: int = 1) -> Iterator[Request]:
         """A long text's ids, each scored once, after at least `context` others where there are as many, and never over `length`.
@@ -126,12 +125,12 @@ class Reader:
 
 
 def longest(lm: LM) -> int:
-    """Tokens that a model reads: as many as it has positions, or was trained on, or as its config.json says."""
+    """Tokens that a model reads: as many as it was trained on here, or has positions for, or as its config.json says."""
+    if lm.trial is not None:
+        return lm.trial.experiment.data.sequence_length
     known = forward.longest(lm.config.final)
     if known is not None:
         return known
-    if lm.trial is not None:
-        return lm.trial.experiment.data.sequence_length
     told = json.loads((lm.folder / "config.json").read_text("utf-8")) if lm.folder is not None else {}
     return next((told[name] for name in SAID if isinstance(told.get(name), int)), LENGTH)
 
