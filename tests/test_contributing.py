@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipe for a position scheme, followed: its code as a module, its flag, its row, a run; and its family."""
+"""CONTRIBUTING's recipes for a position scheme and an objective, followed: code as a module, flag, row, a run; and its family."""
 
 import dataclasses
 import importlib.util
@@ -24,19 +24,30 @@ from llm_jax.lab import presets
 from llm_jax.nn.position import Position, Positions
 from llm_jax.train.pretrain import trial
 from tests.nn import test_position
+from tests.objectives import posed, test_lengths
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-SECTION = re.search(r"## Add a position scheme\n(.*?)\n## ", TEXT, re.DOTALL)[1]
-CODE, FLAG, ROW = (textwrap.dedent(block) for block in re.findall(r"```(?:python|sh)\n(.*?)```", SECTION, re.DOTALL))
+
+
+def shown(title) -> list[str]:
+    """A section's code, a flag, and a row for a test's table."""
+    section = re.search(rf"## {title}\n(.*?)\n## ", TEXT, re.DOTALL)[1]
+    return [textwrap.dedent(block) for block in re.findall(r"```(?:python|sh)\n(.*?)```", section, re.DOTALL)]
+
+
+CODE, FLAG, ROW = shown("Add a position scheme")
 SMALL = ["model.width=16", "model.depth=2", "model.attention.heads=2", "train.steps=4", "optimizer.learning_rate=0.01"]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> ModuleType:
     """The recipe's code in a file of its own, imported as an experiment's is."""
-    path = tmp_path_factory.mktemp("recipe") / "a_readers_scheme.py"
-    path.write_text(CODE)
+    return imported(CODE, tmp_path_factory.mktemp("recipe") / "a_readers_scheme.py")
+
+
+def imported(code, path) -> ModuleType:
+    path.write_text(code)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -89,10 +100,34 @@ def test_a_model_trains_with_it(experiment):
     assert losses[1]["loss"].mean < losses[0]["loss"].mean
 
 
+def test_the_objective_that_is_shown_reads_backwards(tmp_path):
+    code, flag, row = shown("Add an objective")
+    module = imported(code, tmp_path / "a_readers_objective.py")
+    given = override_text(presets.nano(), [shlex.split(flag)[0].removeprefix("--set="), *SMALL])
+    assert given.objective == module.Backwards()
+    objective, model = eval(row.strip(), vars(test_lengths) | vars(module))
+    for sizes in ((40,), (23, 9, 30)):
+        test_lengths.test_they_are_as_long_as_is_said(objective, model, sizes)
+        batch = posed.whole(*sizes, rows=2) if len(sizes) == 1 else posed.packed(sizes, rows=2)
+        found, start = posed.pose(objective, batch), 0
+        for document, size in enumerate(sizes):
+            ids, asked = posed.sequence(found, 1, document)
+            assert ids == np.asarray(batch.tokens)[1, start : start + size][::-1].tolist() and asked == [False] + [True] * (
+                size - 1
+            )
+            start += size
+    parts = trial(given, nameless(11))
+    ids = np.random.default_rng(0).integers(0, 11, (1, 4, 13)).repeat(4, 0).astype(np.int32)
+    batches, state = Batch(ids[..., :-1], ids[..., 1:]), jax.jit(parts.init)({})
+    before, (state, _) = jax.jit(parts.evaluate)({}, state, batches), jax.jit(parts.steps)({}, state, batches)
+    after = jax.jit(parts.evaluate)({}, state, batches)
+    assert after["loss"].mean < before["loss"].mean and after["loss"].weight == 4 * 4 * 11
+
+
 def test_the_family_that_is_shown_is_the_one_that_is_here():
-    shown: dict = {}
-    exec(textwrap.dedent(re.search(r"## Port a model family\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]), shown)
-    mine, theirs = FAMILIES["stablelm"], shown["STABLELM"]
+    found: dict = {}
+    exec(textwrap.dedent(re.search(r"## Port a model family\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]), found)
+    mine, theirs = FAMILIES["stablelm"], found["STABLELM"]
     functions = ("read", "write")
     assert [(f.name, getattr(mine, f.name)) for f in dataclasses.fields(Family) if f.name not in functions] == [
         (f.name, getattr(theirs, f.name)) for f in dataclasses.fields(Family) if f.name not in functions

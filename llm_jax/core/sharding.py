@@ -81,6 +81,8 @@ def parts(axes: tuple[str, ...]) -> int:
 def sum_over_data(function: Callable) -> Callable:
     """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all small sums.
 
+    Arrays that are the same for all rows come as `params`, none from outside.
+
     Where parameters are whole on every device and the platform asks for it; else `function` itself, whose sums the compiler
     adds up array by array (XLA:CPU takes 0.1 ms for each of them, however small).
     """

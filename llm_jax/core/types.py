@@ -30,6 +30,24 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Labelled:
+    """Token sequences and a class for each token, int32 `[..., B, L]`; negative for none."""
+
+    batch: Batch
+    classes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Probed:
+    """What a linear probe is fitted to, and what it is scored on; `[n, B, L]` both."""
+
+    fit: Labelled
+    test: Labelled
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Weighted:
     """A sum and its weight, kept apart so that micro-batches, hosts and packed rows add up exactly (f32 scalars)."""
 
@@ -58,7 +76,8 @@ class Predictions:
 
     logits `[B, L, V]`; ahead: those of the tokens after the next one, one array each. penalty: what training adds to the loss.
     routing: what layers with experts counted, as `models.experts` reads it. unembeddings: what the logits and those ahead are made
-    of (`nn.kernels.unembedding.Unembedding`), in this order, where the model says it.
+    of (`nn.kernels.unembedding.Unembedding`), in this order, where the model says it. teacher: what the objective's teacher says of
+    the same batch, in training.
     """
 
     logits: jax.Array
@@ -66,3 +85,4 @@ class Predictions:
     penalty: Weighted | None = None
     routing: Any = field(default_factory=dict)
     unembeddings: tuple[Any, ...] = ()
+    teacher: "Predictions | None" = None

@@ -42,6 +42,11 @@ class Packing(Config):
 
     abstract = True
 
+    @property
+    def segmented(self) -> bool:
+        """Whether rows say which document each token is of."""
+        return True
+
     def rows(self, tokens: Tokens, length: int, cache: str | os.PathLike) -> Rows:
         """The store in rows of `length` tokens; what had to be computed for it is kept in the `cache` folder."""
         raise NotImplementedError
@@ -56,6 +61,10 @@ class ConcatThenSplit(Packing):
     """
 
     document_masks: bool = True
+
+    @property
+    def segmented(self):
+        return self.document_masks
 
     def rows(self, tokens, length, cache):
         return Windows(tokens, length, self.document_masks)

@@ -66,6 +66,11 @@ def load(path: str | os.PathLike, *, dtype: Dtype = "float32", mesh: Mesh | None
     return Pretrained(model, vocabulary, params, tokenizer, *around, ends, start, kind, untold)
 
 
+def tokenizer(path: str | os.PathLike) -> Fitted | None:
+    """That of a folder; None where it has no files of one. Raises `ConfigError` where they are not understood."""
+    return _tokenizer(pathlib.Path(path).expanduser())[0]
+
+
 def shardings(model: Model, vocabulary: int, mesh: Mesh) -> Any:
     """Where on the mesh each parameter lies."""
     built = mesh.build()

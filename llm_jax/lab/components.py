@@ -28,6 +28,7 @@ from llm_jax.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, NtkSca
 from llm_jax.nn.routing import ExpertChoice, Sigmoid, Softmax
 from llm_jax.objectives.continuation import Continuation
 from llm_jax.objectives.denoising import UL2, SpanCorruption
+from llm_jax.objectives.distillation import Distillation
 from llm_jax.objectives.infilling import FillInTheMiddle
 from llm_jax.objectives.masked import MaskedLM
 from llm_jax.objectives.next_token import NextToken
@@ -36,7 +37,7 @@ from llm_jax.objectives.spans import Denoiser
 
 __all__ = [
     "LSTM", "MLA", "UL2", "Alibi", "Attention", "Bidirectional", "Brier", "Capacity", "Causal", "Chunked", "Continuation",
-    "CrossEntropy", "Decoder", "Denoiser", "Dense", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder",
+    "CrossEntropy", "Decoder", "Denoiser", "Dense", "Distillation", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder",
     "EncoderDecoder", "ExpertChoice", "FillInTheMiddle", "Focal", "Gated", "HyperConnections", "LanguageModel", "Layer",
     "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MaskedLM", "MoE", "MuP", "MultiToken", "NextToken",
     "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM",

@@ -27,6 +27,7 @@ from llm_jax.core.config import (
     traced,
 )
 from llm_jax.core.mesh import Mesh
+from llm_jax.data.labels import Labels
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Fitted, Tokenizer
 from llm_jax.lab.arms import Arms, Choices, arms_of
@@ -47,7 +48,8 @@ class Evaluation(Config):
     lengths: multiples of the trained length that the final model is scored at, as "…@4x"; during training only 1 is.
     test: whether the final model is also scored on the test split. neighbours k: the embedding table is scored too, by
     "neighbour_purity", the share of a token's k nearest that are of its kind (`data.kinds`), and "neighbour_chance", the same of
-    tokens that are shuffled.
+    tokens that are shuffled. probe: what a linear probe of the final model's hidden states is to tell of each token, fitted to the
+    validation split and scored on the test split, as "probe/accuracy", and "probe/chance" for always the commonest class.
     """
 
     every: int = 250
@@ -55,6 +57,7 @@ class Evaluation(Config):
     lengths: tuple[int, ...] = (1,)
     test: bool = False
     neighbours: int | None = None
+    probe: Labels | None = None
 
     @property
     def scores(self) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.population import groups, layout, structure
 from llm_jax.lab.sources import Reading
 from llm_jax.models import count
+from llm_jax.models.model import Model
+from llm_jax.objectives.objective import Objective
+from llm_jax.train.pretrain import Teacher
 
 Phase = Literal["tune", "final"]
 
@@ -96,7 +99,7 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial takes: parameters, training tokens, FLOPs of training and of evaluation, bytes of memory while training."""
+    """What one trial takes: parameters, training tokens of text, FLOPs of training and of evaluation, bytes while training."""
 
     parameters: int
     tokens: int
@@ -105,17 +108,27 @@ class Cost:
     memory: float
 
 
-def cost(experiment: Experiment, vocabulary: int, *, scored: Sequence[tuple[int, int]] = ()) -> Cost:
-    """The analytic cost of a trial. scored: (tokens, sequence length) of every evaluation that it makes."""
+def cost(
+    experiment: Experiment, vocabulary: int, *, scored: Sequence[tuple[int, int]] = (), teacher: Teacher | None = None
+) -> Cost:
+    """The analytic cost of a trial. scored: (tokens, sequence length) of every evaluation that it makes; teacher: whom it asks."""
     data, model = experiment.data, experiment.model
-    tokens = experiment.train.steps * data.batch_size * data.sequence_length
-    rows = data.batch_size // experiment.train.accumulate
+    rows, length = experiment.train.steps * data.batch_size, data.sequence_length
+
+    def flops(objective: Objective, length: int, of: Model = model, ids: int = vocabulary) -> float:
+        return count.flops_per_row(of, ids, *objective.lengths(length, model=model, packed=data.packing.segmented))
+
+    forward = sum(n / m * flops(each, m) / 3 for n, m in scored for each in experiment.objective.evaluated.values())
+    asked = 0.0 if teacher is None else flops(experiment.objective, length, teacher.model, teacher.vocabulary) / 3
+    words, inputs = experiment.objective.lengths(length, model=model, packed=data.packing.segmented)
+    micro, slots = data.batch_size // experiment.train.accumulate, experiment.optimizer.slots
+    memory = count.training_memory(model, vocabulary, micro, words, slots, inputs)
     return Cost(
         count.parameters(model, vocabulary),
-        tokens,
-        tokens * count.flops_per_token(model, vocabulary, data.sequence_length),
-        sum(n * count.flops_per_token(model, vocabulary, length) / 3 for n, length in scored),  # the forward pass alone
-        count.training_memory(model, vocabulary, rows, data.sequence_length, experiment.optimizer.slots),
+        rows * length,
+        rows * (flops(experiment.objective, length) + asked),
+        forward,
+        memory + (0 if teacher is None else 4.0 * count.parameters(teacher.model, teacher.vocabulary)),
     )
 
 

@@ -21,9 +21,10 @@ from llm_jax.core.ahead import Ahead
 from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.platform import cores, traits
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.teachers import Found
 from llm_jax.train.loop import Program
 from llm_jax.train.pretrain import Trial, trial
 
@@ -79,7 +80,8 @@ def lift(function: Callable, mesh: jax.sharding.Mesh, members: int, *, shared: i
 class Compiled:
     """The jitted program of one structure and size; `bind` gives it the values of particular trials.
 
-    `values` and `abstract` are the shapes (and shardings) of the traced values and of the state.
+    `values` and `abstract` are the shapes (and shardings) of the traced values and of the state. taught: the parameters of a
+    teacher, if it has one.
     """
 
     trial: Trial
@@ -90,14 +92,15 @@ class Compiled:
     init: Ahead
     steps: Ahead
     evaluate: Ahead
+    taught: tuple[Any, ...] = ()
 
-    def expect(self, batch: Batch, evaluations: Iterable[Batch], *, fresh: bool) -> None:
-        """Has other threads compile for batches like `batch` `[any, k, B, L]` and `evaluations` `[n, B, L]`; fresh: and `init`."""
+    def expect(self, batch: Batch, evaluations: Iterable[Batch | Probed], *, fresh: bool) -> None:
+        """Has other threads compile for batches like `batch` `[any, k, B, L]`, and for `evaluations`; fresh: and `init`."""
         pool = ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="compile")
         if fresh:
             self.init.expect(pool, self.values)
         several = jax.tree.map(lambda x: np.broadcast_to(x[:1], (self.members, *x.shape[1:])), batch)
-        self.steps.expect(pool, self.values, self.abstract, _abstract(several, self._rows))
+        self.steps.expect(pool, self.values, self.abstract, *self.taught, _abstract(several, self._rows))
         for batches in evaluations:
             self.evaluate.expect(pool, self.values, self.abstract, _abstract(batches, self._common))
         pool.shutdown(wait=False)
@@ -114,7 +117,7 @@ class Compiled:
         """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
         values, wanted = stacked_values(experiments, self.members), len(experiments)
 
-        def put(batches: Batch, where: NamedSharding, *, pad: int = 0) -> Batch:
+        def put(batches: Any, where: NamedSharding, *, pad: int = 0) -> Batch:
             def array(x):
                 x = np.asarray(x)
                 return jax.make_array_from_process_local_data(where, np.concatenate([x, x[-1:].repeat(pad, 0)]) if pad else x)
@@ -125,7 +128,7 @@ class Compiled:
             return self.init(values)
 
         def steps(state, batches):
-            return self.steps(values, state, put(batches, self._rows, pad=self.members - wanted))
+            return self.steps(values, state, *self.taught, put(batches, self._rows, pad=self.members - wanted))
 
         def evaluate(state, batches):
             return self.evaluate(values, state, put(batches, self._common))
@@ -159,26 +162,40 @@ def check_rows(experiment: Experiment, axes: Mapping[str, int]) -> None:
 
 
 def compile_population(
-    experiment: Experiment, members: int, tokens: Fitted, *, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment,
+    members: int,
+    tokens: Fitted,
+    *,
+    teacher: Found | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Compiled:
-    """The program that trains `members` experiments of the structure of `experiment`, on all devices by default."""
+    """The program that trains `members` experiments of the structure of `experiment`, on all devices by default.
+
+    teacher: who is asked by all of them, whose parameters are there once.
+    """
     devices = list(devices or jax.devices())
     axes, size = layout(experiment, members, len(devices))
     mesh = axes.build(devices)
     check_rows(experiment, mesh.shape)
-    one = trial(experiment, tokens)
+    one = trial(experiment, tokens, teacher.asked if teacher else None)
     values = stacked_values([experiment], size)
     where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)
     init = jax.jit(lift(one.init, mesh, size), out_shardings=where)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, values)
     abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
-    steps = jax.jit(lift(one.steps, mesh, size), donate_argnums=1, out_shardings=(where, None))
+    taught = (teacher.parameters(mesh),) if teacher else ()
+    lifted = lift(one.steps, mesh, size, shared=len(taught))
+
+    def several(values, state, *rest):  # batches last, by whose shapes programs are told apart
+        return lifted(values, state, rest[-1], *rest[:-1])
+
+    steps = jax.jit(several, donate_argnums=1, out_shardings=(where, None))
     evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
-    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh) for f in (init, steps, evaluate)))
+    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh) for f in (init, steps, evaluate)), taught)
 
 
-def _abstract(batches: Batch, where: NamedSharding) -> Batch:
+def _abstract(batches: Any, where: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batches)
 
 

@@ -22,7 +22,10 @@ LIBRARIES = ("llm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a group's numbers come from. corpus, tokenizer: fingerprints; population: trials trained together."""
+    """Where a group's numbers come from. corpus, tokenizer: fingerprints; population: trials trained together.
+
+    teacher: who was asked in training, if anybody was.
+    """
 
     ablation: Mapping[str, Any]
     command: str
@@ -30,6 +33,7 @@ class Provenance:
     tokenizer: str
     population: int
     group: str
+    teacher: str | None = None
 
     def described(self) -> dict[str, Any]:
         """As JSON, with the machine and the versions of the libraries that numbers depend on."""
@@ -46,6 +50,7 @@ class Provenance:
             "group": self.group,
             "corpus": self.corpus,
             "tokenizer": self.tokenizer,
+            "teacher": self.teacher,
         }
 
 

@@ -70,6 +70,7 @@ class Runner:
         scores = (*experiment.objective.scores, *experiment.evaluation.scores)
         splits = [name.partition("@") for name in source.evaluations(final=True)]
         known = [f"{split}/{score}{at}{times}" for split, at, times in splits for score in scores]
+        known += [f"{probe}/accuracy" for probe in source.probed]
         for metric in [ablation.metric, ablation.tuning_metric, *(claim.metric for claim in ablation.claims)]:
             if metric is not None and metric not in known:
                 raise ConfigError(f"is not scored: did you mean {nearest(metric, known)}?", f"metric {metric!r}")
@@ -89,11 +90,12 @@ class Runner:
         )
         times = math.ceil(steps / experiment.evaluation.every) - 1  # at the end, `final` is scored instead
         scored = [(math.prod(shape), shape[-1]) for shape in during * times + final]
-        return plan.cost(experiment, source.vocabulary, scored=scored)
+        return plan.cost(experiment, source.vocabulary, scored=scored, teacher=source.asked)
 
     def largest_population(self, experiment: Experiment) -> int:
         """How many trials of this structure may share a program."""
-        each = plan.cost(experiment, self.sources.of(experiment).vocabulary)
+        source = self.sources.of(experiment)
+        each = plan.cost(experiment, source.vocabulary, teacher=source.asked)
         most = max(len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds) * len(self.ablation.arms)
         wanted = min(self.largest or most, most)
         return plan.largest_population(experiment, each, memory=platform.memory(), devices=jax.device_count(), wanted=wanted)
@@ -103,8 +105,9 @@ class Runner:
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
         with self.folder.alone():
-            corpora = {arm: self.sources.of(e).corpus.fingerprint() for arm, e in arms.items()}
-            self.folder.claim(self.ablation, corpora=corpora, scale=self.scale)
+            corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
+            tokenizers = {arm: self.sources.of(e).tokenizer.fingerprint for arm, e in arms.items()}
+            self.folder.claim(self.ablation, corpora=corpora, tokenizers=tokenizers, scale=self.scale)
             tuned = self._all(plan.tuning_runs(self.ablation))
             best = plan.winners(self.ablation, tuned)
             for arm in arms:
@@ -163,14 +166,17 @@ class Runner:
             idle = jax.device_count() - math.prod(key[1].sizes.values())
             if idle:
                 self.note(f"{len(runs)} runs of {runs[0].arm} leave {idle} of {jax.device_count()} devices idle")
-            self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer)
+            self._compiled[key] = compile_population(runs[0].experiment, len(runs), source.tokenizer, teacher=source.teacher)
         return self._compiled[key]
 
 
 def _check_lengths(experiment: Experiment, source: Source) -> None:
     """Raises `ConfigError` for a length that the model or the objective refuses."""
-    one = trial(experiment, source.tokenizer)
+    one = trial(experiment, source.tokenizer, source.asked)
     state = jax.eval_shape(one.init, {})
+    if source.teacher is not None:
+        batches = jax.tree.map(lambda x: x[0], source.example(1))
+        jax.eval_shape(one.steps, {}, state, batches, source.teacher.shapes)
     for batches in {b.tokens.shape[-1]: b for b in source.evaluations(final=True).values()}.values():
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype), batches)
         jax.eval_shape(one.evaluate, {}, state, row)
@@ -183,7 +189,7 @@ class Group:
         self.runner, self.runs = runner, runs
         self.name = fingerprint([run.name for run in runs])
         self.source = runner.sources.of(runs[0].experiment)
-        self.cost = plan.cost(runs[0].experiment, self.source.vocabulary)
+        self.cost = plan.cost(runs[0].experiment, self.source.vocabulary, teacher=self.source.asked)
         arms = list(dict.fromkeys(run.arm for run in runs))
         self.title = f"{arms[0] if len(arms) == 1 else f'{len(arms)} arms'} · {runs[0].phase} × {len(runs)}"
 
@@ -203,7 +209,11 @@ class Group:
         seeds = [run.seed for run in self.runs]
         compiled.expect(
             self.source.example(rhythm.dispatch),
-            [*self.source.evaluations(final=False).values(), *self.source.evaluations(final=True).values()],
+            [
+                *self.source.evaluations(final=False).values(),
+                *self.source.evaluations(final=True).values(),
+                *self.source.probed.values(),
+            ],
             fresh=not self._checkpoints.is_dir(),
         )
         self.runner.folder.begin(self.name, [run.name for run in self.runs])
@@ -259,6 +269,7 @@ class Group:
             self.source.tokenizer.fingerprint,
             len(self.runs),
             self.name,
+            None if self.source.teacher is None else self.source.teacher.identity,
         )
 
     @property
@@ -294,7 +305,7 @@ class Group:
             rewind=rewind,
             report=progress.update,
             evaluations=self.source.evaluations(final=False),
-            final=self.source.evaluations(final=True),
+            final=self.source.evaluations(final=True) | self.source.probed,
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,

@@ -1,4 +1,4 @@
-"""The text of a trial, ready to train on: corpus, fitted tokenizer, token stores and evaluation batches, shared by equals."""
+"""What a trial learns from: corpus, fitted tokenizer, token stores, evaluation batches and a teacher, shared by equals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import jax
 
 from llm_jax.core.config import fingerprint, to_json
 from llm_jax.core.platform import cache_dir
-from llm_jax.core.types import Batch
+from llm_jax.core.types import Batch, Probed
 from llm_jax.data import pipeline
+from llm_jax.data.labels import labelled
 from llm_jax.data.packing import Rows
 from llm_jax.data.pipeline import Dispatches, Host
+from llm_jax.lab import teachers
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
+from llm_jax.train.pretrain import Teacher
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Source:
 
     def __init__(self, experiment: Experiment, *, workers: int = 0):
         self.data, self.evaluation, self.steps = experiment.data, experiment.evaluation, experiment.train.steps
+        self.objective = experiment.objective
         self.corpus, self.workers = experiment.data.corpus, workers
         mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
@@ -52,14 +56,33 @@ class Source:
         return self.tokenizer.vocabulary
 
     @cached_property
+    def teacher(self) -> teachers.Found | None:
+        """The trained model that the objective asks, if it asks one. Raises `ConfigError`."""
+        folder = self.objective.taught_by
+        return None if folder is None else teachers.find(folder, self.objective, self.tokenizer)
+
+    @property
+    def asked(self) -> Teacher | None:
+        """The teacher as a program sees it."""
+        return None if self.teacher is None else self.teacher.asked
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of all that is learned from."""
+        corpus = self.corpus.fingerprint()
+        return corpus if self.teacher is None else fingerprint([corpus, self.teacher.identity])
+
+    @cached_property
     def training(self) -> list[Rows]:
         """The rows that are trained on."""
         return pipeline.rows_of(self.data, self.tokenizer, "train", cache_dir())
 
     def check(self) -> None:
-        """Raises `ConfigError` if any split that will be used is too short, before anything is trained."""
+        """Raises `ConfigError` if any split that will be used is too short, or the teacher none, before anything is trained."""
+        _ = self.teacher
         self._dispatches([0], 1)
         self.evaluations(final=True)
+        _ = self.probed
 
     def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
         """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
@@ -94,12 +117,25 @@ class Source:
             sets |= {f"valid@{probe}": self._batches(probe, 1) for probe in self.corpus.probes}
         return sets
 
+    @cached_property
+    def probed(self) -> dict[str, Probed]:
+        """What a linear probe is fitted to and scored on, by the name of its scores; nothing where none is asked for."""
+        labels = self.evaluation.probe
+        if labels is None:
+            return {}
+        given = {"length": self.data.sequence_length, "batch": self._rows(1)}
+        fit, test = (labelled(self.corpus, self.tokenizer, split, labels, **given) for split in ("valid", "test"))
+        return {"probe": Probed(fit, test)}
+
+    def _rows(self, times: int) -> int:
+        """Rows of a batch that is scored, of `times` the trained length: about as many tokens as a batch of training."""
+        return -(-self.data.batch_size // (times * self.parts)) * self.parts
+
     def _batches(self, split: str, times: int) -> Batch:
         if (split, times) not in self._evaluated:
-            rows = -(-self.data.batch_size // (times * self.parts)) * self.parts
             self._evaluated[split, times] = pipeline.evaluation_batches(
                 pipeline.rows_of(self.data, self.tokenizer, split, cache_dir(), times=times),
-                batch=rows,
+                batch=self._rows(times),
                 byte_lengths=self.tokenizer.byte_lengths,
                 limit_bytes=self.evaluation.bytes,
                 host=self.host,
@@ -117,7 +153,8 @@ class Sources:
         """The experiment's source, made on first use."""
         e = experiment
         names = [special.name for special in e.objective.specials]
-        key = fingerprint([*(to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh)), names, e.train.steps])
+        parts = (to_json(part) for part in (e.data, e.tokenizer, e.evaluation, e.mesh))
+        key = fingerprint([*parts, names, e.train.steps, e.objective.taught_by and to_json(e.objective)])
         if key not in self._known:
             self._known[key] = Source(experiment, workers=self._workers)
         return self._known[key]

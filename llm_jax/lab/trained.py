@@ -43,11 +43,35 @@ def is_here(path: str | os.PathLike) -> bool:
     return (folder / "trials").is_dir() or folder.parent.name == "trials"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A finished trial, its parameters not read yet. work: the folder that it was trained into; result: its `results.json`."""
+
+    work: pathlib.Path
+    result: dict[str, Any]
+    experiment: Experiment
+    tokenizer: Fitted
+
+    def steps(self) -> list[int]:
+        """Those of its checkpoints that are kept, the oldest first."""
+        return checkpoint.steps(_group(self.work, self.result) / "checkpoints")
+
+    def load(self, step: int | None = None) -> Trained:
+        """With its parameters. Raises `ConfigError` where its checkpoint, of the step that is asked for, is gone."""
+        found, params = _parameters(self.work, self.result, self.experiment, self.tokenizer, step)
+        folder = self.work / "trials" / self.result["trial"]
+        return Trained(self.experiment, self.experiment.model, params, self.tokenizer, found, folder, self.result)
+
+
 def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, step: int | None = None) -> Trained:
+    """The trial that `find` finds, with its parameters. step: of the checkpoint, None is the newest. Raises `ConfigError`."""
+    return find(path, arm=arm, trial=trial).load(step)
+
+
+def find(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None) -> Kept:
     """The trial of a work folder, or of its own folder, that is asked for: by name, or the best final one (of an arm).
 
-    step: of the checkpoint, None is the newest. Raises `ConfigError` where there is none, or where its checkpoint or its tokenizer
-    is gone.
+    Raises `ConfigError` where there is none, or where its tokenizer is gone.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     if folder.parent.name == "trials":
@@ -61,9 +85,8 @@ def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
         ) from None
     tokenizer = experiment.fitted(cache_dir())
     if tokenizer.fingerprint != result["provenance"]["tokenizer"]:
-        raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus has changed", "tokenizer")
-    found, params = _parameters(folder, result, experiment, tokenizer, step)
-    return Trained(experiment, experiment.model, params, tokenizer, found, folder / "trials" / result["trial"], result)
+        raise ConfigError(f"is not the one that {result['trial']} was trained with: its corpus or file has changed", "tokenizer")
+    return Kept(folder, result, experiment, tokenizer)
 
 
 def history(found: Trained) -> Iterator[tuple[int, Params]]:

@@ -16,6 +16,7 @@ from llm_jax.lab.experiment import Ablation
 
 MEMBERS = "members.json"
 SHOWN = 6  # differences named in an error
+FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
 
 
 class WorkFolder:
@@ -41,11 +42,14 @@ class WorkFolder:
         finally:
             os.close(folder)
 
-    def claim(self, ablation: Ablation, *, corpora: dict[str, str], scale: str | None = None) -> None:
+    def claim(
+        self, ablation: Ablation, *, corpora: dict[str, str], tokenizers: dict[str, str] | None = None, scale: str | None = None
+    ) -> None:
         """Makes the folder this ablation's, or checks that it is.
 
         More seeds, and a selection of the arms, are the same ablation: finished trials stay. Another base, grid, metric or
-        arm of the same name is another. corpora: arm → fingerprint of its corpus. Raises `ConfigError`.
+        arm of the same name is another. corpora: arm → fingerprint of its corpus; tokenizers: of its tokenizer, which may come
+        from a file that has changed. Raises `ConfigError`.
         """
         identity = {
             "base": to_json(ablation.base),
@@ -54,17 +58,19 @@ class WorkFolder:
             "tuning_seeds": ablation.tuning_seeds,
             "arms": {arm: to_json(changes) for arm, changes in ablation.arms.items()},
             "corpora": corpora,
+            "tokenizers": tokenizers or {},
         }
         file, described = self.path / "ablation.json", ablation.described(scale)
         if file.exists():
             known = _read(file)
+            known["identity"].setdefault("tokenizers", {})
             found = _differences(known["identity"], identity)
             if found:
                 more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
                 raise ConfigError(
                     f"belongs to another experiment: {'; '.join(found[:SHOWN])}{more}. Choose another --workdir", str(self.path)
                 )
-            for part in ("arms", "corpora"):
+            for part in FOR_ARMS:
                 identity[part] = known["identity"][part] | identity[part]
             described = merged(known["ablation"], described)
         elif self.path.exists() and any(self.path.iterdir()):
@@ -121,10 +127,9 @@ def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _differences(known: Any, given: Any, path: str = "") -> list[str]:
-    """Sentences on where two identities differ; arms and corpora that only one of them names are no difference."""
+    """Sentences on where two identities differ; what is told for arms that only one of them names is no difference."""
     if isinstance(known, dict) and isinstance(given, dict) and known.get("class") == given.get("class"):
-        selectable = path in ("arms", "corpora")
-        keys = [k for k in known if k in given] if selectable else list(dict.fromkeys([*known, *given]))
+        keys = [k for k in known if k in given] if path in FOR_ARMS else list(dict.fromkeys([*known, *given]))
         found = []
         for key in keys:
             found += _differences(known.get(key), given.get(key), f"{path}.{key}" if path else key)

@@ -24,28 +24,41 @@ def active_parameters(model: Model, vocabulary: int) -> int:
 
 
 def flops_per_token(model: Model, vocabulary: int, length: int) -> float:
-    """FLOPs of matrix products to train on one token of a sequence of `length`: 2 forward and 4 backward a multiply-add.
+    """FLOPs to train on one token of a sequence of `length`; of an encoder-decoder one of the output, with as many of the input."""
+    return flops_per_row(model, vocabulary, length) / length
 
-    Attention is counted over all `length` keys, as is the custom (Chowdhery et al. 2022, appendix B), although a causal
-    model needs half; recomputation under remat is not counted: these are the model's FLOPs, not the machine's. Of an
-    encoder-decoder a token is one of the output, with as many of the input.
+
+def flops_per_row(model: Model, vocabulary: int, length: int, inputs: int | None = None) -> float:
+    """FLOPs of matrix products to train on a sequence of `length`: 2 forward and 4 backward a multiply-add.
+
+    Attention is counted over all keys, as is the custom (Chowdhery et al. 2022, appendix B), although a causal model needs half;
+    recomputation under remat is not counted: these are the model's FLOPs, not the machine's. inputs: tokens that an encoder reads,
+    as many unless given.
     """
-    entries = sum(
-        layer_entries(stack, layer, cross)
-        + ((layer.attention.scores(stack.width) if layer.attention else 0) + (cross.scores(stack.width) if cross else 0)) * length
-        for stack, cross in _towers(model)
-        for layer in stack.in_full
-    )
-    return 6.0 * (entries + _output_entries(model, vocabulary))
+    lengths = _lengths(model, length, inputs)
+    total = length * _output_entries(model, vocabulary)
+    for (stack, cross), own in zip(_towers(model), lengths, strict=True):
+        for layer in stack.in_full:
+            total += own * layer_entries(stack, layer) + own**2 * (layer.attention.scores(stack.width) if layer.attention else 0)
+            if cross:  # its keys and values are the input's
+                total += (lengths[0] - own) * 2 * stack.width * cross.groups * cross.size(stack.width)
+                total += own * (cross.entries(stack.width) + lengths[0] * cross.scores(stack.width))
+    return 6.0 * total
 
 
-def training_memory(model: Model, vocabulary: int, batch: int, length: int, slots: int) -> float:
+def training_memory(model: Model, vocabulary: int, batch: int, length: int, slots: int, inputs: int | None = None) -> float:
     """Bytes at the peak of a step, estimated: parameters, gradients and `slots` float32 moments each, and what the
     backward pass keeps: with remat the layer boundaries and one layer, without it every product's operands."""
     states = 4.0 * parameters(model, vocabulary) * (2 + slots)
-    tokens = batch * length
+    lengths, tokens = _lengths(model, length, inputs), batch * length
     judged = -(-tokens // block_count(tokens, vocabulary))  # whose logits, and their gradient, are there at once
-    return states + tokens * sum(_kept(stack, length) for stack in model.stacks.values()) + 4.0 * 2 * vocabulary * judged
+    kept = sum(own * _kept(stack, own) for stack, own in zip(model.stacks.values(), lengths, strict=True))
+    return states + batch * kept + 4.0 * 2 * vocabulary * judged
+
+
+def _lengths(model: Model, length: int, inputs: int | None) -> list[int]:
+    """The tokens that each stack reads, of which the last says something of `length`."""
+    return [length if inputs is None else inputs] * (len(model.stacks) - 1) + [length]
 
 
 def _towers(model: Model) -> list[tuple[Stack, Attention | None]]:

@@ -12,6 +12,17 @@ from llm_jax.models.model import Model
 from llm_jax.nn.kernels.unembedding import Unembedding
 
 
+def hidden_states(model: Model, vocabulary: int, params: Any, batch: Batch) -> jax.Array:
+    """`[B, L, D]`: what the head would read of each token; of an encoder-decoder what its decoder would, of the encoder."""
+    network, variables = model.build(vocabulary), {"params": params}
+    if model.encodes:
+        read = {"positions_BM": batch.positions, "segments_BM": batch.segments}
+        return network.apply(variables, batch.tokens, **read, method="encode").hidden
+    inputs, given = model.arguments(batch)
+    _, sown = network.apply(variables, *inputs, **given, mutable=["intermediates"])
+    return sown["intermediates"]["hidden"][0]
+
+
 def predict(model: Model, vocabulary: int, params: Any, batch: Batch, rng: jax.Array, *, train: bool) -> Predictions:
     """The logits and what they are made of; in training with dropout, and with what else the loss asks for."""
     network, (inputs, given) = model.build(vocabulary), model.arguments(batch)

@@ -29,9 +29,15 @@ class Continuation(NextToken):
         require(model.head.words, "model.head", "must score token ids to continue a text: take LanguageModel()")
         check_blind(model)
 
+    def lengths(self, length, *, model, packed):
+        cut = self._cut(length)
+        return (length - cut + 1, cut) if model.encodes else (length, 0)
+
+    def _cut(self, length: int) -> int:
+        return min(max(round(self.fraction * length), 1), length - 1)
+
     def loss(self, apply, params, batch, *, model, rng, byte_lengths, train):
-        length = batch.tokens.shape[1]
-        cut = min(max(round(self.fraction * length), 1), length - 1)
+        cut = self._cut(batch.tokens.shape[1])
         given = _second_part(batch, cut) if model.encodes else _prefixed(batch, cut)
         return super().loss(apply, params, given, model=model, rng=rng, byte_lengths=byte_lengths, train=train)
 

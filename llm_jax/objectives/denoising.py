@@ -22,7 +22,7 @@ MODES = {"R": Special(("[R]", "[NLU]")), "S": Special(("[S]", "[S2S]")), "X": Sp
 
 @dataclass(frozen=True)
 class Denoising(Hidden):
-    """Denoisers, one drawn for each document. sentinels: how many ids there are for them; n spans take n + 1.
+    """Denoisers, one drawn for each document by their shares. sentinels: how many ids there are for them; n spans take n + 1.
 
     An encoder-decoder reads what is shown in its encoder; a decoder reads it first, from everywhere with the mask `Prefix()` and
     causally without. The answer is each sentinel and what it hides, and one more sentinel. The first of them, which says nothing,
@@ -39,7 +39,7 @@ class Denoising(Hidden):
 
     @property
     def mixture(self) -> tuple[Denoiser, ...]:
-        """All alike probable."""
+        """The denoisers, of which one does what is to be done to a document."""
         raise NotImplementedError
 
     @property
@@ -50,6 +50,10 @@ class Denoising(Hidden):
     def check(self, model):
         require(model.head.words, "model.head", "must score token ids to say what is hidden: take LanguageModel()")
         check_blind(model)
+
+    def lengths(self, length, *, model, packed):
+        plan = Plan(self.mixture, length, packed=packed)
+        return (plan.answers - 1, plan.inputs) if model.encodes else (plan.both - 1, 0)
 
     def pose(self, batch, keys_B, *, model, tokens):
         plan = Plan(self.mixture, batch.tokens.shape[1], packed=batch.segments is not None)
@@ -86,7 +90,14 @@ class SpanCorruption(Denoising):
 
 @dataclass(frozen=True)
 class UL2(Denoising):
-    """A mixture of denoisers (Tay et al. 2023, table 1): short spans (R), long or many (X), or the end (S)."""
+    """A mixture of denoisers: short spans (R), long or many (X), or the end (S). Tay et al. 2022 (arXiv:2205.05131).
+
+    The seven are table 1 of §3.1.2, and alike probable, as in the code of appendix 9.2 unless it is given rates (Finnish-NLP's and
+    others' reproductions gave R and X 0.4 each and S 0.2: `Denoiser(share=)`). Mode tokens are spelt as the published checkpoints
+    spell them where a tokenizer has those: [NLU], [NLG] and [S2S] for R, X and S. Two things differ from that code. S hides the
+    last quarter of a document, as in the table; there it begins anywhere, as in `PrefixLM`. And one is drawn for each document, not
+    for a row of many.
+    """
 
     denoisers: tuple[Denoiser, ...] = (
         Denoiser(0.15, 3, "R"),
@@ -110,12 +121,14 @@ class UL2(Denoising):
 class Plan:
     """What the denoisers K do to documents of 0 … L tokens, and how much room that takes: all known before any text is.
 
-    noise_KN, spans_KN: hidden tokens and spans. inputs, answers, both: room for what is shown, for what is to be said, for the two
-    in one row. exact: one document fills it.
+    shares_K: how probable each is. noise_KN, spans_KN: hidden tokens and spans. inputs, answers, both: room for what is shown, for
+    what is to be said, for the two in one row. exact: one document fills it.
     """
 
     def __init__(self, mixture: tuple[Denoiser, ...], length: int, *, packed: bool):
         self.length, self.exact = length, not packed and len(mixture) == 1
+        shares_K = np.array([denoiser.share for denoiser in mixture])
+        self.shares_K = shares_K / shares_K.sum()
         self.modes_K = np.array([denoiser.mode is not None for denoiser in mixture])
         amounts = [denoiser.amounts(np.arange(length + 1)) for denoiser in mixture]
         self.noise_KN, self.spans_KN = (np.stack(part) for part in zip(*amounts, strict=True))
@@ -151,7 +164,7 @@ class _Items:
 def _items(plan: Plan, key: jax.Array, row: Batch, sentinels_S: jax.Array, modes_K: jax.Array) -> _Items:
     docs, (choose, cut) = documents(row), jax.random.split(key)
     number_L = docs.number_L
-    which_D = jax.random.randint(choose, docs.size_D.shape, 0, len(modes_K))
+    which_D = jax.random.choice(choose, len(modes_K), docs.size_D.shape, p=jnp.asarray(plan.shares_K, jnp.float32))
     noise_D, spans_D = (jnp.asarray(table_KN)[which_D, docs.size_D] for table_KN in (plan.noise_KN, plan.spans_KN))
     hidden_L = noise_mask(cut, docs, noise_D, spans_D)
     asked_D = docs.live_D & (spans_D > 0)

@@ -16,4 +16,4 @@ class Hidden(NextToken):
 
     def loss(self, apply, params, batch, **given):
         loss, metrics = super().loss(apply, params, batch, **given)
-        return loss, metrics if given["train"] else {name: metrics[name] for name in self.scores}
+        return loss, metrics if given["train"] else {name: metrics[name] for name in Hidden.scores}

@@ -31,7 +31,13 @@ class FillInTheMiddle(Hidden):
 
     Of these `suffix_first` have the suffix before the prefix ("SPM", variant 2), the others "PSM" (Bavarian et al. 2022, §3, and
     appendix D). All tokens are scored, as there. A row has room for eight documents that are moved; later ones stay as they are.
+
+    Evaluation scores each row twice: as it stands, from left to right, under the names of `NextToken`, "bits_per_byte" among them,
+    which is to suffer nothing from the moving ("FIM for free": there, §1); and with `rate` of the documents moved, as
+    "infilling_loss", "infilling_accuracy" ….
     """
+
+    scores = (*NextToken.scores, *(f"infilling_{name}" for name in Hidden.scores))
 
     rate: float = traced(0.5)
     suffix_first: float = traced(0.5)
@@ -45,12 +51,19 @@ class FillInTheMiddle(Hidden):
         for name in ("rate", "suffix_first"):
             require(0 <= getattr(self, name) <= 1, name, f"must be in [0, 1], got {getattr(self, name)}")
 
+    @property
+    def evaluated(self):
+        return {"": NextToken(after=self.after, skip=self.skip), "infilling_": self}
+
+    def lengths(self, length, *, model, packed):
+        return length + 4 * _moved(packed) - 1, 0
+
     def check(self, model):
         NextToken.check(self, model)
 
     def pose(self, batch, keys_B, *, model, tokens):
         specials_4 = jnp.array([tokens.specials[special.name] for special in SPECIALS], jnp.int32)
-        moved = 1 if batch.segments is None else 1 + SLACK
+        moved = _moved(batch.segments is not None)
         room = batch.tokens.shape[1] + 4 * moved
 
         def pose(key: jax.Array, row: Batch) -> Batch:
@@ -75,3 +88,8 @@ class FillInTheMiddle(Hidden):
             return predicting(found["ids"], filled_R, found["segments"], filled_R)
 
         return jax.vmap(pose)(keys_B, Batch(batch.tokens, batch.targets, batch.weights, batch.segments))
+
+
+def _moved(packed: bool) -> int:
+    """How many documents of a row may be moved, at most."""
+    return 1 + SLACK if packed else 1

@@ -94,7 +94,7 @@ class NextToken(Objective):
 
     def _summed(self, said: Predictions, step: int, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
         """Σ weight · loss of what is said of the token after `step` others."""
-        if _at_once(said, step):
+        if at_once(said, step):
             return (self._each(step, (said.logits, *said.ahead)[step], targets_BL) * weights_BL).sum()
         values = traced_values(self, jax.Array)
         judge = lambda values, logits_NV, targets_N: substitute(self, values)._each(step, logits_NV, targets_N)  # noqa: E731
@@ -137,7 +137,8 @@ def _is_zero(value) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _at_once(said: Predictions, step: int) -> bool:
+def at_once(said: Predictions, step: int) -> bool:
+    """Whether the logits of the token after `step` others may all be made."""
     return not said.unembeddings or blocks.at_once(said.unembeddings[step])
 
 
@@ -145,7 +146,7 @@ def _scored(said: Predictions, batch: Batch, byte_lengths: jax.Array) -> tuple[W
     def judge(_, logits, targets):
         return cross_entropy(logits, targets)[0], rank(logits, targets), confidence(logits)
 
-    if _at_once(said, 0):
+    if at_once(said, 0):
         nll_BL, rank_BL, sure_BL = judge({}, said.logits, batch.targets)
     else:
         nll_BL, rank_BL, sure_BL = blocks.each(judge, said.unembeddings[0], batch.targets, {})

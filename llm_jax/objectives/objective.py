@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -48,6 +48,16 @@ class Objective(Config):
         """Special tokens that it writes into what the model reads; the vocabulary has room for them."""
         return ()
 
+    @property
+    def taught_by(self) -> str | None:
+        """The folder of a trained model that reads every batch of training too; what it says is `Predictions.teacher`."""
+        return None
+
+    @property
+    def evaluated(self) -> Mapping[str, Objective]:
+        """What goes before the names of scores → the objective whose they are, which poses and scores the rows of evaluation."""
+        return {"": self}
+
     def check(self, model: Predicts) -> None:
         """Raises `ConfigError` unless the model can be trained for it."""
 
@@ -59,6 +69,13 @@ class Objective(Config):
         where the rows are too long for it.
         """
         return batch
+
+    def lengths(self, length: int, *, model: Predicts, packed: bool) -> tuple[int, int]:
+        """What becomes of rows of `length` tokens: how long those are that the model says something of, and those of its input.
+
+        packed: they have segments. The second is 0 where there is no encoder.
+        """
+        return length, length if model.encodes else 0
 
     def loss(
         self,

@@ -25,6 +25,9 @@ class PrefixLM(NextToken):
         require(model.head.words, "model.head", "must score token ids to continue a text: take LanguageModel()")
         check_blind(model)
 
+    def lengths(self, length, *, model, packed):
+        return (length - 1, length) if model.encodes else (length, 0)
+
     def pose(self, batch, keys_B, *, model, tokens):
         rows = Batch(batch.tokens, batch.targets, batch.weights, batch.segments)
         if model.encodes:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.config import Config, require
+from llm_jax.core.config import Config, require, require_positive
 from llm_jax.objectives.rows import Documents
 
 
@@ -19,17 +19,20 @@ class Denoiser(Config):
 
     Of a document of n tokens N = round(rate · n) are hidden, in S = round(N / mean_length) spans, at least one each; the spans, and
     what is between them, which comes first, are cut at random, all ways alike (Raffel et al. 2020, §3.1.4, as their code's
-    `random_spans_noise_mask` has it). mode: a token in front of the input that says which denoiser it was (Tay et al. 2023, §3.1).
+    `random_spans_noise_mask` has it). mode: a token in front of the input that says which denoiser it was (Tay et al. 2022, §3.1).
+    share: how probable it is in a mixture, beside the others' shares.
     """
 
     rate: float = 0.15
     mean_length: float | None = 3.0
     mode: Literal["R", "S", "X"] | None = None
+    share: float = 1.0
 
     def validate(self):
         require(0 < self.rate < 1, "rate", f"must be in (0, 1), got {self.rate}")
         whole = self.mean_length is None or self.mean_length >= 1
         require(whole, "mean_length", f"must be at least 1, got {self.mean_length}")
+        require_positive(self, "share")
 
     def amounts(self, size_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Hidden tokens and spans of documents of so many tokens; none where there is only one."""

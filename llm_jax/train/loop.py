@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.core.types import Batch, Metrics
+from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
 
 # dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
@@ -27,13 +27,14 @@ class Program:
     """Compiled functions over `members` trials at once; every state leaf and metric has a leading `[members]` axis.
 
     init: `() -> state`. steps: `(state, host batches [members, k, B, L]) -> (state, metrics summed over k)`.
-    evaluate: `(state, batches [n, B, L]) -> metrics summed over n`. abstract: the state's shapes, dtypes and shardings.
+    evaluate: `(state, batches [n, B, L] or what a probe needs) -> metrics summed over n`. abstract: the state's shapes, dtypes and
+    shardings.
     """
 
     members: int
     init: Callable[[], Any]
     steps: Callable[[Any, Batch], tuple[Any, Metrics]]
-    evaluate: Callable[[Any, Batch], Metrics]
+    evaluate: Callable[[Any, Batch | Probed], Metrics]
     abstract: Any
 
 
@@ -72,7 +73,7 @@ class Session:
     rewind: Callable[[int], None]
     report: Callable[..., None]
     evaluations: Mapping[str, Batch]
-    final: Mapping[str, Batch]
+    final: Mapping[str, Batch | Probed]
     tokens_per_step: float
     flops_per_step: float
     checkpointer: Checkpointer | None = None
@@ -126,7 +127,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
     return scores(program, state, session.final) if scored is None else scored  # None: restored at the end
 
 
-def scores(program: Program, state: Any, evaluations: Mapping[str, Batch]) -> list[Row]:
+def scores(program: Program, state: Any, evaluations: Mapping[str, Batch | Probed]) -> list[Row]:
     """The mean of every metric of every evaluation set, one row a member; "valid" gives "valid/loss", ….
 
     A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once.

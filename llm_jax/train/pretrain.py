@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import sharding
-from llm_jax.core.config import Config, require, require_positive, substitute, traced
-from llm_jax.core.types import Batch, Metrics
+from llm_jax.core.config import Config, ConfigError, require, require_positive, substitute, traced
+from llm_jax.core.types import Batch, Metrics, Predictions, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.models import experts
 from llm_jax.models.model import Model, abstract_parameters, initial_parameters, matrix_axes, parameter_roles, token_table
-from llm_jax.models.predict import predict
+from llm_jax.models.predict import hidden_states, predict
 from llm_jax.nn.embedding import neighbour_purity
-from llm_jax.objectives.objective import Objective
+from llm_jax.objectives.objective import Apply, Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
+from llm_jax.train.probe import linear_probe
 from llm_jax.train.step import TrainState, make_train_step, many_steps
 
 Values = Mapping[str, Any]  # dotted path → scalar, traced under jit
@@ -72,24 +73,85 @@ R = TypeVar("R", bound=Config)
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A model that the objective asks in training, and that is not trained. vocabulary: ids it has rows for."""
+
+    model: Model
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class Trial:
     """Pure functions of `values` (path → scalar), which take the place of the recipe's traced fields.
 
-    init: `values -> TrainState`. steps: `(values, state, batches [k, B, L]) -> (state, metrics summed over k)`.
-    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout.
+    init: `values -> TrainState`. steps: `(values, state, batches [k, B, L], teacher's parameters or None) -> (state, metrics summed
+    over k)`.
+    evaluate: `(values, state, batches [n, B, L]) -> metrics summed over n`, without dropout; of what is `Probed`, those of a
+    linear probe of the hidden states.
     parameters: abstract, boxed with their logical axes.
     """
 
     init: Callable[[Values], TrainState]
-    steps: Callable[[Values, TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Values, TrainState, Batch], Metrics]
+    steps: Callable[..., tuple[TrainState, Metrics]]
+    evaluate: Callable[[Values, TrainState, Batch | Probed], Metrics]
     parameters: Any
 
 
-def trial(recipe: Any, tokens: Fitted) -> Trial:
+def _asked(model: Model, vocabulary: int, teacher: Teacher | None, taught: Any, *, train: bool) -> Apply:
+    """What an objective calls: the model, and in training the teacher beside it, whose parameters are `taught`."""
+    own = partial(predict, model, vocabulary, train=train)
+    if teacher is None or not train:
+        return own
+
+    def both(params: Any, batch: Batch, rng: jax.Array) -> Predictions:
+        try:
+            said = predict(teacher.model, teacher.vocabulary, taught, batch, rng, train=False)
+        except ConfigError as error:  # of its own settings, as a length that is too much for it
+            raise ConfigError(f"cannot read these rows: {error}", "objective.teacher") from None
+        return replace(own(params, batch, rng), teacher=said)
+
+    return both
+
+
+def _loss(recipe: Any, tokens: Fitted, teacher: Teacher | None = None, *, scored: str | None = None) -> Callable:
+    """`(params, batch, rng, values, teacher's parameters) -> (Weighted, metrics)` of the recipe's objective in training.
+
+    scored: or in evaluation, of the objective whose scores begin like this. Nothing traced comes from outside, where the rows may
+    lie otherwise.
+    """
+    byte_lengths, train = jnp.asarray(tokens.byte_lengths), scored is None
+
+    def loss(params: Any, batch: Batch, rng: jax.Array, values: Values, taught: Any = None):
+        given = substitute(recipe, values)
+        objective = given.objective if scored is None else given.objective.evaluated[scored]
+        apply = _asked(given.model, tokens.vocabulary, teacher, taught, train=train)
+        return objective.loss(apply, params, batch, model=given.model, rng=rng, byte_lengths=byte_lengths, train=train)
+
+    return loss
+
+
+def _scores(recipe: Any, tokens: Fitted, values: Values, params: Any, key: jax.Array, batches: Batch) -> Metrics:
+    """What evaluation reports of batches `[n, B, L]`."""
+    objectives = substitute(recipe, values).objective.evaluated
+    losses = {prefix: _loss(recipe, tokens, scored=prefix) for prefix in objectives}
+    # of rows, so that what is hidden depends on no batch size, and on no trial's seed
+    numbers = jnp.arange(math.prod(batches.tokens.shape[:2])).reshape(batches.tokens.shape[:2])
+
+    def each(part: tuple[Batch, jax.Array]) -> dict[str, Metrics]:
+        batch, numbers_B = part
+        keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(numbers_B)
+        posed = {prefix: own.pose(batch, keys_B, model=recipe.model, tokens=tokens) for prefix, own in objectives.items()}
+        return {prefix: loss(params, posed[prefix], key, values)[1] for prefix, loss in losses.items()}
+
+    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(each, (batches, numbers)))
+    concluded = {prefix: own.concluded(sums[prefix]) for prefix, own in objectives.items()}
+    return {prefix + name: value for prefix, found in concluded.items() for name, value in found.items()}
+
+
+def trial(recipe: Any, tokens: Fitted, teacher: Teacher | None = None) -> Trial:
     """The trial of a `Recipe` over the ids of a tokenizer, of which it asks how much text, and what kind, each stands for.
 
-    The tokenizer must know the objective's `specials`.
+    The tokenizer must know the objective's `specials`, and the teacher be the one that it is `taught_by`.
     """
     vocabulary = tokens.vocabulary
     abstract = abstract_parameters(recipe.model, vocabulary)
@@ -113,50 +175,40 @@ def trial(recipe: Any, tokens: Fitted) -> Trial:
         average = params if recipe.train.average is not None else None
         return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
 
-    def posed(given: Recipe, batch: Batch, keys_B: jax.Array) -> Batch:
-        return given.objective.pose(batch, keys_B, model=given.model, tokens=tokens)
-
-    def loss(given: Recipe, *, train: bool):
-        byte_lengths = jnp.asarray(tokens.byte_lengths)
-
-        def call(params, batch: Batch, rng):
-            apply = partial(predict, given.model, vocabulary, train=train)
-            return given.objective.loss(apply, params, batch, model=given.model, rng=rng, byte_lengths=byte_lengths, train=train)
-
-        return call
-
-    def steps(values: Values, state: TrainState, batches: Batch):
+    def steps(values: Values, state: TrainState, batches: Batch, taught: Any = None):
         given = substitute(recipe, values)
+
+        def pose(batch: Batch, rng: jax.Array) -> Batch:
+            keys_B = jax.random.split(rng, batch.tokens.shape[0])
+            return given.objective.pose(batch, keys_B, model=given.model, tokens=tokens)
+
         step = make_train_step(
-            loss(given, train=True),
+            _loss(recipe, tokens, teacher),
             chained(given),
             accumulate=recipe.train.accumulate,
             average=recipe.train.average,
-            rowwise=given.model.rowwise,
+            rowwise=given.model.rowwise and (teacher is None or teacher.model.rowwise),
             averaged=lambda opt_state, params: given.optimizer.evaluation_params(opt_state[1], params),
             settle=partial(experts.settle, given.model),
-            pose=lambda batch, rng: posed(given, batch, jax.random.split(rng, batch.tokens.shape[0])),
+            pose=pose,
+            frozen=(values, taught),
         )
         return many_steps(step, state, batches)
 
-    def evaluate(values: Values, state: TrainState, batches: Batch) -> Metrics:
+    def evaluate(values: Values, state: TrainState, batches: Batch | Probed) -> Metrics:
         given = substitute(recipe, values)
-        params = state.average
-        if params is None:
-            params = given.optimizer.evaluation_params(state.opt_state[1], state.params)
-        score = loss(given, train=False)
-        # of rows, so that what is hidden depends on no batch size, and on no trial's seed
-        numbers = jnp.arange(math.prod(batches.tokens.shape[:2])).reshape(batches.tokens.shape[:2])
-
-        def scored(part: tuple[Batch, jax.Array]) -> Metrics:
-            batch, numbers_B = part
-            keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(numbers_B)
-            return score(params, posed(given, batch, keys_B), state.key)[1]
-
-        per_batch = jax.lax.map(scored, (batches, numbers))
-        scores = given.objective.concluded(jax.tree.map(lambda x: x.sum(0), per_batch))
+        params = _evaluated(given, state)
+        if isinstance(batches, Probed):
+            features = partial(hidden_states, given.model, vocabulary, params)
+            return linear_probe(features, batches, len(recipe.evaluation.probe.classes))
+        scores = _scores(recipe, tokens, values, params, state.key, batches)
         if recipe.evaluation.neighbours:
             scores |= neighbour_purity(token_table(recipe.model, params), tokens.kinds, recipe.evaluation.neighbours)
         return scores
 
     return Trial(init, steps, evaluate, abstract)
+
+
+def _evaluated(given: Recipe, state: TrainState) -> Any:
+    """The parameters that are scored: their moving average, where there is one."""
+    return given.optimizer.evaluation_params(state.opt_state[1], state.params) if state.average is None else state.average

@@ -15,7 +15,7 @@ from llm_jax.core.sharding import sum_over_data
 from llm_jax.core.types import Batch, Metrics, Weighted
 from llm_jax.optim import gradients
 
-Loss = Callable[[Any, Batch, jax.Array], tuple[Weighted, Metrics]]
+Loss = Callable[..., tuple[Weighted, Metrics]]  # (params, batch, rng, and what is frozen)
 
 
 @jax.tree_util.register_dataclass
@@ -40,11 +40,13 @@ def make_train_step(
     averaged: Callable[[Any, Any], Any] = lambda opt_state, params: params,
     settle: Callable[[Any, Any], tuple[Any, Metrics]] = lambda params, routing: (params, {}),
     pose: Callable[[Batch, jax.Array], Batch] = lambda batch, rng: batch,
+    frozen: tuple[Any, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
-    loss: `(params, batch, rng) -> (Weighted, metrics)`. accumulate: the batch's rows are taken in that many micro-batches,
-    whose sums are added before the division, so the result is that of the whole batch however targets are spread.
+    loss: `(params, batch, rng, *frozen) -> (Weighted, metrics)`; frozen: arrays that are not trained. accumulate: the batch's rows
+    are taken in that many micro-batches, whose sums are added before the division, so the result is that of the whole batch however
+    targets are spread.
     average: decay of the exponential moving average of the parameters (Polyak & Juditsky 1992), or None for none.
     rowwise: the loss is a sum over rows that know nothing of each other, and draws no random numbers, which must not depend on how
     many devices share the rows. averaged:
@@ -58,7 +60,7 @@ def make_train_step(
         rng = jax.random.fold_in(state.key, state.step)
         batch = pose(batch, jax.random.fold_in(rng, 2))
         sums = partial(_summed_gradients, loss, rng=rng, accumulate=accumulate)
-        grads, total, metrics = (sum_over_data(sums) if rowwise else sums)(state.params, batch)
+        grads, total, metrics = (sum_over_data(sums) if rowwise else sums)((state.params, *frozen), batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1e-30), grads)
         last = (batch, rng) if accumulate == 1 else jax.tree.map(lambda x: x[-1], _micro_batches(batch, rng, accumulate))
         updates, opt_state = optimizer.update(
@@ -67,7 +69,7 @@ def make_train_step(
             state.params,
             value=total.mean,
             key=jax.random.fold_in(rng, 1),
-            loss_fn=lambda params: loss(params, *last)[0].mean,
+            loss_fn=lambda params: loss(params, *last, *frozen)[0].mean,
         )
         params = optax.apply_updates(state.params, updates)
         if "routing" in metrics:
@@ -83,11 +85,12 @@ def make_train_step(
     return step
 
 
-def _summed_gradients(loss: Loss, params: Any, batch: Batch, *, rng: jax.Array, accumulate: int):
-    """Gradient of the summed loss, the Weighted loss, and its metrics."""
+def _summed_gradients(loss: Loss, given: tuple[Any, ...], batch: Batch, *, rng: jax.Array, accumulate: int):
+    """Gradient of the summed loss, the Weighted loss, and its metrics. given: the parameters, and what is frozen."""
+    params, *frozen = given
 
     def total(params, batch, rng):
-        weighted, metrics = loss(params, batch, rng)
+        weighted, metrics = loss(params, batch, rng, *frozen)
         return weighted.total, (weighted, {"loss": weighted} | metrics)
 
     def differentiate(micro: tuple[Batch, jax.Array]):

@@ -133,6 +133,7 @@ ALONE: tuple[tuple[str, ...], ...] = (
     ("objective=PrefixLM()", "@attention.mask=Prefix()"),
     ("objective=PrefixLM()", "model=EncoderDecoder()"),
     ("objective=FillInTheMiddle(rate=0.9)",),
+    ("objective=Distillation(temperature=2.0)",),
     *((f"objective=NextToken(criterion={criterion}())",) for criterion in ("CrossEntropy", "Focal", "Brier", "SquaredError")),
 )
 

@@ -29,7 +29,7 @@ from llm_jax.models.model import Model, unstack_layers
 from llm_jax.objectives.objective import Objective
 from llm_jax.objectives.spans import Denoiser
 from llm_jax.train.check import name_of
-from llm_jax.train.pretrain import trial
+from llm_jax.train.pretrain import Teacher, trial
 from tests.lab.combination_table import ALONE, FACTORS, LENGTH, REFUSED, ROWS, VOCABULARY, assignments, base, experiment, refusal
 from tests.lab.covering import covering
 
@@ -66,12 +66,15 @@ def step(levels: Iterable[str]) -> str:
     """What is wrong with one step of the experiment's own trial, or nothing."""
     given = experiment(levels)
     tokens = nameless(VOCABULARY).with_specials(given.objective.specials)
-    one = trial(given, tokens)
+    teacher = Teacher(given.model, tokens.vocabulary) if given.objective.taught_by else None
+    one = trial(given, tokens, teacher)
     shapes, rng = jax.eval_shape(one.init, {}), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes.params)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes.step, shapes.opt_state))
     state = replace(shapes, step=zeros[0], params=params, opt_state=zeros[1], key=jax.random.key(0, impl="unsafe_rbg"))
-    after, metrics = jax.jit(lambda state, data: one.steps({}, state, data), compiler_options=QUICK)(state, batch())
+    taught = jax.tree.map(lambda leaf: -leaf, params) if teacher else None
+    run = jax.jit(lambda state, data, taught: one.steps({}, state, data, taught), compiler_options=QUICK)
+    after, metrics = run(state, batch(), taught)
     loss, leaves = metrics["train/loss"].mean, jax.tree.leaves(after.params)
     if not np.isfinite(loss) or not all(np.isfinite(leaf).all() for leaf in leaves):
         return f"the loss {loss} and all parameters should be finite"

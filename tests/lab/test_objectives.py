@@ -23,6 +23,7 @@ from llm_jax.lab.components import (
     FillInTheMiddle,
     Learned,
     MaskedLM,
+    NextToken,
     Prefix,
     PrefixLM,
     SpanCorruption,
@@ -121,6 +122,30 @@ def test_what_is_scored_depends_on_no_seed_and_no_batch_size(base):
     other = evaluate(state, rows(1, 8))["loss"]
     assert first.weight == again.weight == other.weight > 0 and first.total == again.total
     np.testing.assert_allclose(first.total, other.total, rtol=1e-6)
+
+
+def test_moved_middles_are_scored_from_left_to_right_too(base):
+    """As `NextToken` scores the same text, and as it scores the text that was moved; where none is, the two are one."""
+    given = override(base, {"objective": FillInTheMiddle(rate=1.0)})
+    tokens = given.fitted("")
+    one = trial(given, tokens)
+    state = compiled(one.init)({"seed": np.int32(1)})
+    ids = np.random.default_rng(0).integers(0, 256, (2, 4, 33)).astype(np.int32)
+    rows = Batch(ids[..., :-1], ids[..., 1:])
+    found = compiled(partial(one.evaluate, {}))(state, rows)
+    assert set(found) == set(FillInTheMiddle.scores)
+    plain = compiled(partial(trial(base, tokens).evaluate, {}))(state, rows)
+    assert set(plain) == set(NextToken.scores)
+    for name, score in plain.items():
+        np.testing.assert_allclose(found[name].mean, score.mean, rtol=1e-6)
+    assert found["infilling_loss"].weight == 8 * 35 and found["loss"].weight == 8 * 32
+    assert abs(found["infilling_loss"].mean - found["loss"].mean) > 1e-4
+    still = override(given, {"objective.rate": 0.0})
+    unmoved = compiled(partial(trial(still, tokens).evaluate, {}))(state, Batch(ids[..., :-1], ids[..., 1:]))
+    # of the first token of a row to the last but one, which is all that moving is given
+    assert unmoved["infilling_loss"].weight == 8 * 31
+    nll = unmoved["loss"].total - unmoved["infilling_loss"].total
+    assert 0 < nll < 8 * 10 and unmoved["loss"].total == found["loss"].total
 
 
 def test_micro_batches_and_interruptions_change_nothing(base):

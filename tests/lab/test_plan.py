@@ -1,5 +1,7 @@
 """What is planned: who is tuned where, on which seeds, at what cost, and how many trials share a program."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -9,11 +11,24 @@ from llm_jax.core.config import override
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import nameless
 from llm_jax.lab import plan
+from llm_jax.lab.components import (
+    UL2,
+    Attention,
+    Bidirectional,
+    Continuation,
+    Decoder,
+    EncoderDecoder,
+    FillInTheMiddle,
+    NextToken,
+    SpanCorruption,
+    Stack,
+)
 from llm_jax.lab.plan import Cost
 from llm_jax.lab.population import compile_population
 from llm_jax.models import count
 from llm_jax.nn.ffn import Gated
 from llm_jax.optim.optimizers import SGD
+from llm_jax.train.pretrain import trial
 from tests.cli.test_errors import run
 from tests.lab.test_experiment import ablation
 from tests.lab.test_runner import declared  # noqa: F401
@@ -67,9 +82,52 @@ def test_tuning_and_final_seeds_never_meet_and_the_worst_outcome_is_divergence()
 def test_evaluation_costs_a_forward_pass_of_what_it_scores():
     experiment = ablation().experiment("rope")
     price = plan.cost(experiment, 257, scored=[(1000, 128), (500, 512)])
+    twice = plan.cost(override(experiment, {"objective": FillInTheMiddle()}), 257, scored=[(1000, 128), (500, 512)])
+    assert 2 * price.evaluation < twice.evaluation < 2.7 * price.evaluation, "left to right, and with documents moved"
     per_token = [count.flops_per_token(experiment.model, 257, length) for length in (128, 512)]
     assert price.evaluation == pytest.approx((1000 * per_token[0] + 500 * per_token[1]) / 3)
     assert price.tokens == experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
+
+
+def products(jaxpr) -> int:
+    """FLOPs of the products of matrices of a traced program."""
+    found = 0
+    for step in jaxpr.eqns:
+        times = step.params["length"] if step.primitive.name == "scan" else 1
+        found += times * sum(products(inner) for inner in jax.core.jaxprs_in_params(step.params))
+        if step.primitive.name == "dot_general":
+            (contracted, _), _ = step.params["dimension_numbers"]
+            found += 2 * step.outvars[0].aval.size * math.prod(step.invars[0].aval.shape[axis] for axis in contracted)
+    return found
+
+
+TWO_WAYS = Attention(heads=4, mask=Bidirectional())
+STACK = {"width": 64, "depth": 2, "layers": "unrolled"}
+PAIR = EncoderDecoder(encoder=Stack(**STACK, attention=TWO_WAYS), decoder=Stack(**STACK, attention=Attention(heads=4)))
+
+
+@pytest.mark.parametrize(
+    "objective, model",
+    [
+        (NextToken(), Decoder(**STACK, attention=Attention(heads=4))),
+        (SpanCorruption(), PAIR),
+        (SpanCorruption(rate=0.5), Decoder(**STACK, attention=Attention(heads=4))),
+        (UL2(), PAIR),
+        (Continuation(fraction=0.25), PAIR),
+        (FillInTheMiddle(), Decoder(**STACK, attention=Attention(heads=4))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_step_is_planned_to_cost_is_what_it_multiplies(objective, model):
+    """Rows of 64 tokens, whatever becomes of them; the sums that are made as products with ones come on top."""
+    sizes = {"data.sequence_length": 64, "data.batch_size": 4, "train.steps": 1}
+    experiment = override(ablation().base, sizes | {"objective": objective, "model": model})
+    tokens = nameless(512).with_specials(objective.specials)
+    one = trial(experiment, tokens)
+    ids = jax.ShapeDtypeStruct((1, 4, 64), np.int32)
+    batch = Batch(ids, ids, jax.ShapeDtypeStruct((1, 4, 64), np.float32), ids, ids)
+    traced = jax.make_jaxpr(lambda state, batch: one.steps({}, state, batch))(jax.eval_shape(one.init, {}), batch)
+    assert 0.99 < products(traced.jaxpr) / plan.cost(experiment, tokens.vocabulary).flops < 1.06
 
 
 @pytest.mark.parametrize(

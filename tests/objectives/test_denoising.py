@@ -162,6 +162,43 @@ def test_ul2_draws_its_denoisers_alike():
     assert chi_squared([kinds[kind] for kind in expected], [100 * n for n in expected.values()]) > 1e-3
 
 
+# Tay et al. 2022, table 1: mode, rate, mean length of a span
+PUBLISHED = [("R", 0.15, 3), ("R", 0.15, 8), ("S", 0.25, None), ("X", 0.5, 3), ("X", 0.5, 8), ("X", 0.15, 64), ("X", 0.5, 64)]
+
+
+def test_ul2_hides_what_was_published():
+    """In documents of 512, of which 140 are expected of each of the seven."""
+    length, rows = 512, 980
+    posed = pose(UL2(), whole(length, rows=rows), model=PAIR)
+    modes = {ids: mode[1] for mode, ids in tokenizer(UL2()).specials.items() if mode in ("[R]", "[S]", "[X]")}
+    hidden, lengths, kinds = [], {}, Counter()
+    for row in range(rows):
+        (mode, *_), spans = parts(posed, row, 0, PAIR)
+        hidden.append(sum(map(len, spans)) / length)
+        kind = modes[mode], round(hidden[-1], 2), len(spans)
+        kinds[kind] += 1
+        lengths.setdefault(kind, []).extend(map(len, spans))
+    expected = {(mode, rate, max(round(rate * length / (mean or length)), 1)): mean for mode, rate, mean in PUBLISHED}
+    assert set(kinds) == set(expected)
+    assert chi_squared(list(kinds.values()), [rows / 7] * 7) > 1e-3
+    for kind, mean in expected.items():  # a document has a whole number of spans
+        assert np.mean(lengths[kind]) == pytest.approx(mean or 0.25 * length, rel=0.02 + 0.5 / kind[2] * (mean is not None)), kind
+    found, wanted = (Counter(mode for mode, *_ in kinds.elements()), Counter(mode for mode, *_ in PUBLISHED))
+    assert chi_squared([found[mode] for mode in wanted], [rows / 7 * n for n in wanted.values()]) > 1e-3
+    rate = np.mean([rate for _, rate, _ in PUBLISHED])  # 0.314 of all tokens
+    assert abs(np.mean(hidden) - rate) < 4 * np.std([rate for _, rate, _ in PUBLISHED]) / rows**0.5
+
+
+def test_a_denoiser_is_drawn_as_often_as_its_share_says():
+    often, seldom = Denoiser(0.15, 3.0, "R", share=0.8), Denoiser(0.25, None, "S", share=0.2)
+    objective = UL2(denoisers=(seldom, often))
+    posed = pose(objective, whole(32, rows=1000), model=PAIR)
+    count = int((posed.inputs[:, 0] == tokenizer(objective).specials["[R]"]).sum())
+    assert chi_squared([count, 1000 - count], [800, 200]) > 1e-3
+    with pytest.raises(ConfigError, match="share must be > 0, got 0"):
+        Denoiser(share=0.0)
+
+
 def test_what_becomes_of_a_row_depends_on_its_key_alone():
     batch, objective = packed((20, 12), rows=4), UL2()
     tokens, keys_B = tokenizer(objective), jax.random.split(jax.random.key(3), 4)

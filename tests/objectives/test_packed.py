@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from llm_jax.core.types import Batch
+from llm_jax.data.packing import FirstFit, Padded
+from llm_jax.data.store import Tokens
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder import Encoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
@@ -89,3 +91,25 @@ def test_packed_is_one_by_one(name):
     # norms and angles are computed in float32: what that leaves is 1e-6 of the gradient
     assert np.linalg.norm(flat - other) < 1e-5 * np.linalg.norm(other)
     assert np.abs(flat - other).max() < 1e-5 * np.abs(other).max()
+
+
+def test_a_store_costs_the_same_first_fit_and_padded():
+    sizes, length = np.array([5, 12, 3, 9, 7, 12, 2, 30]), 12
+    ids = np.random.default_rng(0).integers(0, 20, sizes.sum()).astype(np.int32)
+    store = Tokens(ids, np.cumsum(sizes) - sizes, None)
+    exact, objective = variant(DECODER, layers="unrolled"), NextToken()
+    network = compiled(partial(predict, exact, 20, train=False))
+    with jax.enable_x64(True):
+        params = jax.tree.map(
+            partial(moved, np.random.default_rng(0)), compiled(partial(initial_parameters, exact, 20))(jax.random.key(0))
+        )
+        sums = []
+        for packing in (FirstFit(), Padded()):
+            rows = packing.rows(store, length, "")
+            batch = jax.tree.map(jnp.asarray, rows.gather(np.arange(len(rows))))
+            more = {"model": exact, "rng": jax.random.key(1), "byte_lengths": jnp.ones(20, jnp.int32), "train": False}
+            scores = objective.loss(network, params, batch, **more)[1]
+            sums.append((len(rows), scores["loss"]))
+    (packed_rows, first), (padded_rows, second) = sums
+    assert packed_rows < padded_rows and first.weight == second.weight == sizes.sum() - len(sizes)
+    np.testing.assert_allclose(first.total, second.total, rtol=1e-8)

@@ -1,0 +1,204 @@
+"""A trained model that is asked in training: from a work folder or from Hugging Face's, on any mesh, and never a wrong one."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax.core.config import ConfigError, override
+from llm_jax.core.mesh import Mesh
+from llm_jax.data.corpora import TextFiles
+from llm_jax.data.pipeline import Data
+from llm_jax.data.tokenizers import nameless
+from llm_jax.lab import plan, population
+from llm_jax.lab.arms import Arms
+from llm_jax.lab.components import (
+    Attention,
+    ByteLevelBPE,
+    Characters,
+    Decoder,
+    Distillation,
+    HuggingFace,
+    Learned,
+    NextToken,
+    Rope,
+)
+from llm_jax.lab.experiment import Ablation, Checkpoints, Evaluation, Experiment
+from llm_jax.lab.runner import Runner
+from llm_jax.lab.teachers import Found
+from llm_jax.lab.workfolder import WorkFolder
+from llm_jax.models import count
+from llm_jax.models.model import initial_parameters
+from llm_jax.optim.optimizers import AdamW
+from llm_jax.train.pretrain import Teacher, Train
+from tests.lab.test_population import LENGTH, VOCABULARY, tiny, train
+
+SMALL = Decoder(width=8, depth=1, attention=Attention(heads=2))
+WORDS = "the quick brown fox jumps over the lazy dog while many small numbers add up".split()
+
+
+def ablation(base, arms, **more):
+    return Ablation(question="?", base=base, scientific=Arms(arms), metric="valid/loss", **({"seeds": 1} | more))
+
+
+def trained(folder, base, arms, **more):
+    runner = Runner(ablation(base, arms, **more), WorkFolder(folder), note=lambda text: None)
+    results = runner.run()
+    assert not runner.failures, [result.get("error") for result in results]
+    return results
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9)) for i in range(400)))
+    return Experiment(
+        data=Data(corpus=TextFiles(path=str(file)), sequence_length=32, batch_size=4),
+        model=SMALL,
+        train=Train(steps=6, log_every=6),
+        evaluation=Evaluation(every=6, bytes=512),
+        checkpoints=Checkpoints(every=6),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    """Of a teacher of another shape, by a RoPE that llama's form can say."""
+    folder = tmp_path_factory.mktemp("teacher")
+    trained(folder, override(base, {"model.depth": 2, "model.width": 16, "model.position": Rope()}), {"teacher": {}})
+    return folder
+
+
+def test_a_student_is_trained_and_written_down_with_whom_it_asked(base, folder, tmp_path):
+    arms = {"alone": {}, "taught": {"objective": Distillation(teacher=str(folder))}}
+    results = trained(tmp_path, base, arms)
+    metrics = {result["arm"]: result["metrics"] for result in results}
+    assert set(metrics["alone"]) == set(metrics["taught"]), "scored alike"
+    assert metrics["alone"]["valid/loss"] != metrics["taught"]["valid/loss"]
+    assert {result["status"] for result in results} == {"done"}
+    asked = {result["arm"]: result["provenance"]["teacher"] for result in results}
+    assert asked["alone"] is None and asked["taught"].startswith("teacher-final-") and asked["taught"].endswith(" at step 6")
+    other = tmp_path / "other"
+    trained(other, override(base, {"model.position": Rope(), "seed": 5}), {"teacher": {}})
+    folder.rename(folder.with_name("gone"))
+    try:
+        other.rename(folder)
+        with pytest.raises(ConfigError, match=r"belongs to another experiment: corpora\.taught"):
+            trained(tmp_path, base, arms)
+        folder.rename(other)
+    finally:
+        folder.with_name("gone").rename(folder)
+
+
+def test_another_tokenizer_and_what_is_no_teacher_are_refused(base, folder, tmp_path):
+    def refused(sentence, given=base, **changes):
+        taught = override(given, {"objective": Distillation(teacher=str(folder)), **changes})
+        with pytest.raises(ConfigError, match=sentence + r".* \(in arm 'base'\)"):
+            Runner(Ablation(question="?", base=taught), WorkFolder(tmp_path / "never")).check()
+
+    refused("objective.teacher is .*, whose tokenizer is not this experiment's, so that ids mean", tokenizer=Characters())
+    refused("objective.teacher is no model: give a folder", objective=Distillation(teacher=str(tmp_path)))
+    (tmp_path / "trials").mkdir()
+    refused("has no final trial that is done", objective=Distillation(teacher=str(tmp_path)))
+    short = tmp_path / "short"
+    trained(short, override(base, {"model.position": Learned(max_length=16), "data.sequence_length": 16}), {"short": {}})
+    refused(
+        r"objective.teacher cannot read these rows: .*max_length must be at least .* 32, got 16",
+        objective=Distillation(teacher=str(short)),
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_of_hugging_face_teaches_as_the_trial_it_was_written_from(base, tmp_path):
+    given = override(base, {"tokenizer": ByteLevelBPE(vocabulary=280), "model.position": Rope()})
+    own, written = tmp_path / "own", tmp_path / "written"
+    trained(own, given, {"teacher": {}})
+    llm_jax.export(llm_jax.load(own), written)
+    student = override(given, {"tokenizer": HuggingFace(path=str(written)), "seed": 1})
+    refused = override(given, {"objective": Distillation(teacher=str(written))})
+    with pytest.raises(ConfigError, match="whose tokenizer is not this experiment's"):
+        Runner(Ablation(question="?", base=refused), WorkFolder(tmp_path / "never")).check()
+    found = {}
+    for name, path, tokenizer in (("own", own, given.tokenizer), ("written", written, student.tokenizer)):
+        taught = override(student, {"tokenizer": tokenizer, "objective": Distillation(teacher=str(path))})
+        (result,) = trained(tmp_path / name.upper(), taught, {"taught": {}})
+        found[name] = result["metrics"]["valid/loss"]
+    np.testing.assert_allclose(found["written"], found["own"], rtol=1e-5)
+
+
+# ── on a mesh ────────────────────────────────────────────────────────────────────────────────────────────────────────
+TEACHER = Teacher(Decoder(width=32, depth=2, attention=Attention(heads=4)), VOCABULARY + 1)
+
+
+def found(read=None):
+    params = initial_parameters(TEACHER.model, TEACHER.vocabulary, jax.random.key(7))
+    return Found(TEACHER, "seven", read or (lambda where: jax.device_put(params, where)))
+
+
+@pytest.mark.parametrize(
+    "mesh, devices",
+    [
+        (Mesh(fsdp=2, population=2), 4),
+        pytest.param(Mesh(population=2), 2, marks=pytest.mark.slow),
+        pytest.param(Mesh(data=2, population=2), 4, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp × population", "population", "data × population"],
+)
+def test_a_mesh_gives_the_numbers_of_one_device(mesh, devices):
+    experiments = [tiny(objective=Distillation(temperature=2.0, top_k=3), seed=seed) for seed in range(2)]
+    one = population.compile_population(experiments[0], 1, nameless(VOCABULARY), teacher=found(), devices=jax.devices()[:1])
+    alone = [train(one, [e]) for e in experiments]
+    spread = [override(e, {"mesh": mesh}) for e in experiments]
+    several = population.compile_population(spread[0], 2, nameless(VOCABULARY), teacher=found(), devices=jax.devices()[:devices])
+    together = train(several, spread)
+    for member in range(2):
+        _, losses, scored = alone[member]
+        np.testing.assert_allclose(together[1][member], losses[0], rtol=2e-4)
+        np.testing.assert_allclose(together[2][member], scored[0], rtol=2e-4)
+    (taught,) = several.taught
+    halves = [leaf for leaf in jax.tree.leaves(taught) if leaf.addressable_shards[0].data.size == leaf.size // 2]
+    assert (len(halves) > 4) == (mesh.fsdp == 2), "what is split in its own training is split here"
+    assert all(leaf.ndim == reference.ndim for leaf, reference in zip(*map(jax.tree.leaves, (taught, found().shapes)), strict=True))
+
+
+def test_its_parameters_are_read_once_for_all_programs_of_a_mesh():
+    calls = []
+    one = found(lambda where: calls.append(where) or where)
+    meshes = [Mesh().build(jax.devices()[:1]), Mesh().build(jax.devices()[:1]), Mesh(data=2).build(jax.devices()[:2])]
+    assert [one.parameters(mesh) is calls[k] for mesh, k in zip(meshes, (0, 0, 1), strict=True)] == [True] * 3 and len(calls) == 2
+
+
+def test_asking_costs_a_forward_pass_and_its_parameters():
+    experiment = tiny()
+    plain, taught = (plan.cost(experiment, VOCABULARY, teacher=teacher) for teacher in (None, TEACHER))
+    tokens = experiment.train.steps * experiment.data.batch_size * LENGTH
+    each = count.flops_per_token(TEACHER.model, TEACHER.vocabulary, LENGTH)
+    assert taught.flops - plain.flops == pytest.approx(tokens * each / 3)
+    assert taught.memory - plain.memory == 4 * count.parameters(TEACHER.model, TEACHER.vocabulary)
+    assert replace(taught, flops=plain.flops, memory=plain.memory) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_better_teacher_helps_where_there_is_little_text(tmp_path):
+    """Two seeds each, on 6 kB of text; the teacher has read 60 times as much."""
+    rng, odds = np.random.default_rng(0), 1.0 / np.arange(1, len(WORDS) + 1)
+    for name, lines in (("much.txt", 8000), ("little.txt", 140)):
+        (tmp_path / name).write_text("\n".join(" ".join(rng.choice(WORDS, 8, p=odds / odds.sum())) for _ in range(lines)))
+    much = Experiment(
+        data=Data(corpus=TextFiles(path=str(tmp_path / "much.txt")), sequence_length=64, batch_size=4),
+        model=Decoder(width=32, depth=2, attention=Attention(heads=2)),
+        optimizer=AdamW(learning_rate=8e-3),
+        train=Train(steps=240, log_every=60),
+        evaluation=Evaluation(every=240, bytes=16_384),
+        checkpoints=Checkpoints(every=240),
+    )
+    (best,) = trained(tmp_path / "teacher", much, {"teacher": {}})
+    few = override(much, {"data.corpus.path": str(tmp_path / "little.txt"), "data.corpus.valid_fraction": 0.3})
+    taught = Distillation(teacher=str(tmp_path / "teacher"), weight=0.9)
+    arms = {"alone": {"objective": NextToken()}, "taught": {"objective": taught}}
+    results = trained(tmp_path / "students", few, arms, seeds=2)
+    scores = {arm: [r["metrics"]["valid/bits_per_byte"] for r in results if r["arm"] == arm] for arm in arms}
+    assert max(scores["taught"]) < min(scores["alone"]), (scores, best["metrics"]["valid/bits_per_byte"])
