@@ -67,7 +67,7 @@ class _Split:
     def _write(self) -> None:
         if self._starts:
             self.starts.write(np.array(self._starts, "<i8"))
-            self.ids.write(np.concatenate(self._ids).astype(self.dtype))
+            self.ids.write(np.concatenate(self._ids, dtype=self.dtype, casting="unsafe"))
         self._starts, self._ids, self._written = [], [], self.count["tokens"]
 
     def described(self) -> dict[str, Any]:

@@ -95,12 +95,15 @@ def test_runs_of_spaces_and_lines_stay_whole(name, fitted, monkeypatch):
         assert fitted[name].encode(text).tolist() == alone(fitted[name], text)
 
 
-def test_a_long_text_is_encoded_in_parts(fitted):
+def test_a_long_text_is_encoded_in_parts(fitted, monkeypatch):
     text = "alpha beta\n" * 20_000
     for name in CUT:
-        parts = fitted[name]._parts(text)
-        assert len(parts) > 5 and "".join(parts) == text
-        assert fitted[name].encode(text).tolist() == alone(fitted[name], text)
+        tokenizer, sizes = fitted[name], []
+        assert "".join(tokenizer._parts(text)) == text
+        encode = tokenizer._encoded
+        monkeypatch.setattr(tokenizer, "_encoded", lambda texts, encode=encode, sizes=sizes: sizes.append(texts) or encode(texts))
+        assert tokenizer.encode(text).tolist() == alone(tokenizer, text)
+        assert len(sizes) >= 3 and max(sum(map(len, texts)) for texts in sizes) < encoding.BATCH + 2 * tokenizer._cut.size
 
 
 @given(TEXT, st.integers(1, 9))
