@@ -1,4 +1,4 @@
-"""How llm_jax is installed: `pip install -e .`, with the extras data, test, tpu, cuda and parity."""
+"""How llm_jax is installed: `pip install -e .`, with the extras data, harness, test, tpu, cuda and parity."""
 
 import pathlib
 
@@ -37,6 +37,7 @@ setup(
     extras_require={
         # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://
         "data": ["pyarrow>=20", "datasets>=4", "gcsfs>=2025.3", "s3fs>=2025.3"],
+        "harness": ["lm_eval>=0.4.9"],  # EleutherAI's tasks, run over a model of ours
         "test": [
             "pyarrow>=20",
             "datasets>=4",
@@ -51,7 +52,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         # the other side of parity tests and benchmarks; pinned, because the numbers are compared with this version
-        "parity": ["torch==2.13.0", "transformers>=5", "numpy>=2"],
+        "parity": ["torch==2.13.0", "transformers>=5", "accelerate>=1", "numpy>=2"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -9,6 +9,7 @@ COMMANDS = {
     "prepare": "turn raw text into sharded, checksummed token files that experiments read",
     "inspect": "look inside a model: attention, logit lens, depth, embeddings, positions, as one page",
     "tokenize": "train a tokenizer, encode with it, see the pieces of a text in colour, compare several",
+    "evaluate": "score a model on corpora, on questions in JSON lines, and by EleutherAI's harness",
     "check": "a model's gradient against finite differences, its causality, and that all ways to compute it agree",
 }
 

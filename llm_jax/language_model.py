@@ -126,10 +126,11 @@ class LM:
             first.append(begin)
             inputs.append(read)
         found = np.zeros(len(rows), np.float32)
-        for group, given, read in self._batches(rows, inputs if self.config.encodes else None, batch_size):
-            begins = np.array([first[i] for i in group] + [0] * (len(given.tokens) - len(group)), np.int32)
-            score = forward.log_likelihood(self.config, self.vocabulary, self.params, given, begins, read)
-            found[group] = np.asarray(score)[: len(group)]
+        for group, given, read in self._batches([row[:-1] for row in rows], inputs if self.config.encodes else None, batch_size):
+            follows = pad([rows[i][1:] for i in group], given.tokens.shape[1], len(given.tokens)).tokens
+            begins = np.array([first[i] for i in group] + [1] * (len(given.tokens) - len(group)), np.int32)
+            score = forward.score(self.config, self.vocabulary, self.params, given, follows, begins, read)
+            found[group] = np.asarray(score.log_p)[: len(group)]
         return float(found[0]) if alone and single else found
 
     def embed(self, texts: Texts, *, pooling: Pooling = "mean", batch_size: int = 8) -> np.ndarray:
@@ -281,12 +282,7 @@ class LM:
 
     def _text(self, prompt: Ids, ids: np.ndarray) -> str:
         assert self.tokenizer is not None
-        known = [int(i) for i in ids if i < self.tokenizer.vocabulary]
-        if self.tokenizer.lossless or self.config.encodes:
-            return self.tokenizer.decode(known)
-        # some tokenizers drop the space that a text begins with
-        begin, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *known])
-        return whole[len(begin) :] if whole.startswith(begin) else self.tokenizer.decode(known)
+        return self.tokenizer.decode_after(() if self.config.encodes else prompt, ids)
 
     def _batches(
         self, rows: Sequence[Ids], inputs: Sequence[Ids] | None, size: int, *, stack: int = -1

@@ -53,7 +53,8 @@ class FromJson(Fitted):
         return next(self.encode_all([text]))
 
     def _encoded(self, texts):
-        return [np.array(found.ids, np.int32) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found = (one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [np.fromiter(ids, np.int32, len(ids)) for ids in found]
 
     def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         if self.lossless:

@@ -128,6 +128,15 @@ class Fitted:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", "replace")
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int] | np.ndarray) -> str:
+        """The text that ids add to that of those before them; ids that the tokenizer does not know add nothing."""
+        known = [int(i) for i in ids if i < self.vocabulary]
+        if self.lossless or not before:
+            return self.decode(known)
+        # some tokenizers drop the space that a text begins with
+        begin, whole = self.decode(before), self.decode([*before, *known])
+        return whole[len(begin) :] if whole.startswith(begin) else self.decode(known)
+
 
 def nameless(vocabulary: int) -> Fitted:
     """So many ids that stand for a byte each, whatever byte: for what needs no text."""

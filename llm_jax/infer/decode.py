@@ -7,7 +7,7 @@ A program is compiled for each shape: prompts are padded (`rows.rounded`), and b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from llm_jax.nn.dispatch import Capacity, Dropless
 from llm_jax.nn.moe import MoE
 
 NOBODY = -1  # an end token that no token is
+EVERY = 16  # tokens after which it is asked whether a row is to go on
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "logits", "length", "memory"], meta_fields=["slots"])
@@ -76,15 +77,19 @@ def generate(
     end: Sequence[int] = (),
     inputs: Sequence[Ids] | None = None,
     numbers: Sequence[int] | None = None,
+    width: int | None = None,
+    halts: Callable[[int, np.ndarray], bool] | None = None,
 ) -> Generated:
     """What follows each prompt, on the host; a row ends after one of the `end` tokens. Raises `ConfigError`.
 
     inputs: what an encoder reads for each row; the prompts then are how its output begins, at least a start token. numbers: of the
-    rows (default: 0, 1, …); what is drawn for a row depends on `key` and its number alone. Experts with a capacity take every token
-    that chose them here: what is full depends on what is computed together.
+    rows (default: 0, 1, …); what is drawn for a row depends on `key` and its number alone. width: rows that the programs take
+    (default: a power of two), so that a row's last bits do not depend on how many there are. halts: whether a row, by its place,
+    need not go on after these tokens; asked every 16 of them. Experts with a capacity take every token that chose them here: what
+    is full depends on what is computed together.
     """
     check(model)
-    length, width = max(map(len, prompts)), rounded_count(len(prompts))
+    length, width = max(map(len, prompts)), width or rounded_count(len(prompts))
     if min(map(len, prompts)) == 0:
         raise ConfigError("is empty: give each at least one token to go on from", "prompt")
     if max_new_tokens < 1:
@@ -103,8 +108,28 @@ def generate(
     ends = np.asarray(list(end) or [NOBODY], np.int32)
     known = range(len(prompts)) if numbers is None else numbers
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(np.array([*known] + [0] * (width - len(prompts)), np.uint32))
-    found, _ = extend(model, vocabulary, params, state, keys_B, values, ends, sampling=way, steps=max_new_tokens)
-    return jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], found)
+    call = partial(extend, model, vocabulary, params, sampling=way)
+    if halts is None:
+        found, _ = call(state, keys_B, values, ends, steps=max_new_tokens)
+        return jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], found)
+    parts: list[Generated] = []
+    for since in range(0, max_new_tokens, EVERY):
+        part, state = call(state, keys_B, values, ends, since=since, steps=min(EVERY, max_new_tokens - since))
+        parts.append(jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], part))
+        found = _joined(parts)
+        told = [ids[:count] for ids, count in zip(found.tokens, found.count, strict=True)]
+        done = [since + EVERY > len(ids) or ids[-1] in ends or halts(row, ids) for row, ids in enumerate(told)]
+        if all(done):
+            break
+        done_B = np.array(done + [True] * (width - len(done)))
+        state = replace(state, length=jnp.where(done_B, 0, state.length))  # as of rows that there are not
+    return found
+
+
+def _joined(parts: Sequence[Generated]) -> Generated:
+    """One after another: a row that ended has no tokens in later ones."""
+    tokens, log_p = (np.concatenate([getattr(part, name) for part in parts], 1) for name in ("tokens", "log_p"))
+    return Generated(tokens, log_p, sum(part.count for part in parts))  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnames=("model", "vocabulary"))
@@ -136,9 +161,11 @@ def extend(
     *,
     sampling: Sampling,
     steps: int,
+    since: jax.Array | int = 0,
 ) -> tuple[Generated, State]:
     """Up to `steps` more tokens, in the cache's own memory; `sampling` with its `values`, as `sampling.split` gives them.
 
+    since: tokens that were added before, which decide what is drawn.
     Every row's last token has been through the network too, so that the state can be extended again, while it has slots.
     """
     method, rows = ways.join(sampling, values), len(state.length)
@@ -152,7 +179,7 @@ def extend(
 
     def one(carry):
         step, state, found, done_B = carry
-        token_B = jnp.where(done_B, 0, jax.vmap(choose, (0, 0, None))(state.logits, key_B, step))
+        token_B = jnp.where(done_B, 0, jax.vmap(choose, (0, 0, None))(state.logits, key_B, since + step))
         log_p_B = jnp.take_along_axis(jax.nn.log_softmax(state.logits.astype(jnp.float32)), token_B[:, None], -1)[:, 0]
         found = Generated(
             found.tokens.at[:, step].set(token_B), found.log_p.at[:, step].set(jnp.where(done_B, 0, log_p_B)), found.count + ~done_B

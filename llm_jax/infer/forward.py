@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,11 +16,14 @@ from llm_jax.models.heads import SequenceClassifier, pool
 from llm_jax.models.model import Model, Params
 from llm_jax.models.stack import Stack
 from llm_jax.nn.dispatch import Capacity
+from llm_jax.nn.kernels import blocks
+from llm_jax.nn.kernels.unembedding import Unembedding
 from llm_jax.nn.losses import cross_entropy
 from llm_jax.nn.moe import MoE
 from llm_jax.nn.position import Learned, Rope
 from llm_jax.nn.rope import DynamicScaling
 from llm_jax.nn.routing import ExpertChoice
+from llm_jax.nn.scores import rank
 
 Pooling = Literal["first", "last", "mean"]
 
@@ -103,17 +107,41 @@ def logits(
     return jnp.where(rows.real.reshape(*rows.real.shape, *[1] * (said.ndim - 2)), said, 0)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scored:
+    """Of each row's scored tokens: Σ log p `[B]` float32, in nats, and whether each is the most probable one `[B]` bool."""
+
+    log_p: jax.Array
+    greedy: jax.Array
+
+
 @partial(jax.jit, static_argnames=("model", "vocabulary"))
-def log_likelihood(
-    model: Model, vocabulary: int, params: Params, rows: Rows, first_B: jax.Array, inputs: Rows | None = None
-) -> jax.Array:
-    """`[B]` float32: Σ log p(token | those before it) over the tokens from place `first` on. A `Prefix` mask shows those before."""
+def score(
+    model: Model,
+    vocabulary: int,
+    params: Params,
+    rows: Rows,
+    next_BL: jax.Array,
+    first_B: jax.Array,
+    inputs: Rows | None = None,
+) -> Scored:
+    """What `next_BL` is worth, the token after each of the rows' own; those that stand at place `first` >= 1 or later count.
+
+    A `Prefix` mask shows what stands before `first`. Where logits are many they are made of a few tokens at a time.
+    """
     places_1L = jnp.arange(rows.tokens.shape[1])[None]
     prefix_BL = places_1L < first_B[:, None] if model.prefix_mask else None
-    said = apply(model, vocabulary, params, rows, inputs, prefix_BL=prefix_BL)
-    nll_BL = cross_entropy(said[:, :-1], rows.tokens[:, 1:])[0]
-    scored_BL = (places_1L >= first_B[:, None]) & rows.real
-    return -jnp.where(scored_BL[:, 1:], nll_BL, 0).sum(-1)
+    said, sown = apply(model, vocabulary, params, rows, inputs, prefix_BL=prefix_BL, mutable=["unembedding"])
+    unembedding, *_ = jax.tree.leaves(sown["unembedding"], is_leaf=lambda part: isinstance(part, Unembedding))
+    at_once = blocks.at_once(unembedding)
+    nll_BL, rank_BL = _judged({}, said, next_BL) if at_once else blocks.each(_judged, unembedding, next_BL, {})
+    scored_BL = (places_1L + 1 >= first_B[:, None]) & rows.real
+    return Scored(-jnp.where(scored_BL, nll_BL, 0).sum(-1), ((rank_BL == 0) | ~scored_BL).all(-1))
+
+
+def _judged(_: Any, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cross_entropy(logits, targets)[0], rank(logits, targets)
 
 
 @partial(jax.jit, static_argnames=("model", "vocabulary", "pooling"))

@@ -196,3 +196,29 @@ def test_rows_are_padded_to_few_lengths_and_by_a_quarter_at_most():
     assert len(set(lengths)) <= 4 * 9 and all(n <= padded for n, padded in enumerate(lengths, 1))
     assert all(padded <= 1.25 * n for n, padded in enumerate(lengths, 1) if n > 64)
     assert rounded(90, at_most=92) == 92 and rounded(90, at_most=None) == 96
+
+
+def test_a_row_halts_when_it_is_asked_to_and_draws_what_it_would_have_drawn(monkeypatch):
+    monkeypatch.setattr(decode, "EVERY", 2)
+    config = TABLE["mha-rope"]
+    for way in (Greedy(), Sample(temperature=1.5)):
+        free = tokens(PROMPTS, config, new=7, sampling=way)
+        assert tokens(PROMPTS, config, new=7, sampling=way, halts=lambda row, ids: False) == free
+        asked = []
+
+        def halts(row, ids, asked=asked):
+            asked.append((row, len(ids)))
+            return row == 1 and len(ids) >= 4
+
+        cut = tokens(PROMPTS, config, new=7, sampling=way, halts=halts)
+        assert cut == [free[0], free[1][:4], free[2]]
+        assert (1, 2) in asked and (1, 6) not in asked
+        end = free[0][2]
+        ended = tokens(PROMPTS, config, new=7, sampling=way, halts=lambda row, ids: False, end=[end])
+        assert ended == tokens(PROMPTS, config, new=7, sampling=way, end=[end]) and ended[0] == free[0][: free[0].index(end) + 1]
+
+
+def test_rows_that_programs_have_room_for_change_nothing():
+    config = TABLE["gqa-alibi"]
+    alone = [tokens([prompt], config, width=8)[0] for prompt in PROMPTS]
+    assert tokens(PROMPTS, config, width=8) == alone == tokens(PROMPTS, config)
