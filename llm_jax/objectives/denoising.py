@@ -92,11 +92,10 @@ class SpanCorruption(Denoising):
 class UL2(Denoising):
     """A mixture of denoisers: short spans (R), long or many (X), or the end (S). Tay et al. 2022 (arXiv:2205.05131).
 
-    The seven are table 1 of §3.1.2, and alike probable, as in the code of appendix 9.2 unless it is given rates (Finnish-NLP's and
-    others' reproductions gave R and X 0.4 each and S 0.2: `Denoiser(share=)`). Mode tokens are spelt as the published checkpoints
-    spell them where a tokenizer has those: [NLU], [NLG] and [S2S] for R, X and S. Two things differ from that code. S hides the
-    last quarter of a document, as in the table; there it begins anywhere, as in `PrefixLM`. And one is drawn for each document, not
-    for a row of many.
+    The seven are table 1 of §3.1.2, and alike probable, as in the code of appendix 9.2 unless it is given rates (public
+    reproductions give R and X 0.4 each and S 0.2: `Denoiser(share=)`). Mode tokens are spelt as the published checkpoints have them
+    where a tokenizer knows those: [NLU], [NLG] and [S2S] for R, X and S. Two things differ from that code. S hides the last quarter
+    of a document, as in the table; there it begins anywhere, as in `PrefixLM`. And one is drawn for each document, not a row.
     """
 
     denoisers: tuple[Denoiser, ...] = (

@@ -43,7 +43,9 @@ class Distillation(NextToken):
         if step:
             return super()._summed(said, step, targets_BL, weights_BL)
         if said.teacher is None:
-            raise ConfigError(f"{self.teacher!r} has said nothing: Distillation() is for experiments alone", "objective.teacher")
+            raise ConfigError(
+                f"{self.teacher!r} has said nothing: Distillation() is for `run`, take NextToken()", "objective.teacher"
+            )
         if at_once(said, 0):
             return (self._blended(said.logits, said.teacher.logits, targets_BL) * weights_BL).sum()
         taught = said.teacher.unembeddings[0]

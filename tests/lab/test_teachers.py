@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import llm_jax
+from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, override
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.corpora import TextFiles
@@ -161,6 +162,17 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh, devices):
     halves = [leaf for leaf in jax.tree.leaves(taught) if leaf.addressable_shards[0].data.size == leaf.size // 2]
     assert (len(halves) > 4) == (mesh.fsdp == 2), "what is split in its own training is split here"
     assert all(leaf.ndim == reference.ndim for leaf, reference in zip(*map(jax.tree.leaves, (taught, found().shapes)), strict=True))
+
+
+@pytest.mark.slow
+def test_logits_by_blocks_of_tokens_are_those_of_one_device_on_a_mesh(monkeypatch):
+    experiment = tiny(objective=Distillation(temperature=2.0))
+    whole = population.compile_population(experiment, 1, nameless(VOCABULARY), teacher=found(), devices=jax.devices()[:1])
+    _, losses, _ = train(whole, [experiment])
+    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, logits_at_once=4 * VOCABULARY, tokens_at_once=2))
+    spread = override(experiment, {"mesh": Mesh(data=2, fsdp=2)})
+    several = population.compile_population(spread, 1, nameless(VOCABULARY), teacher=found(), devices=jax.devices()[:4])
+    np.testing.assert_allclose(train(several, [spread])[1], losses, rtol=2e-4)
 
 
 def test_its_parameters_are_read_once_for_all_programs_of_a_mesh():

@@ -129,5 +129,5 @@ def test_what_makes_no_sense_is_a_sentence():
         with pytest.raises(ConfigError, match=sentence):
             Distillation(**fields)
     given = {"model": STUDENT, "rng": None, "byte_lengths": jnp.ones(V), "train": True}
-    with pytest.raises(ConfigError, match=r"objective.teacher 'x' has said nothing: Distillation\(\) is for experiments"):
+    with pytest.raises(ConfigError, match=r"objective.teacher 'x' has said nothing: Distillation\(\) is for `run`, take"):
         Distillation(teacher="x").loss(lambda *_: Predictions(jnp.zeros((2, 9, V))), None, BATCH, **given)
