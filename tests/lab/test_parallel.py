@@ -49,7 +49,8 @@ def test_a_mesh_of_eight_equals_one_device(layers):
 @pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("data", "tensor"))])
 def test_a_population_is_split_beside_every_other_axis(axis):
     split, whole = {f"mesh.{axis}": 2, "mesh.population": 2}, {f"mesh.{axis}": 1, "mesh.population": 1}
-    experiments = [tiny(**split, **{"model.width": 32, "seed": s, "optimizer.learning_rate": 1e-3 * (1 + s)}) for s in range(2)]
+    own = [{"seed": s, "optimizer.learning_rate": 1e-3 * (1 + s), "objective.smoothing": 0.1 * (1 + s)} for s in range(2)]
+    experiments = [tiny(**split, **{"model.width": 32}, **values) for values in own]
     together = train(compiled(experiments[0], 2, jax.devices()[:4]), experiments)
     singles = alone([override(e, whole) for e in experiments])
     assert_same(together[1:], [one[1:] for one in singles])
