@@ -223,6 +223,53 @@ def test_its_model_for_transformers_says_the_same_of_what_is_exported(arm, train
         assert said == told and math.prod(map(len, said))
 
 
+TEMPLATE = """{%- for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chats", [False, True])
+def test_examples_and_chats_are_put_as_the_library_puts_them(chats, folder, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from llm_jax.evaluation.harness import HarnessLM
+
+    for name, value in (OFFLINE | {"HF_HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    llm_jax.export(speller(), tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(TEMPLATE)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("\n".join(map(json.dumps, QUESTIONS[5:8])))
+    (tmp_path / "shots.yaml").write_text(
+        f"task: shots\ndataset_path: json\ntest_split: test\nfewshot_split: train\nnum_fewshot: 2\ndescription: Complete.\n"
+        f"fewshot_config: {{sampler: first_n}}\ndataset_kwargs: {{data_files: {{test: '{folder}/own_choices.jsonl', "
+        f"train: '{examples}'}}}}" + TASKS["own_choices"]
+    )
+    found = [
+        lm_eval.simple_evaluate(
+            model=model,
+            tasks=["shots"],
+            apply_chat_template=chats,
+            fewshot_as_multiturn=chats,
+            task_manager=TaskManager(include_path=str(tmp_path)),
+        )
+        for model in (
+            HarnessLM(tmp_path / "m", max_length=256),
+            HFLM(str(tmp_path / "m"), max_length=256, device="cpu", logits_cache=False),
+        )
+    ]
+    said, told = ([[one[0][0] for one in sample["resps"]] for sample in one["samples"]["shots"]] for one in found)
+    task = MultipleChoice(path=f"{folder}/own_choices.jsonl", shots=2, examples=str(examples), description="Complete.")
+    (own,) = evaluate(llm_jax.load(tmp_path / "m"), tasks=[task], length=256, chats=chats).found
+    for mine, theirs, item in zip(said, told, own.more["items"], strict=True):
+        assert mine == item["log_p"]
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-4)
+    assert found[0]["results"]["shots"]["acc,none"] == own.scores["acc"].value == found[1]["results"]["shots"]["acc,none"]
+
+
 def test_tasks_are_written_in_a_shell(folder):
     from llm_jax.core.written import parse
     from llm_jax.evaluation.tasks import Task
