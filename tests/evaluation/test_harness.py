@@ -117,7 +117,8 @@ def test_generation_kwargs_become_a_way_to_choose():
     assert (plain.until, plain.new, plain.sampling) == (("b",), 256, Greedy())
     drawn = _prompt("a", {"until": "b", "do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 7})
     assert (drawn.until, drawn.new, drawn.sampling) == (("b",), 7, Sample(temperature=0.5, top_k=3))
-    with pytest.raises(ConfigError, match="asks for num_beams, which is not known here"):
+    assert _prompt("a", {"num_beams": 1, "repetition_penalty": 1.0}) == _prompt("a", {})
+    with pytest.raises(ConfigError, match="asks for num_beams=4, which is not known here"):
         _prompt("a", {"num_beams": 4})
 
 
@@ -188,8 +189,9 @@ def test_the_library_finds_it_by_name(trained, folder, tmp_path, monkeypatch):
     mine = evaluate(llm_jax.load(trained, arm="rope"), tasks=[MultipleChoice(path=f"{folder}/own_choices.jsonl")], length=32)
     assert found["results"]["own_choices"]["acc,none"] == mine.found[0].scores["acc"].value
     assert found["config"]["max_length"] == 32
-    with pytest.raises(ConfigError, match="--harness_tasks names nothing_so, which is no task of lm_eval or"):
-        evaluate(llm_jax.load(trained), harness=["nothing_so"], include_path=str(folder))
+    for path, sentence in ((folder, "names nothing_so, which is no task of lm_eval or"), (tmp_path / "no", "is no folder")):
+        with pytest.raises(ConfigError, match=sentence):
+            evaluate(llm_jax.load(trained), harness=["nothing_so"], include_path=str(path))
 
 
 @pytest.mark.slow
@@ -278,3 +280,8 @@ def test_tasks_are_written_in_a_shell(folder):
     assert parse(text, Task, "--task") == Generation(
         path=f"{folder}/own_written.jsonl", until=("\n", "e"), max_tokens=20, sampling=Sample(temperature=0.5)
     )
+
+
+def test_a_file_of_questions_is_scored_in_one_call(folder):
+    found = llm_jax.evaluate(speller(), tasks=[f"{folder}/own_choices.jsonl"], length=64, limit=5)
+    assert found.found[0].scores["acc"].count == 5 and len(found.found[0].more["items"]) == 5

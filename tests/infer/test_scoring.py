@@ -130,7 +130,9 @@ def test_where_logits_are_many_they_are_made_by_blocks(monkeypatch):
     jax.clear_caches()
     text = str(jax.make_jaxpr(lambda p: forward.score(PLAIN, V, p, *_example()))(params))
     cut = scored(PLAIN, params, given)
+    spread = scored(PLAIN, jax.device_put(params, shardings(PLAIN, V, Mesh(data=2, fsdp=4))), given)
     jax.clear_caches()
+    assert spread == cut
     np.testing.assert_allclose([x for x, _ in cut], [x for x, _ in whole], rtol=1e-5)
     assert [x for _, x in cut] == [x for _, x in whole] and "scan" in text
 
