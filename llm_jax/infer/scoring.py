@@ -93,7 +93,7 @@ class Scorer:
         return row, rounded(len(request.read), forward.longest(first))
 
     def _count(self, shape: tuple[int, int]) -> int:
-        return rows_of(self.model, max(shape), self.tokens or traits().scored_at_once) * _shards(self.params)
+        return rows_of(self.model, max(shape), self.tokens or traits().scored_at_once) * shards(self.params)
 
     def _start(self, shape: tuple[int, int], group: list[tuple[int, Request]]) -> tuple[list[int], forward.Scored]:
         count = self._count(shape)
@@ -124,7 +124,7 @@ def _axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in dict(RULES)["batch"] if axis in mesh.axis_names)
 
 
-def _shards(params: Params) -> int:
+def shards(params: Params) -> int:
     """How many devices share the rows among them."""
     mesh = _mesh(params)
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in _axes(mesh)]))

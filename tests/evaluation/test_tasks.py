@@ -3,15 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
 from llm_jax.data.chat import Template
 from llm_jax.evaluation import tasks
 from llm_jax.evaluation.reading import Reader
 from llm_jax.evaluation.tasks import Generation, MultipleChoice, of_file
-from llm_jax.infer.sampling import Sample
+from llm_jax.infer.sampling import Greedy, Sample
+from llm_jax.io.pretrained import shardings
 from llm_jax.models.encoder_decoder import EncoderDecoder
 from llm_jax.models.heads import LanguageModel
 from llm_jax.models.stack import Stack
@@ -141,6 +144,15 @@ def test_what_is_written_is_cut_at_the_first_end_and_compared(reads, tmp_path):
             item | {"where": item["where"].replace("q.jsonl", "some.jsonl").replace(f"line {3 - size + n}", f"line {n}")}
             for n, item in enumerate(found.items[-size:], 1)
         )
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(data=2, fsdp=2, tensor=2)])
+def test_devices_share_what_is_written(mesh, reads, tmp_path):
+    lm = reads.lm
+    spread = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings(lm.config, lm.vocabulary, mesh)))
+    for way in (Greedy(), Sample(temperature=1.5)):
+        task = Generation(path=written(tmp_path / "q.jsonl", ANSWERS), max_tokens=20, until=("\x00",), sampling=way)
+        assert task.score(Reader(spread, 32)) == task.score(reads)
 
 
 def test_spaces_and_case_count_unless_they_do_not(tmp_path):
