@@ -37,7 +37,7 @@ setup(
     extras_require={
         # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://
         "data": ["pyarrow>=20", "datasets>=4", "gcsfs>=2025.3", "s3fs>=2025.3"],
-        "harness": ["lm_eval>=0.4.9"],  # EleutherAI's tasks, run over a model of ours
+        "harness": ["lm_eval>=0.4.13"],  # EleutherAI's tasks, run over a model of ours
         "test": [
             "pyarrow>=20",
             "datasets>=4",

@@ -12,12 +12,13 @@ HOMES = {
     "LM": "llm_jax.language_model",
     "load": "llm_jax.language_model",
     "export": "llm_jax.language_model",
+    "evaluate": "llm_jax.evaluation.evaluation",
     "Mesh": "llm_jax.core.mesh",
     "Greedy": "llm_jax.infer.sampling",
     "Sample": "llm_jax.infer.sampling",
 }
 
-__all__ = ["LM", "Greedy", "Mesh", "Sample", "export", "load"]
+__all__ = ["LM", "Greedy", "Mesh", "Sample", "evaluate", "export", "load"]
 
 
 def __getattr__(name: str):

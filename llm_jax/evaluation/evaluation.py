@@ -19,7 +19,7 @@ from llm_jax.data.prepared import write_whole
 from llm_jax.evaluation.estimates import Estimate
 from llm_jax.evaluation.perplexity import perplexity
 from llm_jax.evaluation.reading import Reader, reader
-from llm_jax.evaluation.tasks import Task
+from llm_jax.evaluation.tasks import Task, of_file
 from llm_jax.language_model import LM
 
 Tell = Callable[[str, int, int | None, str], None]  # (what, done, of how many, in words)
@@ -73,7 +73,7 @@ def evaluate(
     *,
     corpora: Sequence[Corpus] = (),
     split: str = "valid",
-    tasks: Sequence[Task] = (),
+    tasks: Sequence[Task | str] = (),
     harness: Sequence[str] = (),
     include_path: str | None = None,
     shots: int | None = None,
@@ -84,7 +84,7 @@ def evaluate(
     seed: int = 0,
     tell: Tell = lambda *_: None,
 ) -> Evaluated:
-    """Scores of everything that is named. Raises `ConfigError`.
+    """Scores of everything that is named; tasks: or files of questions. Raises `ConfigError`.
 
     length: tokens that the model reads at most (None: `reading.longest`); context: tokens at least that later windows of a corpus'
     document go on from; limit: documents or questions of each, at most; shots: examples of the harness's tasks; chats: questions go
@@ -93,7 +93,7 @@ def evaluate(
     asked = reader(lm, length, chats=chats)
     settings = {"length": asked.length, "context": context, "split": split, "limit": limit, "chats": chats, "seed": seed}
     found = [_corpus(asked, corpus, split, context, limit, tell) for corpus in corpora]
-    found += [_task(asked, task, limit, tell) for task in tasks]
+    found += [_task(asked, of_file(task) if isinstance(task, str) else task, limit, tell) for task in tasks]
     if harness:
         call = partial(_harness().run, lm, harness, include_path=include_path, shots=shots)
         by_task = call(length=length, chats=chats, limit=limit, seed=seed)

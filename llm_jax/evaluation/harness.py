@@ -37,6 +37,7 @@ from llm_jax.infer.scoring import Request, Scorer, Scores
 from llm_jax.language_model import LM, load
 
 MAX_GEN_TOKS = 256  # the harness's own, where a task does not say how much is written
+WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}  # what a task may say besides
 
 
 @register_model("llm_jax")
@@ -151,8 +152,9 @@ def _prompt(context: str, options: Mapping[str, Any]) -> Prompt:
 def _sampling(given: dict[str, Any]) -> Sampling:
     draws, temperature = given.pop("do_sample", False), given.pop("temperature", 0.0)
     cuts = {name: given.pop(name) for name in ("top_k", "top_p", "min_p") if name in given}
-    if given:
-        raise ConfigError(f"asks for {', '.join(given)}, which is not known here: leave it out of generation_kwargs", "the task")
+    others = [f"{name}={value!r}" for name, value in given.items() if value != WITHOUT_EFFECT.get(name)]
+    if others:
+        raise ConfigError(f"asks for {', '.join(others)}, which is not known here: leave it out of generation_kwargs", "the task")
     if not draws or not temperature:
         return Greedy()
     return Sample(temperature=float(temperature), **{name: value for name, value in cuts.items() if value})
@@ -174,11 +176,7 @@ def run(
 
     Raises `ConfigError` for tasks that it does not have.
     """
-    model, manager = HarnessLM(lm, max_length=length, chats=chats, seed=seed), TaskManager(include_path=include_path)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        where = f"lm_eval or {include_path}" if include_path else "lm_eval: --include_path names a folder of more"
-        raise ConfigError(f"names {', '.join(unknown)}, which is no task of {where}", "--harness_tasks")
+    model, manager = HarnessLM(lm, max_length=length, chats=chats, seed=seed), _manager(tasks, include_path)
     found = simple_evaluate(
         model=model,
         tasks=list(tasks),
@@ -195,6 +193,22 @@ def run(
     assert found is not None
     for name, told in found["results"].items():
         yield name, dict(_estimates(name, told, found)), model.cut[name]
+
+
+def _manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+    """What knows the tasks: of one's own folder alone where that has all of them, since the library's thousands take seconds."""
+    if include_path is not None:
+        if not os.path.isdir(include_path):
+            raise ConfigError(f"is no folder: {include_path!r}", "--include_path")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if all(own.match_tasks([name]) for name in tasks):
+            return own
+    manager = TaskManager(include_path=include_path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        where = f"lm_eval or {include_path}" if include_path else "lm_eval: --include_path names a folder of more"
+        raise ConfigError(f"names {', '.join(unknown)}, which is no task of {where}", "--harness_tasks")
+    return manager
 
 
 def _estimates(name: str, told: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:

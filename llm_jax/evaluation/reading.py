@@ -5,22 +5,25 @@
     What stands before an empty context is the token that texts begin with, or else the one that ends them.
     What does not fit is cut on the left.
 
-One thing differs from its model for transformers: a token that the tokenizer itself puts before a text is never scored.
+Two things differ from its model for transformers: a token that the tokenizer itself puts before a text is never scored, and what
+spells a special token is text like any other, but in chats.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.data import chat
+from llm_jax.data.corpora import StandardLibrary
+from llm_jax.data.tokenizer_json import HuggingFace
 from llm_jax.infer import decode, forward
 from llm_jax.infer.scoring import Request
+from llm_jax.io.huggingface.fields import read_json
 from llm_jax.language_model import LM
 
 LENGTH = 2048  # tokens, where a model does not say how many it reads
@@ -58,9 +61,11 @@ class Reader:
         spaces = len(context) - len(context.rstrip())
         continuation = context[len(context) - spaces :] + continuation
         context = context[: len(context) - spaces]
-        row, first, read = (
-            self._answer(context, continuation) if self.lm.config.encodes else (*self._joined(context, continuation), [])
-        )
+        read: list[int] = []
+        if self.lm.config.encodes:
+            row, first, read = self._answer(context, continuation)
+        else:
+            row, first = self._joined(context, continuation)
         scored = len(row) - first
         if scored > self.length:
             raise ConfigError(f"has {scored} tokens to be scored, and the model reads {self.length}", repr(continuation[:40]))
@@ -80,7 +85,7 @@ class Reader:
             return row, len(known)
         # together they have no more tokens than the context alone: what has changed is scored
         same = next((place for place, pair in enumerate(zip(known, whole, strict=False)) if pair[0] != pair[1]), len(whole))
-        return (whole, same) if same else (self.prefix + whole, len(self.prefix))
+        return (whole, same) if same else (self.prefix + whole, max(len(self.prefix), 1))
 
     def _answer(self, context: str, continuation: str) -> tuple[list[int], int, list[int]]:
         """The same of an encoder-decoder, and what its encoder reads: the context."""
@@ -131,15 +136,17 @@ def longest(lm: LM) -> int:
     known = forward.longest(lm.config.final)
     if known is not None:
         return known
-    told = json.loads((lm.folder / "config.json").read_text("utf-8")) if lm.folder is not None else {}
+    told = read_json(lm.folder / "config.json") if lm.folder is not None else {}
+    told = told.get("text_config", told)
     return next((told[name] for name in SAID if isinstance(told.get(name), int)), LENGTH)
 
 
 def reader(lm: LM, length: int | None = None, *, chats: bool = False) -> Reader:
     """Of a model with a tokenizer; length: None for what `longest` says. Raises `ConfigError` for a model that cannot be scored."""
     decode.check(lm.config)
+    source = lm.source or "the model"
     if lm.tokenizer is None:
-        raise ConfigError(f"has no tokenizer, and what is scored are texts: {lm.untold or 'put its files beside it'}", lm.source)
+        raise ConfigError(f"has no tokenizer, and what is scored are texts: {lm.untold or 'put its files beside it'}", source)
     most, length = forward.longest(lm.config.final), longest(lm) if length is None else length
     if length < 1:
         raise ConfigError(f"must be >= 1, got {length}", "length")
@@ -148,17 +155,12 @@ def reader(lm: LM, length: int | None = None, *, chats: bool = False) -> Reader:
     if not chats:
         return Reader(lm, length)
     if lm.folder is None:
-        raise ConfigError("has no chat template: what is trained here has none", lm.source)
+        raise ConfigError("has no chat template: what is trained here has none", source)
     return Reader(_with_specials(lm), length, chat.load(lm.folder))
 
 
 def _with_specials(lm: LM) -> LM:
     """The model with a tokenizer that takes the special tokens of a template for such."""
-    from dataclasses import replace
-
-    from llm_jax.data.corpora import StandardLibrary
-    from llm_jax.data.tokenizer_json import HuggingFace
-
     assert lm.folder is not None
     if not (lm.folder / "tokenizer.json").is_file():
         raise ConfigError("has no tokenizer.json, whose special tokens a chat template needs", lm.source)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -226,11 +226,6 @@ def of_file(path: str) -> Task:
     """The task that a file's first record is of, with its usual settings. Raises `ConfigError`."""
     _, first = next(lines(path))
     return MultipleChoice(path=path) if "choices" in first else Generation(path=path)
-
-
-def with_shots(task: Task, shots: int | None) -> Task:
-    """The task with so many examples, or as it is."""
-    return task if shots is None else replace(task, shots=shots)
 
 
 # ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from llm_jax.core.platform import traits
 from llm_jax.evaluation.reading import Reader
 from llm_jax.infer import decode
 from llm_jax.infer.rows import rounded
 from llm_jax.infer.sampling import Sampling
-from llm_jax.infer.scoring import rows_of
+from llm_jax.infer.scoring import placing, rows_of, shards
 
-PLACES = 8192  # in the caches of the rows that are written at once
+PLACES = 4  # in the caches of rows that are written at once, for each token of rows that are scored at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def write(reader: Reader, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterat
         groups[rounded(len(ids)), prompt.until, prompt.new, prompt.sampling].append((number, ids, cut))
     numbers = _numbers(prompts)
     for (length, _, new, _), group in groups.items():
-        size = rows_of(reader.lm.config, length + new, PLACES)
+        size = rows_of(reader.lm.config, length + new, PLACES * traits().scored_at_once) * shards(reader.lm.params)
         for begin in range(0, len(group), size):
             part = group[begin : begin + size]
             texts = _written(reader, prompts[part[0][0]], [ids for _, ids, _ in part], [numbers[n] for n, _, _ in part], size, seed)
@@ -74,18 +75,20 @@ def _written(reader: Reader, prompt: Prompt, given: list[list[int]], numbers: li
         return tokenizer.decode_after(before[row], ids)
 
     starts = [[ids[-1] if lm.start is None else lm.start] for ids in given] if lm.config.encodes else given
-    said = decode.generate(
-        lm.config,
-        lm.vocabulary,
-        lm.params,
-        starts,
-        inputs=given if lm.config.encodes else None,
-        max_new_tokens=prompt.new,
-        key=jax.random.key(seed),
-        sampling=prompt.sampling,
-        end=lm.end,
-        numbers=numbers,
-        width=size,
-        halts=lambda row, ids: any(end in text(row, ids) for end in prompt.until),
-    )
+    with placing(lm.params) as place:
+        said = decode.generate(
+            lm.config,
+            lm.vocabulary,
+            lm.params,
+            starts,
+            inputs=given if lm.config.encodes else None,
+            max_new_tokens=prompt.new,
+            key=jax.random.key(seed),
+            sampling=prompt.sampling,
+            end=lm.end,
+            numbers=numbers,
+            width=size,
+            place=place,
+            halts=lambda row, ids: any(end in text(row, ids) for end in prompt.until),
+        )
     return [until_first(text(row, ids[:n]), prompt.until) for row, (ids, n) in enumerate(zip(said.tokens, said.count, strict=True))]

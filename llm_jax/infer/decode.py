@@ -79,14 +79,15 @@ def generate(
     numbers: Sequence[int] | None = None,
     width: int | None = None,
     halts: Callable[[int, np.ndarray], bool] | None = None,
+    place: Callable[[Any], Any] = lambda tree: tree,
 ) -> Generated:
     """What follows each prompt, on the host; a row ends after one of the `end` tokens. Raises `ConfigError`.
 
     inputs: what an encoder reads for each row; the prompts then are how its output begins, at least a start token. numbers: of the
     rows (default: 0, 1, …); what is drawn for a row depends on `key` and its number alone. width: rows that the programs take
     (default: a power of two), so that a row's last bits do not depend on how many there are. halts: whether a row, by its place,
-    need not go on after these tokens; asked every 16 of them. Experts with a capacity take every token that chose them here: what
-    is full depends on what is computed together.
+    need not go on after these tokens; asked every 16 of them. place: puts arrays `[B, …]` on devices, as `scoring.placing` has it.
+    Experts with a capacity take every token that chose them here: what is full depends on what is computed together.
     """
     check(model)
     length, width = max(map(len, prompts)), width or rounded_count(len(prompts))
@@ -101,28 +102,40 @@ def generate(
         encoder = model.stacks["encoder"]
         size = max(map(len, inputs))
         check_length(encoder, size, "an input")
-        memory = encode(model, vocabulary, params, pad(inputs, rounded(size, longest(encoder)), width))
-    rows = pad(prompts, rounded(length, longest(model.final)), width)
+        memory = encode(model, vocabulary, params, place(pad(inputs, rounded(size, longest(encoder)), width)))
+    rows = place(pad(prompts, rounded(length, longest(model.final)), width))
     state = prefill(model, vocabulary, params, rows, memory, slots=rows.tokens.shape[1] + max_new_tokens)
     way, values = ways.split(sampling or Greedy())
     ends = np.asarray(list(end) or [NOBODY], np.int32)
     known = range(len(prompts)) if numbers is None else numbers
-    keys_B = jax.vmap(partial(jax.random.fold_in, key))(np.array([*known] + [0] * (width - len(prompts)), np.uint32))
-    call = partial(extend, model, vocabulary, params, sampling=way)
+    keys_B = place(jax.vmap(partial(jax.random.fold_in, key))(np.array([*known] + [0] * (width - len(prompts)), np.uint32)))
+    call = partial(extend, model, vocabulary, params, key_B=keys_B, values=values, end_E=ends, sampling=way)
     if halts is None:
-        found, _ = call(state, keys_B, values, ends, steps=max_new_tokens)
+        found, _ = call(state, steps=max_new_tokens)
         return jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], found)
+    return _halting(call, state, len(prompts), max_new_tokens, lambda row, ids: ids[-1] in ends or halts(row, ids), place)
+
+
+def _halting(
+    call: Callable[..., tuple[Generated, State]],
+    state: State,
+    rows: int,
+    most: int,
+    halts: Callable[[int, np.ndarray], bool],
+    place: Callable[[Any], Any],
+) -> Generated:
+    """What `call` adds to the first `rows` rows, a few tokens at a time, until all of them halt or have `most`."""
     parts: list[Generated] = []
-    for since in range(0, max_new_tokens, EVERY):
-        part, state = call(state, keys_B, values, ends, since=since, steps=min(EVERY, max_new_tokens - since))
-        parts.append(jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], part))
+    for since in range(0, most, EVERY):
+        part, state = call(state, since=since, steps=min(EVERY, most - since))
+        parts.append(jax.tree.map(lambda x: np.asarray(x)[:rows], part))
         found = _joined(parts)
         told = [ids[:count] for ids, count in zip(found.tokens, found.count, strict=True)]
-        done = [since + EVERY > len(ids) or ids[-1] in ends or halts(row, ids) for row, ids in enumerate(told)]
+        done = [since + EVERY > len(ids) or halts(row, ids) for row, ids in enumerate(told)]
         if all(done):
             break
-        done_B = np.array(done + [True] * (width - len(done)))
-        state = replace(state, length=jnp.where(done_B, 0, state.length))  # as of rows that there are not
+        done_B = np.array(done + [True] * (len(state.length) - rows))
+        state = replace(state, length=jnp.where(place(done_B), 0, state.length))  # as of rows that there are not
     return found
 
 

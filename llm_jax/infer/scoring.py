@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.core.platform import traits
 from llm_jax.core.sharding import RULES
 from llm_jax.infer import forward
 from llm_jax.infer.rows import Ids, pad, rounded
 from llm_jax.models.model import Model, Params
 from llm_jax.nn.moe import MoE
-
-TOKENS = 2048  # of a program's rows on each device
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Scores:
     greedy: bool
 
 
-def rows_of(model: Model, length: int, tokens: int = TOKENS) -> int:
+def rows_of(model: Model, length: int, tokens: int) -> int:
     """How many rows of so many places a device takes at once: a power of two, about `tokens` in all.
 
     One where there are experts: their products are over the tokens that chose them, whosever they are.
@@ -56,13 +55,14 @@ def rows_of(model: Model, length: int, tokens: int = TOKENS) -> int:
 class Scorer:
     """Scores requests as they come, holding no more of them than fill one program of each length.
 
-    tokens: of the rows that a device takes at once. Scores may differ in their last bits where it does, and nowhere else.
+    tokens: of the rows that a device takes at once, None for what suits the platform. Scores may differ in their last bits where it
+    does, and nowhere else.
     """
 
     model: Model
     vocabulary: int
     params: Params
-    tokens: int = TOKENS
+    tokens: int | None = None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[tuple[int, Scores]]:
         """(its number, its scores) of each request, in the order in which they are computed."""
@@ -93,7 +93,7 @@ class Scorer:
         return row, rounded(len(request.read), forward.longest(first))
 
     def _count(self, shape: tuple[int, int]) -> int:
-        return rows_of(self.model, max(shape), self.tokens) * _shards(self.params)
+        return rows_of(self.model, max(shape), self.tokens or traits().scored_at_once) * shards(self.params)
 
     def _start(self, shape: tuple[int, int], group: list[tuple[int, Request]]) -> tuple[list[int], forward.Scored]:
         count = self._count(shape)
@@ -124,7 +124,7 @@ def _axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in dict(RULES)["batch"] if axis in mesh.axis_names)
 
 
-def _shards(params: Params) -> int:
+def shards(params: Params) -> int:
     """How many devices share the rows among them."""
     mesh = _mesh(params)
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in _axes(mesh)]))

@@ -117,7 +117,8 @@ def test_generation_kwargs_become_a_way_to_choose():
     assert (plain.until, plain.new, plain.sampling) == (("b",), 256, Greedy())
     drawn = _prompt("a", {"until": "b", "do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 7})
     assert (drawn.until, drawn.new, drawn.sampling) == (("b",), 7, Sample(temperature=0.5, top_k=3))
-    with pytest.raises(ConfigError, match="asks for num_beams, which is not known here"):
+    assert _prompt("a", {"num_beams": 1, "repetition_penalty": 1.0}) == _prompt("a", {})
+    with pytest.raises(ConfigError, match="asks for num_beams=4, which is not known here"):
         _prompt("a", {"num_beams": 4})
 
 
@@ -188,8 +189,9 @@ def test_the_library_finds_it_by_name(trained, folder, tmp_path, monkeypatch):
     mine = evaluate(llm_jax.load(trained, arm="rope"), tasks=[MultipleChoice(path=f"{folder}/own_choices.jsonl")], length=32)
     assert found["results"]["own_choices"]["acc,none"] == mine.found[0].scores["acc"].value
     assert found["config"]["max_length"] == 32
-    with pytest.raises(ConfigError, match="--harness_tasks names nothing_so, which is no task of lm_eval or"):
-        evaluate(llm_jax.load(trained), harness=["nothing_so"], include_path=str(folder))
+    for path, sentence in ((folder, "names nothing_so, which is no task of lm_eval or"), (tmp_path / "no", "is no folder")):
+        with pytest.raises(ConfigError, match=sentence):
+            evaluate(llm_jax.load(trained), harness=["nothing_so"], include_path=str(path))
 
 
 @pytest.mark.slow
@@ -223,6 +225,53 @@ def test_its_model_for_transformers_says_the_same_of_what_is_exported(arm, train
         assert said == told and math.prod(map(len, said))
 
 
+TEMPLATE = """{%- for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chats", [False, True])
+def test_examples_and_chats_are_put_as_the_library_puts_them(chats, folder, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from llm_jax.evaluation.harness import HarnessLM
+
+    for name, value in (OFFLINE | {"HF_HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    llm_jax.export(speller(), tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(TEMPLATE)
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("\n".join(map(json.dumps, QUESTIONS[5:8])))
+    (tmp_path / "shots.yaml").write_text(
+        f"task: shots\ndataset_path: json\ntest_split: test\nfewshot_split: train\nnum_fewshot: 2\ndescription: Complete.\n"
+        f"fewshot_config: {{sampler: first_n}}\ndataset_kwargs: {{data_files: {{test: '{folder}/own_choices.jsonl', "
+        f"train: '{examples}'}}}}" + TASKS["own_choices"]
+    )
+    found = [
+        lm_eval.simple_evaluate(
+            model=model,
+            tasks=["shots"],
+            apply_chat_template=chats,
+            fewshot_as_multiturn=chats,
+            task_manager=TaskManager(include_path=str(tmp_path)),
+        )
+        for model in (
+            HarnessLM(tmp_path / "m", max_length=256),
+            HFLM(str(tmp_path / "m"), max_length=256, device="cpu", logits_cache=False),
+        )
+    ]
+    said, told = ([[one[0][0] for one in sample["resps"]] for sample in one["samples"]["shots"]] for one in found)
+    task = MultipleChoice(path=f"{folder}/own_choices.jsonl", shots=2, examples=str(examples), description="Complete.")
+    (own,) = evaluate(llm_jax.load(tmp_path / "m"), tasks=[task], length=256, chats=chats).found
+    for mine, theirs, item in zip(said, told, own.more["items"], strict=True):
+        assert mine == item["log_p"]
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-4)
+    assert found[0]["results"]["shots"]["acc,none"] == own.scores["acc"].value == found[1]["results"]["shots"]["acc,none"]
+
+
 def test_tasks_are_written_in_a_shell(folder):
     from llm_jax.core.written import parse
     from llm_jax.evaluation.tasks import Task
@@ -231,3 +280,8 @@ def test_tasks_are_written_in_a_shell(folder):
     assert parse(text, Task, "--task") == Generation(
         path=f"{folder}/own_written.jsonl", until=("\n", "e"), max_tokens=20, sampling=Sample(temperature=0.5)
     )
+
+
+def test_a_file_of_questions_is_scored_in_one_call(folder):
+    found = llm_jax.evaluate(speller(), tasks=[f"{folder}/own_choices.jsonl"], length=64, limit=5)
+    assert found.found[0].scores["acc"].count == 5 and len(found.found[0].more["items"]) == 5

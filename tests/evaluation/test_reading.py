@@ -1,7 +1,6 @@
 """How texts are cut into rows, against lm-evaluation-harness's own functions and against what each window must be."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -17,10 +16,11 @@ from llm_jax.evaluation.reading import LENGTH, Reader, longest, reader
 from tests.evaluation.models import LEARNED, speller
 from tests.test_facade import GOLDEN, TEMPLATE
 
+LM = speller()
 
-@functools.cache
+
 def reads(length=8) -> Reader:
-    return Reader(speller(), length)
+    return Reader(LM, length)
 
 
 # ── windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -51,7 +51,7 @@ def test_windows_are_those_of_the_harness(count, length, data):
             utils.make_disjoint_window, utils.get_rolling_token_windows(list(range(count)), 256, length, context)
         )
     ]
-    mine = [(w.row[: w.first], w.row[w.first :]) for w in Reader(speller(), length).windows(range(count), context)]
+    mine = [(w.row[: w.first], w.row[w.first :]) for w in reads(length).windows(range(count), context)]
     # a window that begins with the text sees all before it; the harness gives a later one that reaches back so far the same
     assert mine == theirs
 

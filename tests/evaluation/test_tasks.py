@@ -3,15 +3,24 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import Mesh
 from llm_jax.data.chat import Template
 from llm_jax.evaluation import tasks
 from llm_jax.evaluation.reading import Reader
 from llm_jax.evaluation.tasks import Generation, MultipleChoice, of_file
-from llm_jax.infer.sampling import Sample
+from llm_jax.infer.sampling import Greedy, Sample
+from llm_jax.io.pretrained import shardings
+from llm_jax.models.encoder_decoder import EncoderDecoder
+from llm_jax.models.heads import LanguageModel
+from llm_jax.models.stack import Stack
+from llm_jax.nn.attention import Bidirectional
+from llm_jax.nn.multihead import Attention
+from llm_jax.nn.position import T5Bias
 from tests.evaluation.models import speller
 
 CHOICES = [
@@ -51,6 +60,31 @@ def test_the_likeliest_choice_is_taken_by_each_measure(reads, tmp_path):
             assert item[name] == hits[name][-1]
     assert {name: score.value for name, score in found.scores.items()} == {name: np.mean(of) for name, of in hits.items()}
     assert found.cut == 2 and found.items[2]["gold"] == [1, 2] and found.scores["acc"].count == 4
+
+
+def test_characters_and_bytes_are_told_apart():
+    record = tasks.Record("", "", (1,), ("abcd", "日本"))  # 4 and 2 characters, 4 and 6 bytes
+    item = tasks._item(record, np.array([-4.0, -3.0]))
+    assert (item["acc"], item["acc_norm"], item["acc_bytes"]) == (True, False, True)
+
+
+def test_an_encoder_reads_the_question(tmp_path):
+    stack = {"width": 16, "depth": 1}
+    encoder = Stack(attention=Attention(heads=2, mask=Bidirectional()), position=T5Bias(bidirectional=True), **stack)
+    decoder = Stack(attention=Attention(heads=2), position=T5Bias(), **stack)
+    lm = speller(EncoderDecoder(encoder=encoder, decoder=decoder, head=LanguageModel(tied=False)), after=(255,))
+    reads = Reader(lm, 12)
+    item, *_, last = MultipleChoice(path=written(tmp_path / "q.jsonl", CHOICES[1:])).score(reads).items
+    read = [*b"four", 255]
+    np.testing.assert_allclose(item["log_p"], lm.loglikelihood(read, [[*b" five"], [*b" 6"]]), rtol=1e-5)
+    np.testing.assert_allclose(last["log_p"][0], lm.loglikelihood([*(b"x" * 11), 255], [*b" a"]), rtol=1e-5)
+    task = Generation(path=written(tmp_path / "a.jsonl", ANSWERS), until=("\x00",), max_tokens=6)
+    said = lm.generate([[*b"one"], [*b"three"], [*b"six"]], max_new_tokens=6)
+    assert [item["written"] for item in task.score(dataclasses.replace(reads, lm=dataclasses.replace(lm, after=()))).items] == [
+        lm.tokenizer.decode(ids).partition("\x00")[0] for ids in said
+    ]
+    with pytest.raises(ConfigError, match=r"' x{12}' has 13 tokens to be scored, and the model reads 12"):
+        reads.pair("a", " " + "x" * 12)
 
 
 def test_scores_do_not_depend_on_the_order_of_questions(reads, tmp_path):
@@ -110,6 +144,15 @@ def test_what_is_written_is_cut_at_the_first_end_and_compared(reads, tmp_path):
             item | {"where": item["where"].replace("q.jsonl", "some.jsonl").replace(f"line {3 - size + n}", f"line {n}")}
             for n, item in enumerate(found.items[-size:], 1)
         )
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(data=2, fsdp=2, tensor=2)])
+def test_devices_share_what_is_written(mesh, reads, tmp_path):
+    lm = reads.lm
+    spread = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings(lm.config, lm.vocabulary, mesh)))
+    for way in (Greedy(), Sample(temperature=1.5)):
+        task = Generation(path=written(tmp_path / "q.jsonl", ANSWERS), max_tokens=20, until=("\x00",), sampling=way)
+        assert task.score(Reader(spread, 32)) == task.score(reads)
 
 
 def test_spaces_and_case_count_unless_they_do_not(tmp_path):

@@ -9,9 +9,10 @@ import pytest
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.mesh import Mesh
+from llm_jax.core.platform import traits
 from llm_jax.core.sharding import unbox
 from llm_jax.infer import forward
-from llm_jax.infer.scoring import TOKENS, Request, Scorer, rows_of
+from llm_jax.infer.scoring import Request, Scorer, rows_of
 from llm_jax.io.pretrained import shardings
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.encoder_decoder import EncoderDecoder
@@ -92,8 +93,9 @@ def test_the_shape_of_a_program_follows_from_the_length_alone(monkeypatch):
     monkeypatch.setattr(forward, "score", noted)
     for size in (1, 3, 24):
         scored(PLAIN, parameters(PLAIN), requests(PLAIN), size)
-    assert set(shapes) == {(TOKENS // 16, 16), (TOKENS // 32, 32), (32, 48)}
-    assert rows_of(PLAIN, 48) == 32 and rows_of(PLAIN, 2 * TOKENS) == 1 and rows_of(MODELS["experts"], 16) == 1
+    assert set(shapes) == {(traits().scored_at_once // 16, 16), (traits().scored_at_once // 32, 32), (rows_of(PLAIN, 48, 512), 48)}
+    assert [rows_of(PLAIN, length, 512) for length in (16, 48, 512, 1024)] == [32, 8, 1, 1]
+    assert rows_of(MODELS["experts"], 16, 512) == 1
 
 
 @pytest.mark.parametrize("name", ["rope", "learned", "ahead", "encoder-decoder"])
@@ -128,7 +130,9 @@ def test_where_logits_are_many_they_are_made_by_blocks(monkeypatch):
     jax.clear_caches()
     text = str(jax.make_jaxpr(lambda p: forward.score(PLAIN, V, p, *_example()))(params))
     cut = scored(PLAIN, params, given)
+    spread = scored(PLAIN, jax.device_put(params, shardings(PLAIN, V, Mesh(data=2, fsdp=4))), given)
     jax.clear_caches()
+    assert spread == cut
     np.testing.assert_allclose([x for x, _ in cut], [x for x, _ in whole], rtol=1e-5)
     assert [x for _, x in cut] == [x for _, x in whole] and "scan" in text
 
