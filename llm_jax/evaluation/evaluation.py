@@ -9,8 +9,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import metadata
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from llm_jax.core.config import ConfigError, to_json
@@ -51,8 +53,8 @@ class Evaluated:
                 known = not math.isnan(score.error)
                 interval = f"{_short(score.low)} – {_short(score.high)}" if known else "-"
                 error = _short(score.error) if known else "-"
-                first = (one.name, one.told) if not row else ("", "")
-                table.add_row(first[0], metric, _short(score.value), error, interval, f"{score.count:,}", first[1])
+                name, told = (escape(one.name), escape(one.told)) if not row else ("", "")
+                table.add_row(name, escape(metric), _short(score.value), error, interval, f"{score.count:,}", told)
         return table
 
     def json(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def evaluate(
         call = partial(_harness().run, lm, harness, include_path=include_path, shots=shots)
         by_task = call(length=length, chats=chats, limit=limit, seed=seed)
         found += [Found(name, scores, _cut(cut), {"kind": "harness", "cut": cut}) for name, scores, cut in by_task]
-        settings |= {"shots": shots}
+        settings |= {"shots": shots, "lm_eval": metadata.version("lm_eval")}
     return Evaluated(repr(lm), settings, tuple(found))
 
 

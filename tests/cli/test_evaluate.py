@@ -63,6 +63,13 @@ def test_everything_is_scored_in_one_call(files, monkeypatch, capsys, tmp_path):
     assert told["settings"]["length"] == 16 and choices["definition"]["class"] == "MultipleChoice"
 
 
+def test_a_name_in_brackets_is_shown_as_it_is(files, monkeypatch, capsys):
+    named = files / "[red]a.jsonl"
+    named.write_text((files / "choices.jsonl").read_text())
+    code, out, err = run([f"--model={files / 'model'}", f"--task={named}", "--length=16"], monkeypatch, capsys)
+    assert code == 0 and "│ [red]a " in out, err
+
+
 def test_flags_reach_the_model(monkeypatch, capsys):
     asked = []
 

@@ -159,7 +159,9 @@ def test_the_harness_scores_a_checkpoint_as_we_do(trained, folder, tmp_path):
         [sys.executable, "-m", "llm_jax", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    told = json.loads((tmp_path / "out.json").read_text())
+    results = told["results"]
+    assert told["settings"]["lm_eval"] and told["settings"]["length"] == 64
     corpus, *ours = [one for one in results if one["kind"] != "harness"]
     theirs = {one["task"]: one["scores"] for one in results if one["kind"] == "harness"}
     assert set(theirs) == set(TASKS)
