@@ -90,7 +90,7 @@ def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document
         return
     for begin, stop in pairwise(chain(store.starts, [len(store)])):
         ids = np.asarray(store.ids[int(begin) : int(stop)]).tolist()
-        ids = ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids
+        ids = reader.owned(ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids)
         text = tokenizer.decode(ids)
         yield _Document(ids, words_of(text), len(text.encode("utf-8")))
 
