@@ -23,7 +23,10 @@ Tell = Callable[[int, str], None]  # (documents so far, in words)
 
 @dataclass(frozen=True)
 class Predicted:
-    """scores: by name. documents, tokens, words, bytes: how much text was scored; unscored: first tokens that nothing is before."""
+    """scores: by name. documents, tokens, words, bytes: how much text was scored; unscored: first tokens that nothing is before.
+
+    A document that has no other token is not among those that were scored.
+    """
 
     scores: dict[str, Estimate]
     documents: int
@@ -80,7 +83,7 @@ class _Document:
 
 
 def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
-    """Every document: of a text, or of tokens where they are written already."""
+    """Every document: of a text, or of tokens where they are written already. Raises `ConfigError` where they lose some of it."""
     tokenizer = reader.lm.tokenizer
     assert tokenizer is not None
     store = corpus.store(tokenizer.fingerprint, split, str(cache_dir()))
@@ -88,6 +91,9 @@ def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document
         for text in corpus.documents(split):
             yield _Document(reader.encode(text), words_of(text), len(text.encode("utf-8")))
         return
+    if not tokenizer.lossless:
+        told = "loses some of the text, so that its words and bytes cannot be counted from tokens: score the text itself"
+        raise ConfigError(told, "tokenizer")
     for begin, stop in pairwise(chain(store.starts, [len(store)])):
         ids = np.asarray(store.ids[int(begin) : int(stop)]).tolist()
         ids = reader.owned(ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids)
@@ -119,7 +125,9 @@ class _Tally:
         for number, document in enumerate(documents):
             lost = reader.lm.tokenizer.byte_lengths[document.ids[:skipped]].sum() if skipped else 0  # type: ignore[union-attr]
             self.unscored += min(skipped, len(document.ids))
-            scored = max(len(document.ids) - skipped, 0)
+            scored = len(document.ids) - skipped
+            if scored <= 0:
+                continue
             self._open[number] = entry = _Open([0.0, scored, document.words, document.bytes - float(lost)])
             for request in reader.windows(document.ids, context):
                 self._owners[window] = number
