@@ -195,6 +195,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "gold": 0}
     "line, sentence",
     [
         ("{", "line 2, is not JSON: "),
+        ('{"id": ' + "1" * 5000 + "}", "line 2, is not JSON: Exceeds the limit (4300 digits)"),
         ('{"context": "\udc80"}'.encode("utf-8", "surrogateescape"), "line 2, is not UTF-8 at byte 13"),
         ("[1]", 'line 2, must be an object, as in {"context": "2 + 2 =", "answer": "4"}, got [1]'),
         (GOOD | {"choices": ["b"]}, "line 2, has 1 choice, and of fewer than two there is nothing to choose"),
