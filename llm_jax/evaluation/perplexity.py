@@ -64,7 +64,7 @@ def _scores(sums: Sums) -> dict[str, Estimate]:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x >= 700 else math.exp(x)
 
 
 def words_of(text: str) -> int:
@@ -83,7 +83,14 @@ class _Document:
 
 
 def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
-    """Every document: of a text, or of tokens where they are written already. Raises `ConfigError` where they lose some of it."""
+    """Every document of each corpus that the split has, of a mixture those of its sources. Raises `ConfigError`."""
+    corpus.require_split(split)
+    for member in corpus.members(split):
+        yield from _documents_of(reader, member.corpus, member.split)
+
+
+def _documents_of(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
+    """Of a text, or of tokens where they are written already. Raises `ConfigError` where these lose some of the text."""
     tokenizer = reader.lm.tokenizer
     assert tokenizer is not None
     store = corpus.store(tokenizer.fingerprint, split, str(cache_dir()))

@@ -16,7 +16,18 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import parse
-from llm_jax.data.corpora import ArrayRecord, Corpus, HuggingFace, Jsonl, Parquet, StandardLibrary, TextFiles
+from llm_jax.data.corpora import (
+    ArrayRecord,
+    Corpus,
+    HuggingFace,
+    Jsonl,
+    Mixture,
+    Parquet,
+    Recall,
+    Source,
+    StandardLibrary,
+    TextFiles,
+)
 from llm_jax.data.tokenizers import Bytes, SentencePiece
 
 TEXTS = [f"document {i}: naïve 日本語\n\t\0 “x” " + "na " * (i % 17) for i in range(700)]
@@ -165,6 +176,25 @@ def test_what_is_hidden_or_a_folder_is_no_document(tmp_path):
         assert found("/.a.txt.swp.txt") == found("/.a*.txt") == [".a.txt.swp.txt"]
         with pytest.raises(ConfigError, match="finds no file at"):
             found("/g*")
+
+
+def test_a_split_that_there_is_not_is_a_sentence(tmp_path):
+    for name, (make, file, _) in MADE.items():
+        if "." not in name:
+            make(tmp_path / file)
+    (tmp_path / "a.txt").write_text("text")
+    at, three = str(tmp_path), "it has train, valid, test"
+    recall = Recall(distances=(4,))
+    for corpus, has in [
+        (StandardLibrary(megabytes=0.1), three),
+        (TextFiles(path=f"{at}/a.txt"), three),
+        (TextFiles(path=f"{at}/a.txt", split="file"), three),
+        *((kind(path=f"{at}/{file}"), three) for _, file, kind in MADE.values() if (tmp_path / file).exists()),
+        (recall, f"{three}, 4-facts"),
+        (Mixture((Source("a", recall),)), f"{three}, a, a.4-facts"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"data\.corpus has no split 'dev': {has}$"):
+            list(corpus.documents("dev"))
 
 
 def test_mistakes_are_sentences(tmp_path, monkeypatch):
