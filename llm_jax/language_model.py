@@ -29,7 +29,7 @@ from llm_jax.core.mesh import Mesh
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.infer import decode, forward
 from llm_jax.infer.forward import Pooling
-from llm_jax.infer.rows import Ids, Rows, batches, pad, rounded, rounded_count
+from llm_jax.infer.rows import Ids, Rows, alike, batches, owned, pad, rounded, rounded_count
 from llm_jax.infer.sampling import Greedy, Sampling
 from llm_jax.io import huggingface, pretrained, tokenizer_json
 from llm_jax.io.huggingface import Dtype
@@ -253,22 +253,20 @@ class LM:
         if self.tokenizer is None:
             why = self.untold or f"{self.source} has no tokenizer"
             raise ConfigError(f"are what this model takes, got {text[:40]!r}: {why}", "token ids")
-        ids = [*before, *map(int, self.tokenizer.encode(text)), *after]
-        if ids and max(ids) >= self.vocabulary:
-            raise ConfigError(
-                f"gives the id {max(ids)}, and {self.source} has only {self.vocabulary}: it is another's", "tokenizer"
-            )
-        return ids
+        return owned([*before, *map(int, self.tokenizer.encode(text)), *after], self.vocabulary, self.source)
 
     def _scored(self, context: Text, continuation: Text) -> tuple[list[int], int, list[int]]:
-        """A row, the place of its first token that is scored, and what an encoder reads."""
+        """A row, the place of its first token that is scored, and what an encoder reads.
+
+        Two texts are read as the one that they are together, whatever their tokens; `evaluation.reading`, whose scores are to
+        compare with lm-evaluation-harness's, keeps the context's own tokens instead, as that does.
+        """
         if self.config.encodes:
             read = self._ids(context, self.before, self.after)
             return [self._start(read), *self._ids(continuation)], 1, read
         if isinstance(context, str) and isinstance(continuation, str):
             known, row = self._ids(context, self.before), self._ids(context + continuation, self.before)
-            same = (place for place, pair in enumerate(zip(known, row, strict=False)) if pair[0] != pair[1])
-            first = next(same, min(len(known), len(row)))
+            first = alike(known, row)
         else:
             known = self._ids(context, self.before)
             row, first = [*known, *self._ids(continuation)], len(known)

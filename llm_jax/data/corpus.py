@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from llm_jax.core.config import Config, ConfigError
 from llm_jax.data.apportion import ALONE, Apportionment
@@ -60,6 +60,16 @@ class Corpus(Config):
         """Names of more splits, each scored once training is done: as "valid/loss@name" and so on."""
         return ()
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Everything that there are documents of: train, valid and test, and `probes`."""
+        return (*get_args(Split), *self.probes)
+
+    def require_split(self, split: Split | str) -> None:
+        """Raises `ConfigError` unless there is such a split."""
+        if split not in self.splits:
+            raise ConfigError(f"has no split {split!r}: it has {', '.join(self.splits)}", "data.corpus")
+
     def check(self, sequence_length: int) -> None:
         """Raises `ConfigError` where rows of so many tokens cannot be cut from it."""
 
@@ -102,7 +112,8 @@ class Corpus(Config):
         raise NotImplementedError
 
     def documents(self, split: Split | str) -> Iterator[str]:
-        """The documents of a split, or of one of `probes`. Raises `ConfigError` if the whole corpus is empty."""
+        """The documents of a split, or of one of `probes`. Raises `ConfigError` for another, or if the whole corpus is empty."""
+        self.require_split(split)
         empty = True
         for name, text in self.named():
             empty = empty and not text

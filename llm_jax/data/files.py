@@ -6,7 +6,9 @@ import contextlib
 import fnmatch
 import glob
 import io
+import json
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
@@ -36,7 +38,9 @@ def is_remote(path: str) -> bool:
 def find(path: str, patterns: Sequence[str]) -> list[Piece]:
     """Every file at a path or an address, which may be a file, a folder with such files at any depth, or a pattern; sorted by name.
 
-    A file's name is relative to the folder that was asked for. Raises `ConfigError` if there is none.
+    A file's name is relative to the folder that was asked for. What is hidden, by a name that begins with ".", as editors and
+    copying programs call what they have not written to its end, is found only where the path spells it. Raises `ConfigError` if
+    there is none.
     """
     found = _remote(path, patterns) if is_remote(path) else _local(path, patterns)
     if not found:
@@ -49,12 +53,13 @@ def _local(path: str, patterns: Sequence[str]) -> list[Piece]:
     root = pathlib.Path(path).expanduser()
     if root.is_dir():
         files = [file for file in root.rglob("*") if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
-        named = [(file.relative_to(root).as_posix(), file) for file in files if file.is_file()]
+        named = [(file.relative_to(root).as_posix(), file) for file in files]
+        named = [(name, file) for name, file in named if not _hidden(name)]
     elif root.is_file():
         named = [(root.name, root)]
     else:
         named = [(pathlib.Path(file).name, pathlib.Path(file)) for file in glob.glob(str(root), recursive=True)]
-    told = [(name, file, file.stat()) for name, file in named]
+    told = [(name, file, file.stat()) for name, file in named if file.is_file()]
     return [Piece(str(file), name, stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in told]
 
 
@@ -63,7 +68,9 @@ def _remote(path: str, patterns: Sequence[str]) -> list[Piece]:
     with _sentences(path):
         if any(sign in root for sign in "*?["):
             listed = fs.glob(root, detail=True)
-            names = {file: file.rpartition("/")[2] for file in listed}
+            above = re.split(r"[*?\[]", root)[0].rpartition("/")[0]
+            spelled = "/." in root.removeprefix(above)
+            names = {file: file.rpartition("/")[2] for file in listed if spelled or not _hidden(file.removeprefix(above))}
         elif fs.isfile(root):  # asked first: a web server has no folders, and would send the file to look for links in it
             listed = {root: fs.info(root)}
             names = {root: root.rpartition("/")[2]}
@@ -71,8 +78,13 @@ def _remote(path: str, patterns: Sequence[str]) -> list[Piece]:
             listed = fs.find(root, detail=True)
             names = {file: file.removeprefix(root).lstrip("/") for file in listed}
             names = {f: name for f, name in names.items() if any(fnmatch.fnmatch(name.rpartition("/")[2], p) for p in patterns)}
+            names = {file: name for file, name in names.items() if not _hidden(name)}
         found = [(fs.unstrip_protocol(file), names[file], told) for file, told in listed.items() if file in names]
     return [Piece(file, name, told["size"] or 0, _modified(told)) for file, name, told in found if told["type"] == "file"]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _modified(told: dict[str, Any]) -> str:
@@ -156,6 +168,16 @@ def local_copy(path: str) -> str:
 
     with _sentences(path):
         return fsspec.open_local(f"simplecache::{path}", mode="rb")
+
+
+def parsed(raw: bytes, where: str) -> Any:
+    """The value of a line of JSON. Raises `ConfigError` for none, and for what Python does not read: an integer of 5,000 digits."""
+    text = utf8(raw, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        zeros = f", with NUL bytes from byte {raw.find(0)} on: was it written to its end?" if 0 in raw else ""
+        raise ConfigError(f"is not JSON: {error}{zeros}", where) from None
 
 
 def utf8(content: bytes, where: str) -> str:

@@ -47,6 +47,10 @@ class Prepared(Corpus):
         """Where it lies."""
         return pathlib.Path(self.path).expanduser()
 
+    @property
+    def splits(self):
+        return tuple(self.manifest()["splits"])
+
     def named(self):
         needed = "which a tokenizer is trained on, and one that loses some of it is measured on"
         raise ConfigError(f"has tokens and no text, {needed}: set tokenizer={written(self.folder)}", "data.corpus")
@@ -71,10 +75,8 @@ class Prepared(Corpus):
                 f"set tokenizer={written(self.folder)}",
                 "tokenizer",
             )
-        files = _files(manifest, split)
-        if not files:
-            raise ConfigError(f"has no split {split!r}: it has {', '.join(manifest['splits'])}", "data.corpus")
-        check(self.folder, files, cache if self.verify else None)
+        self.require_split(split)
+        check(self.folder, _files(manifest, split), cache if self.verify else None)
         return _opened(str(self.folder), str(split))
 
 

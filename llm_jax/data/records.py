@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,12 +50,9 @@ class Records(Corpus):
     def json(self, raw: bytes, where: str) -> str | ConfigError:
         """The text under `field` of a JSON object, or what is wrong with it."""
         try:
-            record = json.loads(files.utf8(raw, where))
+            record = files.parsed(raw, where)
         except ConfigError as error:
             return error
-        except (json.JSONDecodeError, RecursionError) as error:
-            zeros = f", with NUL bytes from byte {raw.find(0)} on: was it written to its end?" if 0 in raw else ""
-            return ConfigError(f"is not JSON: {error}{zeros}", where)
         return self.text(record.get(self.field) if isinstance(record, dict) else None, where)
 
 

@@ -61,6 +61,7 @@ class Recall(Corpus):
         raise NotImplementedError("splits are made, not cut")
 
     def documents(self, split):
+        self.require_split(split)
         digest = hashlib.sha256(f"{self.seed} {split}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         distance = int(split.split("-")[0]) if split in self.probes else None

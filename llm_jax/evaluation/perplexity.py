@@ -23,7 +23,10 @@ Tell = Callable[[int, str], None]  # (documents so far, in words)
 
 @dataclass(frozen=True)
 class Predicted:
-    """scores: by name. documents, tokens, words, bytes: how much text was scored; unscored: first tokens that nothing is before."""
+    """scores: by name. documents, tokens, words, bytes: how much text was scored; unscored: first tokens that nothing is before.
+
+    A document that has no other token is not among those that were scored.
+    """
 
     scores: dict[str, Estimate]
     documents: int
@@ -61,7 +64,7 @@ def _scores(sums: Sums) -> dict[str, Estimate]:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x >= 700 else math.exp(x)
 
 
 def words_of(text: str) -> int:
@@ -80,7 +83,14 @@ class _Document:
 
 
 def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
-    """Every document: of a text, or of tokens where they are written already."""
+    """Every document of each corpus that the split has, of a mixture those of its sources. Raises `ConfigError`."""
+    corpus.require_split(split)
+    for member in corpus.members(split):
+        yield from _documents_of(reader, member.corpus, member.split)
+
+
+def _documents_of(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document]:
+    """Of a text, or of tokens where they are written already. Raises `ConfigError` where these lose some of the text."""
     tokenizer = reader.lm.tokenizer
     assert tokenizer is not None
     store = corpus.store(tokenizer.fingerprint, split, str(cache_dir()))
@@ -88,9 +98,12 @@ def _documents(reader: Reader, corpus: Corpus, split: str) -> Iterator[_Document
         for text in corpus.documents(split):
             yield _Document(reader.encode(text), words_of(text), len(text.encode("utf-8")))
         return
+    if not tokenizer.lossless:
+        told = "loses some of the text, so that its words and bytes cannot be counted from tokens: score the text itself"
+        raise ConfigError(told, "tokenizer")
     for begin, stop in pairwise(chain(store.starts, [len(store)])):
         ids = np.asarray(store.ids[int(begin) : int(stop)]).tolist()
-        ids = ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids
+        ids = reader.owned(ids[:-1] if store.end is not None and ids[-1:] == [store.end] else ids)
         text = tokenizer.decode(ids)
         yield _Document(ids, words_of(text), len(text.encode("utf-8")))
 
@@ -119,7 +132,9 @@ class _Tally:
         for number, document in enumerate(documents):
             lost = reader.lm.tokenizer.byte_lengths[document.ids[:skipped]].sum() if skipped else 0  # type: ignore[union-attr]
             self.unscored += min(skipped, len(document.ids))
-            scored = max(len(document.ids) - skipped, 0)
+            scored = len(document.ids) - skipped
+            if scored <= 0:
+                continue
             self._open[number] = entry = _Open([0.0, scored, document.words, document.bytes - float(lost)])
             for request in reader.windows(document.ids, context):
                 self._owners[window] = number

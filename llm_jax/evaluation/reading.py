@@ -22,6 +22,7 @@ from llm_jax.data import chat
 from llm_jax.data.corpora import StandardLibrary
 from llm_jax.data.tokenizer_json import HuggingFace
 from llm_jax.infer import decode, forward
+from llm_jax.infer.rows import alike, owned
 from llm_jax.infer.scoring import Request
 from llm_jax.io.huggingface.fields import read_json
 from llm_jax.language_model import LM
@@ -40,9 +41,13 @@ class Reader:
 
     # ── ids ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     def encode(self, text: str) -> list[int]:
-        """A text's ids alone. Raises `ConfigError` where the tokenizer does not take it."""
+        """A text's ids alone. Raises `ConfigError` where the tokenizer does not take it, or is another model's."""
         assert self.lm.tokenizer is not None
-        return self.lm.tokenizer.encode(text).tolist()
+        return self.owned(self.lm.tokenizer.encode(text).tolist())
+
+    def owned(self, ids: list[int]) -> list[int]:
+        """Ids that come from the tokenizer. Raises `ConfigError` for one that the model does not have."""
+        return owned(ids, self.lm.vocabulary, self.lm.source)
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, after what its tokenizer puts before one, unless it begins with that."""
@@ -53,7 +58,7 @@ class Reader:
     def prefix(self) -> list[int]:
         """What the first token of a text comes after; empty where there is no such token."""
         ends = [token for token in (self.lm.start, *self.lm.end) if token is not None]
-        return list(self.lm.before) or ends[:1]
+        return self.owned(list(self.lm.before) or ends[:1])
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def pair(self, context: str, continuation: str) -> tuple[Request, bool]:
@@ -73,7 +78,11 @@ class Reader:
         return Request(kept, len(kept) - scored, read[-self.length :]), len(kept) < len(row) or len(read) > self.length
 
     def _joined(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """The ids of both, and the place of the first that is scored."""
+        """The ids of both, and the place of the first that is scored: after as many as the context alone has, as in the harness.
+
+        `LM.loglikelihood` takes the ids of both together, from the first that differs from the context's on; that is done here
+        only where nothing is left to be scored otherwise.
+        """
         known = self.ids(context) if context else self.prefix
         if not known:
             raise ConfigError("is empty, and this model has no token that a text begins with: give it a context", "a context")
@@ -84,7 +93,7 @@ class Reader:
         if len(row) > len(known) or not continuation:
             return row, len(known)
         # together they have no more tokens than the context alone: what has changed is scored
-        same = next((place for place, pair in enumerate(zip(known, whole, strict=False)) if pair[0] != pair[1]), len(whole))
+        same = alike(known, whole)
         return (whole, same) if same else (self.prefix + whole, max(len(self.prefix), 1))
 
     def _answer(self, context: str, continuation: str) -> tuple[list[int], int, list[int]]:
@@ -152,8 +161,10 @@ def reader(lm: LM, length: int | None = None, *, chats: bool = False) -> Reader:
         raise ConfigError(f"must be >= 1, got {length}", "length")
     if most is not None and length > most:
         raise ConfigError(f"is {length}, but the model has learned only {most} positions: ask for as many or fewer", "length")
+    plain = Reader(lm, length)
+    plain.owned([*plain.prefix, *lm.after])
     if not chats:
-        return Reader(lm, length)
+        return plain
     if lm.folder is None:
         raise ConfigError("has no chat template: what is trained here has none", source)
     return Reader(_with_specials(lm), length, chat.load(lm.folder))

@@ -247,10 +247,7 @@ def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(files.utf8(raw, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not JSON: {error}", where) from None
+    value = files.parsed(raw, where)
     if not isinstance(value, dict):
         raise ConfigError(f'must be an object, as in {{"context": "2 + 2 =", "answer": "4"}}, got {_short(value)}', where)
     return value

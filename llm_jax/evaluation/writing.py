@@ -15,7 +15,7 @@ from llm_jax.evaluation.reading import Reader
 from llm_jax.infer import decode
 from llm_jax.infer.rows import rounded
 from llm_jax.infer.sampling import Sampling
-from llm_jax.infer.scoring import placing, rows_of, shards
+from llm_jax.infer.scoring import placing, require_finite, rows_of, shards
 
 PLACES = 4  # in the caches of rows that are written at once, for each token of rows that are scored at once
 
@@ -91,4 +91,5 @@ def _written(reader: Reader, prompt: Prompt, given: list[list[int]], numbers: li
             place=place,
             halts=lambda row, ids: any(end in text(row, ids) for end in prompt.until),
         )
+    require_finite(np.asarray(said.log_p)[: len(given)])
     return [until_first(text(row, ids[:n]), prompt.until) for row, (ids, n) in enumerate(zip(said.tokens, said.count, strict=True))]

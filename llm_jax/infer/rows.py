@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.config import check_type, require
+from llm_jax.core.config import ConfigError, check_type, require
 
 SMALLEST = 16  # tokens of a row, at least: shorter ones gain less than a program costs
 
@@ -28,6 +28,20 @@ class Rows:
     def real(self) -> jax.Array:
         """`[B, L]`: which places hold a token."""
         return jnp.arange(self.tokens.shape[1])[None] < self.length[:, None]
+
+
+def owned(ids: list[int], vocabulary: int, source: str) -> list[int]:
+    """A tokenizer's ids. Raises `ConfigError` for one that a model of so many has no row for: it would read nan."""
+    if ids and max(ids) >= vocabulary:
+        told = f"gives the id {max(ids)}, and {source or 'the model'} has only {vocabulary}: it is another's"
+        raise ConfigError(told, "tokenizer")
+    return ids
+
+
+def alike(first: Ids, second: Ids) -> int:
+    """How many ids both begin with."""
+    shorter = min(len(first), len(second))
+    return next((place for place in range(shorter) if first[place] != second[place]), shorter)
 
 
 def rounded(length: int, at_most: int | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.core.config import ConfigError
 from llm_jax.core.platform import traits
 from llm_jax.core.sharding import RULES
 from llm_jax.infer import forward
@@ -65,7 +66,10 @@ class Scorer:
     tokens: int | None = None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[tuple[int, Scores]]:
-        """(its number, its scores) of each request, in the order in which they are computed."""
+        """(its number, its scores) of each request, in the order in which they are computed.
+
+        Raises `ConfigError` for a log p that is not finite (`require_finite`).
+        """
         waiting: dict[tuple[int, int], list[tuple[int, Request]]] = collections.defaultdict(list)
         running: collections.deque[tuple[list[int], forward.Scored]] = collections.deque()
         for number, request in enumerate(requests):
@@ -109,8 +113,20 @@ class Scorer:
 
 def _finished(numbers: list[int], found: forward.Scored) -> Iterator[tuple[int, Scores]]:
     log_p_B, greedy_B = np.asarray(found.log_p), np.asarray(found.greedy)
+    require_finite(log_p_B[: len(numbers)])
     for number, log_p, greedy in zip(numbers, log_p_B.tolist(), greedy_B.tolist(), strict=False):
         yield number, Scores(log_p, greedy)
+
+
+def require_finite(log_p: np.ndarray) -> None:
+    """Raises `ConfigError` for a log p of nan or -inf, of which no score can be told: nan is neither more nor less than another.
+
+    Finite logits in float32 give no -inf, so that too says that parameters or activations are not finite, or a token forbidden.
+    """
+    wrong = log_p[~np.isfinite(log_p)]
+    if wrong.size:
+        told = f"gives a log p of {wrong[0]}, so that it has no score: its training diverged, or its activations overflow"
+        raise ConfigError(f"{told}: take an earlier checkpoint, or compute in float32", "the model")
 
 
 # ── several devices ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import jax
 
-from llm_jax.core.config import fingerprint, to_json
+from llm_jax.core.config import ConfigError, fingerprint, to_json
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.types import Batch, Probed
 from llm_jax.data import pipeline
@@ -123,6 +123,10 @@ class Source:
         labels = self.evaluation.probe
         if labels is None:
             return {}
+        for _, corpus, split in self.corpus.members("valid"):
+            if corpus.store(self.tokenizer.fingerprint, split, str(cache_dir())) is not None:
+                told = f"labels characters, and {type(corpus).__name__} has tokens and no text: leave it out, or take the text"
+                raise ConfigError(told, "evaluation.probe")
         given = {"length": self.data.sequence_length, "batch": self._rows(1)}
         fit, test = (labelled(self.corpus, self.tokenizer, split, labels, **given) for split in ("valid", "test"))
         return {"probe": Probed(fit, test)}

@@ -16,7 +16,18 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import parse
-from llm_jax.data.corpora import ArrayRecord, Corpus, HuggingFace, Jsonl, Parquet, StandardLibrary, TextFiles
+from llm_jax.data.corpora import (
+    ArrayRecord,
+    Corpus,
+    HuggingFace,
+    Jsonl,
+    Mixture,
+    Parquet,
+    Recall,
+    Source,
+    StandardLibrary,
+    TextFiles,
+)
 from llm_jax.data.tokenizers import Bytes, SentencePiece
 
 TEXTS = [f"document {i}: naïve 日本語\n\t\0 “x” " + "na " * (i % 17) for i in range(700)]
@@ -110,7 +121,7 @@ def test_a_file_that_is_cut_off_is_named(name, tmp_path):
 
 
 def test_a_bad_record_is_fatal_or_counted(tmp_path, caplog):
-    bad = [b"{", b'{"body": "x"}', b"[1]", b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"\0\0\0"]
+    bad = [b"{", b'{"body": "x"}', b"[1]", b'{"text": 3}', b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"\0\0\0", b"1" * 5000]
     for number, line in enumerate(bad):
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(b'{"text": "a"}\n' + line + b'\n\n{"text": "c"}\n')
@@ -123,7 +134,7 @@ def test_a_bad_record_is_fatal_or_counted(tmp_path, caplog):
         assert [text for _, text in corpus.named()] == ["a", "c"] * len(bad)
         list(corpus.named())
     assert len(caplog.messages) == 1
-    assert "skipped 7 of 21 documents, the first because" in caplog.text and "0.jsonl, line 2, is not JSON" in caplog.text
+    assert "skipped 8 of 24 documents, the first because" in caplog.text and "0.jsonl, line 2, is not JSON" in caplog.text
 
 
 def test_a_null_in_a_table_is_a_bad_record(tmp_path):
@@ -145,6 +156,45 @@ def test_files_may_be_compressed_text(tmp_path):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"two"))
     (tmp_path / "c.md").write_text("three")
     assert list(TextFiles(path=str(tmp_path)).named()) == [("a.txt", "one"), ("b.txt.gz", "two")]
+
+
+def test_what_is_hidden_or_a_folder_is_no_document(tmp_path):
+    shown, hidden = ("a.txt", "d/c.txt"), (".a.txt.swp.txt", ".h/e.txt", "d/.f.txt")
+    remote = fsspec.filesystem("memory")
+    for name in (*shown, *hidden, "g.txt/h.txt"):
+        (tmp_path / ".top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".top" / name).write_text(name)
+        remote.pipe(f"/bucket/{tmp_path.name}/.top/{name}", name.encode())
+    for at in (f"{tmp_path}/.top", f"memory://bucket/{tmp_path.name}/.top"):
+
+        def found(path, at=at):
+            return [text for _, text in TextFiles(path=at + path).named()]
+
+        assert found("") == [*shown, "g.txt/h.txt"]
+        assert found("/*") == found("/*.txt") == ["a.txt"]
+        assert sorted(found("/**/*.txt")) == [*shown, "g.txt/h.txt"]
+        assert found("/.a.txt.swp.txt") == found("/.a*.txt") == [".a.txt.swp.txt"]
+        with pytest.raises(ConfigError, match="finds no file at"):
+            found("/g*")
+
+
+def test_a_split_that_there_is_not_is_a_sentence(tmp_path):
+    for name, (make, file, _) in MADE.items():
+        if "." not in name:
+            make(tmp_path / file)
+    (tmp_path / "a.txt").write_text("text")
+    at, three = str(tmp_path), "it has train, valid, test"
+    recall = Recall(distances=(4,))
+    for corpus, has in [
+        (StandardLibrary(megabytes=0.1), three),
+        (TextFiles(path=f"{at}/a.txt"), three),
+        (TextFiles(path=f"{at}/a.txt", split="file"), three),
+        *((kind(path=f"{at}/{file}"), three) for _, file, kind in MADE.values() if (tmp_path / file).exists()),
+        (recall, f"{three}, 4-facts"),
+        (Mixture((Source("a", recall),)), f"{three}, a, a.4-facts"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"data\.corpus has no split 'dev': {has}$"):
+            list(corpus.documents("dev"))
 
 
 def test_mistakes_are_sentences(tmp_path, monkeypatch):

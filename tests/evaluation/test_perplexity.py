@@ -1,17 +1,22 @@
 """Perplexity of a corpus: sums by hand over the logits of each window, of texts and of prepared tokens alike."""
 
+import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError
-from llm_jax.data.corpora import Jsonl, Prepared, TextFiles
+from llm_jax.data.corpora import Jsonl, Mixture, Prepared, Recall, Source, TextFiles
 from llm_jax.data.prepare import prepare
+from llm_jax.data.tokenizer_json import HuggingFace, WordPiece
 from llm_jax.data.tokenizers import Bytes, Characters
 from llm_jax.evaluation.perplexity import perplexity
 from llm_jax.evaluation.reading import Reader
+from llm_jax.infer.scoring import require_finite
+from llm_jax.io.tokenizer_json import save
 from tests.evaluation.models import log_softmax, speller
 
 TEXTS = ["the quick brown fox\n", "naïve — 日本 ", "a", "jumps over the lazy dog " * 3, " two  spaces "]
@@ -81,11 +86,51 @@ def test_prepared_tokens_score_as_their_text_does(corpus, tmp_path):
         perplexity(other, Prepared(path=str(tmp_path / "tokens")), "train")
 
 
+def test_a_mixture_is_its_sources_one_after_another(corpus, tmp_path):
+    prepare(corpus, Bytes(), tmp_path / "tokens", cache=tmp_path, workers=1)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"and one more, {name} " * 9)
+    of_tokens, more = Prepared(path=str(tmp_path / "tokens")), Source("b", TextFiles(path=str(tmp_path / "?.txt")))
+    reader = Reader(speller(), 8)
+    text, tokens = (perplexity(reader, Mixture((Source("a", of), more)), "train") for of in (corpus, of_tokens))
+    parts = [perplexity(reader, of, "train") for of in (corpus, more.corpus)]
+    assert text == tokens and text.bytes == sum(part.bytes for part in parts) and text.documents == len(TEXTS) + 2
+    nll = [part.scores["bits_per_byte"].value * part.bytes for part in parts]
+    assert text.scores["bits_per_byte"].value == pytest.approx(sum(nll) / text.bytes)
+    both = Mixture((more, Source("r", Recall(length=20, rows=4, distances=(3,)))))
+    assert perplexity(reader, both, "b") == perplexity(reader, more.corpus, "valid")
+    assert perplexity(reader, both, "r.3-facts", limit=5) == perplexity(reader, both.sources[1].corpus, "3-facts", limit=5)
+
+
+def test_tokens_that_lose_some_of_the_text_are_refused(corpus, tmp_path):
+    save(WordPiece(vocabulary=89).fit(corpus, tmp_path), tmp_path / "files")
+    pieces = HuggingFace(path=str(tmp_path / "files"))
+    lossy = pieces.fit(corpus, tmp_path)
+    assert not lossy.lossless
+    prepare(corpus, pieces, tmp_path / "tokens", cache=tmp_path, workers=1)
+    reader = Reader(speller(tokenizer=lossy), 8)
+    assert perplexity(reader, corpus, "train").bytes == sum(len(text.encode()) for text in TEXTS)
+    with pytest.raises(ConfigError, match=r"tokenizer loses some of the text, so that .*: score the text itself"):
+        perplexity(reader, Prepared(path=str(tmp_path / "tokens")), "train")
+
+
+def test_a_model_that_has_diverged_has_no_score(corpus):
+    lm = speller()
+    lm = dataclasses.replace(lm, params=jax.tree.map(lambda leaf: leaf * np.nan, lm.params))
+    with pytest.raises(ConfigError, match="the model gives a log p of nan, so that it has no score: its training diverged"):
+        perplexity(Reader(lm, 8), corpus, "train")
+    require_finite(np.array([-1e30, 0.0]))
+    with pytest.raises(ConfigError, match="the model gives a log p of -inf"):
+        require_finite(np.array([-1.0, -np.inf]))
+
+
 def test_a_limit_takes_the_first_documents(corpus):
     told = []
     found = perplexity(Reader(speller(), 8), corpus, "train", limit=2, tell=lambda done, words: told.append((done, words)))
     assert (found.documents, found.bytes) == (2, sum(len(text.encode()) for text in TEXTS[:2]))
     assert told[-1] == (2, f"2 documents, {found.tokens} tokens")
+    alone = perplexity(Reader(speller(), 8), corpus, "train", limit=1)
+    assert all(math.isnan(score.low) and math.isnan(score.high) for score in alone.scores.values())  # and not infinite
 
 
 def test_without_a_token_that_texts_begin_with_the_first_is_not_scored(corpus):
@@ -93,6 +138,7 @@ def test_without_a_token_that_texts_begin_with_the_first_is_not_scored(corpus):
     found = perplexity(Reader(lm, 200), corpus, "train")
     sizes = [len(text.encode()) for text in TEXTS]
     assert (found.unscored, found.tokens, found.bytes) == (5, sum(sizes) - 5, sum(sizes) - 5)
+    assert (found.documents, found.words) == (4, 5 + 4 + 16 + 4)  # the third is one letter, and nothing of it is scored
     nll = sum(-lm.loglikelihood(list(text.encode()[:1]), list(text.encode()[1:])) for text in TEXTS if len(text) > 1)
     assert found.scores["bits_per_byte"].value == pytest.approx(nll / found.bytes / math.log(2), rel=1e-5)
 
@@ -101,6 +147,7 @@ def test_without_a_token_that_texts_begin_with_the_first_is_not_scored(corpus):
     "change, sentence",
     [
         ({"split": "valid"}, "corpus has no text in its valid split: name another with --split"),
+        ({"split": "dev"}, "corpus has no split 'dev': it has train, valid, test"),
         ({"context": 9}, "context must be in 1 … 8, the tokens that are read, got 9"),
     ],
 )

@@ -66,7 +66,7 @@ def subwords(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subword_reader(tmp_path_factory):
     tokenizer = subwords(tmp_path_factory)
-    return Reader(dataclasses.replace(speller(), tokenizer=tokenizer, end=(2,), start=2), 1000)
+    return Reader(dataclasses.replace(speller(), vocabulary=300, tokenizer=tokenizer, end=(2,), start=2), 1000)
 
 
 WORDS = st.lists(st.sampled_from(["the", " fox", " ", "  ", "jum", "ps", " on", "é", "\n", "over"]), max_size=5).map("".join)

@@ -172,6 +172,15 @@ def test_draws_belong_to_the_question(reads, tmp_path):
     assert [item["written"] for item in dataclasses.replace(task, seed=1).score(reads).items] != found
 
 
+def test_a_model_that_has_diverged_is_never_right(reads, tmp_path):
+    lm = dataclasses.replace(reads.lm, params=jax.tree.map(lambda leaf: leaf * np.nan, reads.lm.params))
+    choices = MultipleChoice(path=written(tmp_path / "q.jsonl", [{"context": "a", "choices": ["b", "c"], "gold": 0}]))
+    answers = Generation(path=written(tmp_path / "a.jsonl", [{"context": "a", "answer": ""}]), until=("\x00",), max_tokens=2)
+    for task in (choices, answers):
+        with pytest.raises(ConfigError, match="the model gives a log p of nan, so that it has no score"):
+            task.score(dataclasses.replace(reads, lm=lm))
+
+
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_file_says_which_task_it_is(tmp_path):
     choices, answers = written(tmp_path / "c.jsonl", CHOICES), written(tmp_path / "a.jsonl", ["", json.dumps(ANSWERS[0])])
@@ -186,6 +195,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "gold": 0}
     "line, sentence",
     [
         ("{", "line 2, is not JSON: "),
+        ('{"id": ' + "1" * 5000 + "}", "line 2, is not JSON: Exceeds the limit (4300 digits)"),
         ('{"context": "\udc80"}'.encode("utf-8", "surrogateescape"), "line 2, is not UTF-8 at byte 13"),
         ("[1]", 'line 2, must be an object, as in {"context": "2 + 2 =", "answer": "4"}, got [1]'),
         (GOOD | {"choices": ["b"]}, "line 2, has 1 choice, and of fewer than two there is nothing to choose"),

@@ -2,9 +2,13 @@
 
 import pytest
 
-from llm_jax.core.config import override
-from llm_jax.data.corpora import TextFiles
+from llm_jax.core.config import ConfigError, override
+from llm_jax.data.corpora import Mixture, Prepared, TextFiles
+from llm_jax.data.corpora import Source as Share
+from llm_jax.data.labels import PythonSyntax
+from llm_jax.data.prepare import prepare
 from llm_jax.data.tasks import Recall
+from llm_jax.data.tokenizers import Bytes
 from llm_jax.lab.sources import Source
 from tests.lab.test_population import LENGTH, tiny
 
@@ -36,3 +40,14 @@ def test_the_corpus_says_what_else_is_scored_at_the_end(tmp_path, monkeypatch):
     source = Source(override(tiny(), changes))
     assert list(source.evaluations(final=False)) == ["valid"]
     assert list(source.evaluations(final=True)) == ["valid", "valid@1-facts", "valid@3-facts"]
+
+
+def test_a_probe_says_that_it_needs_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path))
+    (tmp_path / "text.txt").write_text("every good boy does fine " * 200)
+    prepare(TextFiles(path=str(tmp_path / "text.txt")), Bytes(), tmp_path / "tokens", cache=tmp_path, workers=1)
+    tokens = Prepared(path=str(tmp_path / "tokens"))
+    for corpus in (tokens, Mixture((Share("a", tokens),))):
+        source = Source(override(tiny(), {"data.corpus": corpus, "tokenizer": Bytes(), "evaluation.probe": PythonSyntax()}))
+        with pytest.raises(ConfigError, match=r"^evaluation\.probe labels characters, and Prepared has tokens and no text: "):
+            _ = source.probed

@@ -8,8 +8,12 @@ import pytest
 
 import llm_jax
 from llm_jax.core.config import ConfigError, override
-from llm_jax.data.corpora import TextFiles
+from llm_jax.data.corpora import Prepared, TextFiles
+from llm_jax.data.prepare import prepare
 from llm_jax.data.tokenizers import Bytes, SentencePiece, nameless
+from llm_jax.evaluation.perplexity import perplexity
+from llm_jax.evaluation.reading import reader
+from llm_jax.evaluation.tasks import Generation, MultipleChoice
 from llm_jax.lab.components import Attention, Decoder
 from llm_jax.lab.runner import Runner
 from llm_jax.lab.workfolder import WorkFolder
@@ -54,3 +58,27 @@ def test_ids_that_a_model_has_no_rows_for_are_never_read():
             call()
     alone = dataclasses.replace(lm, tokenizer=nameless(100))
     assert alone.logits([[99]]).shape == (1, 1, 100)
+
+
+def test_nor_where_texts_are_scored(tmp_path):
+    model = Decoder(width=8, depth=1, attention=Attention(heads=2))
+    params = initial_parameters(model, 100, jax.random.key(0))
+    lm = llm_jax.LM(model, 100, params, Bytes().fit(None, ""), source="a folder", start=1)
+    (tmp_path / "a.txt").write_text("!z" * 100)
+    (tmp_path / "choices.jsonl").write_text(json.dumps({"context": "!", "choices": ["z", "!"], "gold": 0}))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"context": "z", "answer": "z"}))
+    text, tokens = TextFiles(path=str(tmp_path / "a.txt")), Prepared(path=str(tmp_path / "tokens"))
+    prepare(text, Bytes(), tmp_path / "tokens", cache=tmp_path, workers=1)
+    asked = reader(lm, 8)
+    assert asked.ids("!") == [33] and asked.prefix == [1]
+    for call in (
+        lambda: perplexity(asked, text, "valid"),
+        lambda: perplexity(asked, tokens, "valid"),
+        lambda: MultipleChoice(path=str(tmp_path / "choices.jsonl")).score(asked),
+        lambda: Generation(path=str(tmp_path / "answers.jsonl")).score(reader(lm, 300)),
+    ):
+        with pytest.raises(ConfigError, match="tokenizer gives the id 122, and a folder has only 100: it is another's"):
+            call()
+    for more in ({"start": 100}, {"before": (100,)}, {"after": (100,)}):
+        with pytest.raises(ConfigError, match="tokenizer gives the id 100, and a folder has only 100"):
+            reader(dataclasses.replace(lm, **more), 8)
