@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, fingerprint, require, to_json
+from llm_jax.core.whole import write_whole
 from llm_jax.data import encoding
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.kinds import kinds
@@ -161,10 +162,7 @@ def trained(config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix:
     if not file.is_file():
         if next(corpus.documents("train"), None) is None:
             raise ConfigError("has no text in its train split, so no tokenizer can be trained on it", "data.corpus")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(train(corpus))
-        partial.replace(file)
+        write_whole(file, train(corpus))
     return file.read_bytes()
 
 
