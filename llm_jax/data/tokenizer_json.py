@@ -16,7 +16,7 @@ from llm_jax.core.config import ConfigError, fingerprint, require
 from llm_jax.data import encoding
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.pieces import MARK, measured_lengths, parts_at_words, pieces
-from llm_jax.data.tokenizers import Fitted, Tokenizer, trained
+from llm_jax.data.tokenizer import Fitted, Tokenizer, trained
 
 END = "<|endoftext|>"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
