@@ -84,6 +84,8 @@ def test_work_of_children_is_our_own():
         ([*MOE, "--at_most=0.01"], 1, "skewed"),
         (["attention.py", *QUICK, "--lengths=128", "--long=1024"], 0, "1024 tokens, blockwise"),
         (["train.py", *QUICK, "--sizes=XS", "--sides=llm_jax", "--seconds=0.2", "--retakes=0"], 0, "108,352 parameters"),
+        (["losses.py", "--rounds=0", "--at_most=0.125"], 0, "times as much"),  # 8,192 tokens × 131,072 ids, as the compiler counts
+        (["losses.py", "--rounds=0", "--at_most=0.125", "--tokens=256", "--vocabulary=512"], 1, "1.0 times as much"),
         ([*TEXT, "--paragraphs", "--tried=50", "--at_least=0.01,0.01"], 0, "arrow without map"),
         ([*TEXT, "--works=packing", "--at_least=0,1e9"], 1, "both sides' tokens are the same"),
     ],

@@ -49,13 +49,16 @@ class Apportionment:
     def _due(self, time: float) -> np.ndarray:
         last = (self.shares[-1] - self.shares[-2]) / (self.times[-1] - self.times[-2])
         found = [np.interp(time, self.times, share) for share in self.shares.T]
-        return np.floor(np.array(found) + last * max(time - self.times[-1], 0.0) + 0.5).astype(np.int64)
+        due = np.array(found) + last * max(time - self.times[-1], 0.0)
+        return np.floor(due - 0.5).astype(np.int64) + 1  # so many k with k + ½ <= due; due + ½ might be rounded up
 
     def _when(self, source: int, numbers: np.ndarray) -> np.ndarray:
+        """When a source's own examples are due: as soon as its share is, also where it stays so for a while."""
         share, wanted = self.shares[:, source], numbers + 0.5
-        last = (share[-1] - share[-2]) / (self.times[-1] - self.times[-2])
-        after = np.maximum(wanted - share[-1], 0.0)
-        return np.interp(wanted, share, self.times) + (after / last if last > 0 else 0.0)
+        stage = np.clip(np.searchsorted(share, wanted, "left"), 1, len(share) - 1)  # the last one goes on for ever
+        begin, rise = share[stage - 1], share[stage] - share[stage - 1]
+        within = np.divide(wanted - begin, rise, out=np.zeros_like(wanted), where=rise > 0)
+        return self.times[stage - 1] + within * (self.times[stage] - self.times[stage - 1])
 
 
 ALONE = Apportionment(np.array([0.0, 1.0]), np.array([[0.0], [1.0]]))

@@ -36,11 +36,12 @@ class Piece:
 
 
 class Member(NamedTuple):
-    """A corpus whose rows are drawn, alone or beside others: what it is called, and which split of it."""
+    """A corpus whose rows are drawn, alone or beside others: its name, which split of it, and of that how many rows (None: all)."""
 
     name: str
     corpus: Corpus
     split: Split | str
+    rows: int | None = None
 
 
 @dataclass(frozen=True)

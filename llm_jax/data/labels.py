@@ -43,6 +43,8 @@ class Labels(Config):
 class PythonSyntax(Labels):
     """What Python's own lexer makes of its sources: whether a byte is in a comment or a string is seen from far away only.
 
+    As the Python that runs has it: an f-string is a string until 3.11, and later what stands in its braces is code.
+
     A text that is no Python as a whole has no classes.
     """
 
@@ -79,7 +81,7 @@ class PythonSyntax(Labels):
 
 
 def labelled(corpus: Corpus, tokenizer: Fitted, split: Split | str, labels: Labels, *, length: int, batch: int) -> Labelled:
-    """The first rows of a split, `[n, batch, length]`, and the class of each token, that of its first character.
+    """The first rows of a split, `[n, batch, length]`, and the class of each token: of its first character that is no space.
 
     Documents without any class are left out. Raises `ConfigError` where less than a batch is left.
     """
@@ -95,7 +97,7 @@ def labelled(corpus: Corpus, tokenizer: Fitted, split: Split | str, labels: Labe
         starts.append(total)
         end = [] if tokenizer.end is None else [tokenizer.end]
         ids.append(np.append(pieces, end).astype(np.int32))
-        classes.append(np.append(found[spans[:, 0]], [NO_CLASS] * len(end)).astype(np.int32))
+        classes.append(np.append(found[_tellings(text, spans)], [NO_CLASS] * len(end)).astype(np.int32))
         total, room = total + len(ids[-1]), room - len(text)
         if room <= 0:
             break
@@ -109,3 +111,12 @@ def labelled(corpus: Corpus, tokenizer: Fitted, split: Split | str, labels: Labe
     numbers = np.arange(count * batch).reshape(count, batch)
     inside = ConcatThenSplit().rows(Tokens(np.concatenate(classes), store.starts, None, split), length, "")
     return Labelled(rows.gather(numbers), inside.gather(numbers).tokens)
+
+
+def _tellings(text: str, spans: np.ndarray) -> np.ndarray:
+    """`[n]`: the place of the first character of each span `[n, 2]` that is no space, or its first where all are."""
+    solid = np.array([not character.isspace() for character in text], bool)
+    places = np.where(solid, np.arange(len(text)), len(text))
+    following = np.minimum.accumulate(places[::-1])[::-1]
+    found = following[spans[:, 0]]
+    return np.where(found < spans[:, 1], found, spans[:, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +21,21 @@ class Source(Config):
     """A corpus of a mixture. weight: its share of the rows, relative to the others'; None: as many as it has.
 
     A weight that changes is points (fraction of training, weight), straight lines between them: ((0, 1), (0.8, 1), (1, 4)). epochs:
-    it is read so often, at most; then its share goes to the others, in proportion.
+    it is read so often, at most; then its share goes to the others, in proportion. rows: only its first so many are trained on.
     """
 
     name: str
     corpus: Corpus
     weight: float | Points | None = 1.0
     epochs: float | None = None
+    rows: int | None = None
 
     def validate(self):
         plain = bool(self.name) and not set("/@.:") & set(self.name)
         require(plain, "name", f"must be a name without / @ . and :, got {self.name!r}")
-        require_positive(self, "epochs")
+        taken = self.name in ("train", "valid", "test") or re.fullmatch(r"\d+x", self.name)
+        require(not taken, "name", f"is what scores are called by: call it otherwise than {self.name!r}")
+        require_positive(self, "epochs", "rows")
         points = ((0.0, self.weight),) if isinstance(self.weight, (int, float)) else self.weight or ()
         require(self.weight is None or bool(points), "weight", "has no points: give it one (fraction of training, weight) at least")
         require(all(weight >= 0 for _, weight in points), "weight", f"must be >= 0, got {self.weight}")
@@ -80,7 +84,8 @@ class Mixture(Corpus):
         named = [source.corpus for source in self.sources if source.name == name]
         if named:
             return named[0].members(probe or "valid")
-        return [Member(source.name, source.corpus, split) for source in self.sources]
+        limited = split == "train"
+        return [Member(source.name, source.corpus, split, source.rows if limited else None) for source in self.sources]
 
     def apportioned(self, rows, total):
         changing = any(isinstance(source.weight, tuple) for source in self.sources)
@@ -93,9 +98,9 @@ class Mixture(Corpus):
             for name, text in source.corpus.named():
                 yield f"{source.name}:{name}", text
 
-    def part(self, name, text, split):
-        own, _, rest = name.partition(":")
-        return next(source.corpus for source in self.sources if source.name == own).part(rest, text, split)
+    def documents(self, split):
+        for _, corpus, part, _ in self.members(split):
+            yield from corpus.documents(part)
 
     def fingerprint(self):
         return fingerprint([[source.name, source.corpus.fingerprint()] for source in self.sources])

@@ -37,6 +37,20 @@ class Rows:
         raise NotImplementedError
 
 
+class First(Rows):
+    """The first `count` rows of others, or all where there are fewer."""
+
+    def __init__(self, rows: Rows, count: int):
+        super().__init__(rows.tokens, rows.length)
+        self.rows, self.count = rows, min(count, len(rows))
+
+    def __len__(self):
+        return self.count
+
+    def gather(self, numbers):
+        return self.rows.gather(numbers)
+
+
 @dataclass(frozen=True)
 class Packing(Config):
     """How documents become rows. All rows of a store have numbers, so that any order of them can be drawn."""

@@ -1,5 +1,7 @@
 """From token stores to batches, in an order that is a function of seed and step alone, whoever reads it.
 
+Where weights of a mixture change, or epochs of a source end, also of the length of training, since that is what they mean.
+
 The unit that grain iterates over is a whole dispatch of batches, gathered by vectorised numpy: at 64-token windows grain's own
 shuffle and batch cost 50 µs a window, a fifth of a core at the speed that small models eat them. A dispatch depends on no other,
 so any host makes its own rows of any of them, and an iterator's state is a number.
@@ -18,7 +20,7 @@ from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
 from llm_jax.data.apportion import Apportionment
 from llm_jax.data.corpora import Corpus, Split, StandardLibrary
-from llm_jax.data.packing import ConcatThenSplit, Packing, Rows
+from llm_jax.data.packing import ConcatThenSplit, First, Packing, Rows
 from llm_jax.data.shuffle import shuffled
 from llm_jax.data.tokenized import tokenize
 from llm_jax.data.tokenizers import Fitted
@@ -43,8 +45,12 @@ class Data(Config):
 
 def rows_of(data: Data, tokenizer: Fitted, split: Split | str, cache: str | os.PathLike, *, times: int = 1) -> list[Rows]:
     """The rows of a split, of each corpus in it, `times` as long as they are in training. Raises what reading the text raises."""
-    stores = [tokenize(corpus, tokenizer, part, cache) for _, corpus, part in data.corpus.members(split)]
-    return [data.packing.rows(tokens, times * data.sequence_length, cache) for tokens in stores]
+    found = []
+    for member in data.corpus.members(split):
+        tokens = tokenize(member.corpus, tokenizer, member.split, cache)
+        rows = data.packing.rows(tokens, times * data.sequence_length, cache)
+        found.append(rows if member.rows is None else First(rows, member.rows))
+    return found
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ def prepare(
     """
     prepared.require_local(os.fspath(out), "out")
     folder = pathlib.Path(out).expanduser()
+    if corpus.members("train")[0].corpus is not corpus:
+        told = "whose sources are prepared one by one, for a mixture of Prepared(path=…)"
+        raise ConfigError(f"is {type(corpus).__name__}, {told}", "corpus")
     if type(corpus).documents is not Corpus.documents:
         raise ConfigError(f"is {type(corpus).__name__}, which has no text to prepare: an experiment reads it as it is", "corpus")
     groups = _grouped(corpus.pieces(shard_bytes), shard_bytes)

@@ -76,6 +76,8 @@ class NextToken(Objective):
         if self.after is None:
             return batch
         asks_BL = jnp.pad(batch.tokens == self.after, ((0, 0), (self.skip, 0)))[:, : batch.tokens.shape[1]]
+        if batch.segments is not None:  # not what another document asked
+            asks_BL &= batch.segments == jnp.pad(batch.segments, ((0, 0), (self.skip, 0)))[:, : batch.tokens.shape[1]]
         answers_BL = asks_BL.astype(jnp.float32)
         return replace(batch, weights=answers_BL if batch.weights is None else batch.weights * answers_BL)
 

@@ -1,10 +1,11 @@
 """Memory and time of the cross-entropy and its gradient from the output layer, all logits at once against blocks of tokens.
 
-    python tests/benchmarks/losses.py --tokens=8192 --vocabulary=131072 --width=256 --rounds=3
+    python tests/benchmarks/losses.py --tokens=8192 --vocabulary=131072 --width=256 --rounds=3 --at_most=0.125 --at_least=0.9
 
 First the peak of temporaries, as the compiler counts it. Then seconds of both in turn, on one thread as each device of
 `core.platform.setup` has, by the CPU's clock, which other processes hardly move: medians, and the median of the rounds' ratios
-with the least and the greatest. Last the peak of the process's memory with blocks alone (--rounds=0 leaves the times out).
+with the least and the greatest. Last the peak of the process's memory with blocks alone (--rounds=0 leaves the times out). The exit
+code is 1 where temporaries are more than --at_most of those of all at once, or blocks less than --at_least as quick.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ VOCABULARY = flags.DEFINE_integer("vocabulary", 131072, "Token ids.", lower_boun
 WIDTH = flags.DEFINE_integer("width", 256, "Channels of a hidden state.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed steps of each, in turn.", lower_bound=0)
 BLOCK = flags.DEFINE_integer("block", None, "Tokens of a block instead of the platform's choice.")
+AT_MOST = flags.DEFINE_float("at_most", None, "The most of the temporaries of all logits at once that blocks may take.")
+AT_LEAST = flags.DEFINE_float("at_least", None, "The least times as quick as all at once.")
 GIB = 2**30
 
 
@@ -49,8 +52,8 @@ def programs():
     return {name: jax.jit(jax.value_and_grad(function)) for name, function in both.items()}, (layer, targets)
 
 
-def main(_) -> None:
-    """Memory, then times."""
+def main(_) -> int:
+    """Memory, then times; 0, or 1 where a bound is not kept."""
     import jax
     import numpy as np
 
@@ -64,6 +67,7 @@ def main(_) -> None:
     for name, size in peak.items():
         print(f"{name}: {size:.3f} GiB of temporaries", flush=True)
     print(f"all at once takes {peak['at once'] / peak['by blocks']:.1f} times as much", flush=True)
+    kept = AT_MOST.value is None or peak["by blocks"] <= AT_MOST.value * peak["at once"]
     layer, targets = shapes
     rng = np.random.default_rng(0)
     scale = WIDTH.value**-0.5
@@ -78,7 +82,7 @@ def main(_) -> None:
     seconds("by blocks")
     print(f"by blocks: the process had {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most", flush=True)
     if not ROUNDS.value:
-        return
+        return 0 if kept else 1
     seconds("at once")
     print(f"at once: the process had {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most", flush=True)
     times: dict[str, list[float]] = {name: [] for name in compiled}
@@ -88,6 +92,7 @@ def main(_) -> None:
     ratios = [dense / block for block, dense in zip(*times.values(), strict=True)]
     medians = ", ".join(f"{name} {statistics.median(values):.2f} s" for name, values in times.items())
     print(f"{medians}; by blocks {statistics.median(ratios):.2f} times as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+    return 0 if kept and (AT_LEAST.value is None or statistics.median(ratios) >= AT_LEAST.value) else 1
 
 
 if __name__ == "__main__":

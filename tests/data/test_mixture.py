@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.core.config import ConfigError, from_json, to_json
@@ -11,8 +11,10 @@ from llm_jax.data import pipeline
 from llm_jax.data.apportion import apportion
 from llm_jax.data.corpora import Corpus, Mixture, Source, StandardLibrary, TextFiles
 from llm_jax.data.pipeline import Data
+from llm_jax.data.prepare import prepare
+from llm_jax.data.shuffle import shuffled
 from llm_jax.data.tasks import Recall
-from llm_jax.data.tokenizers import Bytes
+from llm_jax.data.tokenizers import Bytes, SentencePiece
 
 WEIGHTS = st.lists(st.floats(0.01, 1), min_size=2, max_size=6)
 
@@ -29,6 +31,43 @@ def test_any_stretch_is_that_of_reading_from_the_beginning(weights, start, count
         np.testing.assert_array_equal(got, expected[start:])
     for source in range(len(weights)):  # each source's own, from its first on, none twice
         np.testing.assert_array_equal(which[whose == source], np.arange((whose == source).sum()))
+
+
+@st.composite
+def changing(draw):
+    """Shares of 2 to 4 sources that rise, fall, stand still, begin late and are used up."""
+    count, total = draw(st.integers(2, 4)), draw(st.integers(10, 3000))
+    points = [sorted(draw(st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True))) for _ in range(count)]
+    levels = [[draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])) for _ in own] for own in points]
+    weights = [lambda at, x=own, y=level: float(np.interp(at, x, y)) for own, level in zip(points, levels, strict=True)]
+    limits = [draw(st.sampled_from([np.inf, np.inf, 7, total // 3 + 1])) for _ in range(count)]
+    always = [lambda _: 0.1, *weights]
+    return always, [np.inf, *limits], total
+
+
+@settings(max_examples=30, deadline=None)
+@given(changing(), st.data())
+def test_any_stretch_is_that_of_reading_from_the_beginning_whatever_changes(shares, data):
+    weights, limits, total = shares
+    turns = apportion(weights, limits, total, changing=True)
+    whole = turns.turns(0, total)
+    start = data.draw(st.integers(0, total - 1))
+    stop = data.draw(st.integers(start + 1, total))
+    for got, expected in zip(turns.turns(start, stop), whole, strict=True):
+        np.testing.assert_array_equal(got, expected[start:stop])
+    for source in range(turns.sources):
+        own = whole[1][whole[0] == source]
+        np.testing.assert_array_equal(own, np.arange(len(own)))
+
+
+def test_a_share_that_stands_still_at_a_half_is_due_once():
+    falls = Source("a", StandardLibrary(), weight=((0.5, 1.0), (0.5001, 0.0)))
+    for total in (10, 14, 18, 2050):
+        turns = apportion([lambda at: falls.weight_at(at, 1), lambda _: 1.0], [np.inf] * 2, total, changing=True)
+        whole = turns.turns(0, total)
+        parts = [turns.turns(at, at + 2) for at in range(0, total, 2)]
+        for got, expected in zip(zip(*parts, strict=True), whole, strict=True):
+            np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
 @given(WEIGHTS)
@@ -118,6 +157,26 @@ def test_epochs_end(texts, tmp_path):
         steps(Mixture((Source("a", texts["a"], epochs=0.5), Source("b", texts["b"], epochs=1))), tmp_path, 100)
 
 
+def test_the_first_rows_alone_are_trained_on_and_all_is_scored(texts, tmp_path):
+    corpus = Mixture((Source("a", texts["a"], rows=10), Source("b", texts["b"], rows=10_000)))
+    batches, rows = steps(corpus, tmp_path, 60, batch=1)
+    assert [len(r) for r in rows] == [10, 56]
+    drawn = shuffled(np.arange(30), len(rows[0]), 0)  # of a, which has every other turn
+    expected = [rows[0].gather(drawn[at : at + 1]).tokens for at in range(30)]
+    np.testing.assert_array_equal(np.stack([b.tokens[0, 0] for b in batches[::2]]), expected)
+    assert sorted(drawn.tolist()) == sorted(3 * list(range(10)))
+    valid = pipeline.rows_of(Data(corpus, sequence_length=16), Bytes().fit(None, ""), "valid", tmp_path)
+    whole = pipeline.rows_of(Data(texts["a"], sequence_length=16), Bytes().fit(None, ""), "valid", tmp_path)
+    assert len(valid[0]) == len(whole[0]) > 10
+
+
+def test_it_is_not_prepared_as_one(texts, tmp_path):
+    with pytest.raises(ConfigError, match="is Mixture, whose sources are prepared one by one"):
+        prepare(mixture(texts), Bytes(), tmp_path / "tokens", cache=tmp_path)
+    tasks = Mixture((Source("facts", Recall(length=50, distances=(4,), rows=2000)), Source("b", texts["b"])))
+    assert SentencePiece(vocabulary=340).fit(tasks, tmp_path).vocabulary == 340  # a corpus that makes its documents itself
+
+
 def test_evaluation_has_as_much_of_each_source(texts, tmp_path):
     corpus, fitted = mixture(texts), Bytes().fit(None, "")
     data = Data(corpus, sequence_length=16, batch_size=4)
@@ -148,6 +207,9 @@ def test_it_is_written_and_read_like_any_component(texts):
         (lambda: Mixture((Source("a", Recall()), Source("a", Recall()))), "sources must have names of their own, got a, a"),
         (lambda: Mixture((Source("a", Recall()), Source("b", Recall(), weight=None))), "must all have a weight, or none"),
         (lambda: Mixture((Source("a", Mixture((Source("b", Recall()),))),)), "has a mixture in it"),
+        (lambda: Source("valid", Recall()), "name is what scores are called by: call it otherwise than 'valid'"),
+        (lambda: Source("2x", Recall()), "call it otherwise than '2x'"),
+        (lambda: Source("a", Recall(), rows=0), "rows must be > 0, got 0"),
         (lambda: Source("a.b", Recall()), "name must be a name without / @ . and :, got 'a.b'"),
         (lambda: Source("a", Recall(), weight=-1.0), "weight must be >= 0, got -1.0"),
         (lambda: Source("a", Recall(), weight=((0.5, 1.0), (0.5, 2.0))), "rising fractions of training"),

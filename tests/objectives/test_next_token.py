@@ -76,6 +76,16 @@ def test_only_answers_are_learned_and_scored(skip):
         np.testing.assert_allclose(metrics["accuracy"].mean, (LOGITS.argmax(-1) == TARGETS)[:, place].mean(), rtol=1e-6)
 
 
+def test_an_answer_is_not_looked_for_in_the_next_document():
+    segments = np.repeat([[0, 1]], B, 0).repeat(L // 2, 1)
+    batch = Batch(
+        np.where(np.arange(segments.shape[1]) == L // 2 - 1, 3, 0).repeat(B).reshape(-1, B).T, TARGETS[:, : segments.shape[1]]
+    )
+    batch = replace(batch, segments=segments)
+    weights = [NextToken(after=3, skip=skip)._only(batch).weights.sum() for skip in (0, 1)]
+    assert weights == [B, 0]
+
+
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
 def test_label_smoothing_is_the_cross_entropy_to_the_softened_target(smoothing):
     given = {"model": Decoder(), "rng": jax.random.key(0), "byte_lengths": jnp.asarray(BYTES), "train": True}
