@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.data.prepare import prepare
     from llm_jax.data.tokenizers import Tokenizer
 
+    prepared.require_local(FLAGS.out, "--out")
     folder = pathlib.Path(FLAGS.out).expanduser()
     if FLAGS.verify:
         wanted = prepared.read_manifest(folder)["files"]

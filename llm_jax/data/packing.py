@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_jax.core.config import Config, fingerprint
 from llm_jax.core.types import Batch
+from llm_jax.core.whole import whole_folder
 from llm_jax.data.store import Tokens
 
 TOGETHER = 64  # rows, about, that documents are packed into together: the last of them stays half empty
@@ -299,19 +300,13 @@ def _lasts(rows: np.ndarray) -> np.ndarray:
 
 
 def _write(folder: pathlib.Path, parts: Iterator[Pieces]) -> None:
-    """Writes a plan beside its folder and renames it: what is under the final name is whole."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
     rows = pieces = 0
-    with open(partial / "first", "wb") as first, open(partial / "begins", "wb") as begins, open(partial / "sizes", "wb") as sizes:
+    with whole_folder(folder, stands=pathlib.Path.is_dir) as to, contextlib.ExitStack() as files:
+        first, begins, sizes = (files.enter_context(open(to / name, "wb")) for name in Plan._fields)
         np.zeros(1, np.int64).tofile(first)
         for part in parts:
             (pieces + _lasts(part.rows)).tofile(first)
             part.begins.tofile(begins)
             part.sizes.tofile(sizes)
             rows, pieces = rows + int(part.rows.max(initial=-1)) + 1, pieces + len(part.rows)
-    (partial / "counts.json").write_text(json.dumps([rows, pieces]))
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial, ignore_errors=True)
+        (to / "counts.json").write_text(json.dumps([rows, pieces]))

@@ -16,23 +16,25 @@ def pieces(data: dict[str, Any], ids: dict[str, int]) -> tuple[list[bytes], bool
     """What each id stands for, and whether nothing gets lost on the way to ids while special tokens are text like any other."""
     model, added = data["model"], {token["content"]: token for token in data.get("added_tokens", ())}
     before = [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
+    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    bare = lambda piece: piece.removeprefix(prefix).removesuffix(suffix)  # noqa: E731
     in_bytes = any(step["type"] == "ByteLevel" for step in (*before, *_steps(data.get("decoder"))))
     if in_bytes:
         characters = byte_characters()
-        read = lambda piece: b"".join(characters.get(c) or c.encode() for c in piece)  # noqa: E731
+        read = lambda piece: b"".join(characters.get(c) or c.encode() for c in bare(piece))  # noqa: E731
         whole = characters.keys() <= ids.keys()
     elif model["type"] == "WordPiece":
-        read, whole = lambda piece: (piece[2:] if piece.startswith("##") else f" {piece}").encode(), False
+        read, whole = lambda piece: (bare(piece) if piece.startswith(prefix) else f" {piece}").encode(), False
     else:
         by_byte = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        read = lambda piece: by_byte.get(piece) or piece.replace(MARK, " ").encode()  # noqa: E731
+        read = lambda piece: by_byte.get(piece) or bare(piece).replace(MARK, " ").encode()  # noqa: E731
         whole = bool(model.get("byte_fallback")) and by_byte.keys() <= ids.keys()
     found = [b""] * (max(ids.values()) + 1)
     for piece, i in ids.items():
         token = added.get(piece)
         found[i] = read(piece) if token is None else b"" if token["special"] else piece.encode()
     kept = [token for token in added.values() if not token["special"]]
-    whole = whole and not any(token["lstrip"] or token["rstrip"] for token in kept)
+    whole = whole and not (prefix or suffix) and not any(token["lstrip"] or token["rstrip"] for token in kept)
     return found, whole and all(_keeps(step) for step in before)
 
 

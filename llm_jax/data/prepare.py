@@ -10,22 +10,24 @@ import fcntl
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from llm_jax.core.config import ConfigError, fingerprint, to_json
+from llm_jax.core.whole import left, remove_left, whole_file, write_whole
 from llm_jax.data import prepared, shards
 from llm_jax.data.corpus import Corpus, Piece, empty_corpus
 from llm_jax.data.prepared import FORMAT, MANIFEST
 from llm_jax.data.shards import SPLITS, NeedsTextError, Work, name_of, without_text
+from llm_jax.data.store import write_starts_header
 from llm_jax.data.tokenizers import Fitted, SentencePiece, Tokenizer
 from llm_jax.data.workers import Progress, in_parallel, in_turn
 
 SHARD_BYTES = 1 << 27
 PLAN, MODEL = "plan.json", "tokenizer.model"
+OURS = (PLAN, MODEL, MANIFEST, "*.starts.npy", "shard-*")
 
 
 def prepare(
@@ -45,6 +47,7 @@ def prepare(
     shard that is there already is checked, and made anew if it is damaged, which `note` is told. tell: gets the progress a few
     times a second. Raises `ConfigError` for what cannot be read, or a folder that belongs to another corpus or tokenizer.
     """
+    prepared.require_local(os.fspath(out), "out")
     folder = pathlib.Path(out).expanduser()
     if corpus.members("train")[0].corpus is not corpus:
         told = "whose sources are prepared one by one, for a mixture of Prepared(path=…)"
@@ -56,15 +59,14 @@ def prepare(
     with _alone(folder):
         plan = _plan(corpus, tokenizer, groups, shard_bytes)
         _refuse_others(folder, plan)
+        remove_left(folder, OURS)
         model = _trained_model(corpus, tokenizer, folder, cache)
-        prepared.write_whole(folder / PLAN, json.dumps(plan, indent=1))
+        write_whole(folder / PLAN, json.dumps(plan, indent=1))
         if model is not None:
-            prepared.write_whole(folder / MODEL, model)
+            write_whole(folder / MODEL, model)
         named = tokenizer if model is None else SentencePiece(path=str(folder / MODEL))
         fitted = without_text(named, cache)
         dtype = np.dtype("<u2" if fitted.vocabulary <= 1 << 16 else "<u4")
-        for left in folder.glob(".shard-*"):
-            shutil.rmtree(left, ignore_errors=True)
         sizes = [sum(piece.size for piece in pieces) for pieces in groups]
         waiting = [number for number in range(len(groups)) if not _is_whole(folder, number, corpus, fitted, note)]
         progress = Progress(len(groups) - len(waiting), len(groups), sum(sizes) - sum(sizes[n] for n in waiting), sum(sizes))
@@ -120,7 +122,8 @@ def _refuse_others(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     """Raises `ConfigError` where the folder is for something else."""
     where = repr(str(folder))
     if not (folder / PLAN).is_file():
-        others = [name for name in os.listdir(folder) if name != ".lock"]
+        ours = {".lock", *(path.name for path in left(folder, OURS))}  # it may have been killed while it wrote the plan
+        others = [name for name in os.listdir(folder) if name not in ours]
         if others:
             raise ConfigError(f"has other files in it ({others[0]}): name an empty or a new folder", where)
         return
@@ -184,20 +187,17 @@ def _finish(
         "first_skipped": next((t["first_skipped"] for t in told if t["skipped"]), None),
         "files": files,
     }
-    prepared.write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
 
 
 def _index(file: pathlib.Path, parts: Sequence[tuple[pathlib.Path, dict[str, int]]]) -> None:
-    partial = file.with_name(f".{file.name}")
-    with open(partial, "wb") as out:
-        shape = (sum(count["documents"] for _, count in parts),)
-        np.lib.format.write_array_header_1_0(out, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    with whole_file(file) as partial, open(partial, "wb") as out:
+        write_starts_header(out, sum(count["documents"] for _, count in parts))
         before = 0
         for starts, count in parts:
             (np.fromfile(starts, "<i8") + before).tofile(out)
             before += count["tokens"]
-    partial.replace(file)
 
 
 # ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────

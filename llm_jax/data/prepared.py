@@ -22,6 +22,7 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError, fingerprint, require
 from llm_jax.data.corpus import Corpus
+from llm_jax.data.files import is_remote
 from llm_jax.data.store import Joined, Tokens
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -41,6 +42,7 @@ class Prepared(Corpus):
 
     def validate(self):
         require(bool(self.path), "path", "is missing: name a folder that `python -m llm_jax prepare` wrote")
+        require_local(self.path, "path")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -78,6 +80,12 @@ class Prepared(Corpus):
         self.require_split(split)
         check(self.folder, _files(manifest, split), cache if self.verify else None)
         return _opened(str(self.folder), str(split))
+
+
+def require_local(path: str, field: str) -> None:
+    """Raises `ConfigError` for an address, such as gs://…: token files are mapped into memory."""
+    way_out = "name a local or mounted folder, and copy it there and back by other means"
+    require(not is_remote(path), field, f"must be a folder on this machine, got {path!r}: {way_out}")
 
 
 def _files(manifest: dict[str, Any], split: str) -> dict[str, Any]:
@@ -166,10 +174,3 @@ def raise_for(sentences: Sequence[str]) -> None:
     if sentences:
         more = f", and {len(sentences) - 1} more" if len(sentences) > 1 else ""
         raise ConfigError(f"{sentences[0]}{more}: {AGAIN}")
-
-
-def write_whole(file: pathlib.Path, content: str | bytes) -> None:
-    """Writes a small file so that what is under its name is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(file)

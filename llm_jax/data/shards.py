@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.whole import whole_folder
 from llm_jax.data.corpus import Corpus, Piece
 from llm_jax.data.tokenizers import Fitted, Tokenizer
 
@@ -98,19 +98,10 @@ def name_of(number: int) -> str:
 
 def write(work: Work, number: int, pieces: Sequence[Piece]) -> None:
     """Writes a shard; the same pieces give the same bytes, whoever writes them. Raises `ConfigError` for what cannot be read."""
-    final = work.out / name_of(number)
-    partial = work.out / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with whole_folder(work.out / name_of(number), stands=lambda damaged: False) as partial:
         with contextlib.ExitStack() as files:
             told = _fill(work, {split: _Split(files, partial, split, work) for split in SPLITS}, pieces)
         (partial / SHARD).write_text(json.dumps(told, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dict[str, Any]:

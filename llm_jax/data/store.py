@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -51,6 +51,11 @@ class Tokens:
             return self.ids.runs(begins, sizes)
         parts = [self.ids[begin : begin + size] for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True)]
         return np.concatenate(parts) if parts else self.ids[:0]
+
+
+def write_starts_header(file: IO[bytes], documents: int) -> None:
+    """What int64 `[documents]` begins with as `numpy.load` reads it; as long for any number, so that it can be written again."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (documents,)})
 
 
 class Joined:

@@ -6,14 +6,14 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 
 import numpy as np
 
 from llm_jax.core.config import fingerprint
 from llm_jax.core.platform import cores
+from llm_jax.core.whole import whole_folder
 from llm_jax.data.corpora import Corpus, Split
-from llm_jax.data.store import Joined, Tokens
+from llm_jax.data.store import Joined, Tokens, write_starts_header
 from llm_jax.data.tokenizers import Fitted
 
 
@@ -27,7 +27,7 @@ def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split | str, cache: str |
         return ready
     identity = fingerprint([corpus.fingerprint(), repr(corpus), tokenizer.fingerprint, split])
     folder = pathlib.Path(cache) / "tokens" / identity
-    if not (folder / "meta.json").is_file():
+    if not _is_whole(folder):
         _write(folder, corpus, tokenizer, split)
     return _opened(str(folder), tokenizer.end, split)
 
@@ -40,24 +40,27 @@ def _opened(folder: str, end: int | None, split: str) -> Tokens:
     return Tokens(ids, np.load(path / "starts.npy", mmap_mode="r" if meta["tokens"] else None), end, split, path.name, reopen)
 
 
-def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split | str) -> None:
-    """Fills a folder beside the final one and renames it: what is under the final name is whole."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
-    starts, total = [], 0
-    with open(partial / "ids.bin", "wb") as out:
-        end = np.array([] if tokenizer.end is None else [tokenizer.end], dtype)
-        for ids in tokenizer.encode_all(corpus.documents(split), threads=cores()):
-            starts.append(total)
-            total += len(ids) + len(end)
-            ids.astype(dtype).tofile(out)
-            end.tofile(out)
-    np.save(partial / "starts.npy", np.array(starts, np.int64))
-    (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))
-    if folder.exists() and not (folder / "meta.json").is_file():  # by hand or by a broken disk: ours are renamed whole
-        shutil.rmtree(folder, ignore_errors=True)
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether files are as long as they say: whoever writes renames what is whole, but disks fill up and copies are cut off."""
     try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial, ignore_errors=True)
+        tokens = _opened(str(folder), None, "")
+        return (folder / "ids.bin").stat().st_size == len(tokens) * tokens.ids.dtype.itemsize
+    except (OSError, EOFError, ValueError, LookupError):
+        return False
+
+
+def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split | str) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
+    documents = total = 0
+    with whole_folder(folder, stands=_is_whole) as partial:
+        with open(partial / "ids.bin", "wb") as out, open(partial / "starts.npy", "wb") as starts:
+            write_starts_header(starts, 0)
+            end = np.array([] if tokenizer.end is None else [tokenizer.end], dtype)
+            for ids in tokenizer.encode_all(corpus.documents(split), threads=cores()):
+                starts.write(total.to_bytes(8, "little"))
+                documents, total = documents + 1, total + len(ids) + len(end)
+                ids.astype(dtype).tofile(out)
+                end.tofile(out)
+            starts.seek(0)
+            write_starts_header(starts, documents)
+        (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))

@@ -16,7 +16,7 @@ from llm_jax.core.config import ConfigError, fingerprint, require
 from llm_jax.data import encoding
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.pieces import MARK, measured_lengths, parts_at_words, pieces
-from llm_jax.data.tokenizers import Fitted, Tokenizer, trained
+from llm_jax.data.tokenizer import Fitted, Tokenizer, trained
 
 END = "<|endoftext|>"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -30,11 +30,14 @@ class FromJson(Fitted):
 
         # threads are ours: the library's are as many as cores in each of several processes, and warn at every fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        described = json.loads(text)
+        if described["model"].get("dropout"):  # of merges, while a model is trained: the same text would have other ids every time
+            described["model"]["dropout"] = None
+            text = json.dumps(described, ensure_ascii=False)
         self.json, self._corpus, self._tokenizer = text, corpus, tokenizers.Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = not specials
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        described = json.loads(text)
         found, self._exact = pieces(described, self._tokenizer.get_vocab())
         self.lossless = self._exact and not specials
         unknown = described["model"].get("unk_token")
@@ -103,6 +106,7 @@ class _HuggingFace(FromJson):
         except Exception as error:  # the library has no class of its own for it
             raise ConfigError(f"is no tokenizer.json ({error}): {str(file)!r}", "tokenizer.path") from None
         self.end = self._end(file.parent)
+        self.fingerprint = fingerprint([self.json, specials, self.end])
 
     def _end(self, folder: pathlib.Path) -> int | None:
         """The id of the end of a text, by the files beside it."""

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_jax.core.config import ConfigError, to_json
+from llm_jax.core.whole import write_whole
 from llm_jax.data.corpora import Corpus
-from llm_jax.data.prepared import write_whole
 from llm_jax.evaluation.estimates import Estimate
 from llm_jax.evaluation.perplexity import perplexity
 from llm_jax.evaluation.reading import Reader, reader

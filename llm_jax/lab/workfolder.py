@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError, to_json
+from llm_jax.core.whole import write_whole
 from llm_jax.lab.experiment import Ablation
 
 MEMBERS = "members.json"
@@ -144,14 +145,7 @@ def _short(value: Any) -> str:
 
 def write(file: pathlib.Path, data: Any) -> None:
     """Writes JSON whole or not at all; numbers that are not finite become null."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
-        partial.replace(file)
-    except OSError:  # a full disk: a remnant would make the folder look like somebody else's
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(file, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:

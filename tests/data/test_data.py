@@ -156,16 +156,6 @@ def test_every_tokenizer_is_scored_on_the_same_text(subwords, corpus, tmp_path):
         assert limit - 8 * fitted.byte_lengths.max() < scored <= limit
 
 
-def test_an_interrupted_write_is_not_trusted(corpus, tmp_path, monkeypatch):
-    tokenizer = Bytes().fit(corpus, tmp_path)
-    monkeypatch.setattr(tokenized.np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-    with pytest.raises(OSError, match="no space"):
-        tokenized.tokenize(corpus, tokenizer, "train", tmp_path)
-    monkeypatch.undo()
-    whole = tokenized.tokenize(corpus, tokenizer, "train", tmp_path)
-    assert len(whole) == sum(len(text.encode()) + 1 for text in corpus.documents("train"))
-
-
 def test_mistakes_are_sentences(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')

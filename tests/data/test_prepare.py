@@ -2,20 +2,19 @@
 
 import json
 import pathlib
-import pickle
 import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from llm_jax.core import whole
 from llm_jax.core.config import ConfigError
 from llm_jax.data import pipeline, prepared, tokenized, workers
 from llm_jax.data.corpora import Jsonl, Prepared, TextFiles
 from llm_jax.data.packing import ConcatThenSplit
 from llm_jax.data.pipeline import Data
 from llm_jax.data.prepare import prepare
-from llm_jax.data.store import Joined, Tokens
 from llm_jax.data.tasks import Recall
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, nameless
 
@@ -116,6 +115,14 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(number, corpus, cache, m
     monkeypatch.setattr(workers.shards, "write", lambda work, shard, pieces: (done.append(shard), write(work, shard, pieces)))
     prepare(corpus, Bytes(), tmp_path / "t", cache=cache, shard_bytes=30_000)
     assert done[0] == number and contents(tmp_path / "t") == contents(made)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "tokenizer.model", "manifest.json", "train.starts.npy", "shard-00000"])
+def test_what_was_killed_while_it_was_written_is_ours(name, corpus, cache, tmp_path):
+    (tmp_path / "t").mkdir()
+    whole._beside(tmp_path / "t" / name).touch()
+    prepare(corpus, Bytes(), tmp_path / "t", cache=cache)
+    assert [path.name for path in (tmp_path / "t").rglob(".*")] == [".lock"]
 
 
 def damage(file, how):
@@ -226,6 +233,9 @@ def test_what_cannot_be_prepared_is_a_sentence(corpus, cache, tmp_path, made):
         with pytest.raises(ConfigError, match=sentence):
             prepare(one, tokenizer, tmp_path / "t" / type(one).__name__, cache=cache)
     prepare(corpus, Bytes(), tmp_path / "t" / "Jsonl", cache=cache)  # a refused tokenizer leaves nothing behind
+    for call in (lambda path: Prepared(path=path), lambda path: prepare(corpus, Bytes(), path, cache=cache)):
+        with pytest.raises(ConfigError, match=r"must be a folder on this machine, got 'gs://bucket/tokens': name a local"):
+            call("gs://bucket/tokens")
     for path, sentence in [("nowhere", "'nowhere' is no folder of token files"), (str(tmp_path), "is no folder of token files")]:
         with pytest.raises(ConfigError, match=sentence):
             Prepared(path=path).fingerprint()
@@ -261,25 +271,3 @@ def test_large_vocabularies_take_32_bits_and_empty_splits_are_empty(cache, tmp_p
     assert tokens.ids[:].tolist() == [ord("a"), 0x1D11E, 0x10FFFF] and tokens.ids.dtype == np.uint32
     empty = Prepared(path=str(tmp_path / "t")).store("nameless", "valid", str(cache))
     assert len(empty) == 0 and len(empty.starts) == 0 and len(ConcatThenSplit().rows(empty, 4, cache)) == 0
-
-
-def test_many_files_are_read_as_one_array(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm_jax.data.store.OPEN", 2)
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 60_000, count).astype(np.uint16) for count in (5, 0, 1, 300, 0, 70, 0)]
-    for number, array in enumerate(arrays):
-        array.tofile(tmp_path / str(number))
-    joined = Joined([(tmp_path / str(number), len(array)) for number, array in enumerate(arrays)], np.uint16)
-    whole = np.concatenate(arrays)
-    for one in (joined, pickle.loads(pickle.dumps(joined))):
-        assert len(one) == len(whole)
-        for at in (slice(None), slice(3, 310), slice(0, 0), slice(370, 900), slice(2, 300, 3)):
-            np.testing.assert_array_equal(one[at], whole[at])
-        for length in (1, 4, 100, len(whole)):
-            begins = rng.integers(0, len(whole) - length + 1, (3, 7))
-            expected = whole[begins[..., None] + np.arange(length)]
-            np.testing.assert_array_equal(one.windows(begins, length), expected)
-            np.testing.assert_array_equal(Tokens(whole, np.zeros(1), None).windows(begins, length), expected)
-    for begin in (-1, len(whole) - 3):
-        with pytest.raises(IndexError, match="must lie in 0 to 376"):
-            joined.windows(np.array([0, begin]), 4)

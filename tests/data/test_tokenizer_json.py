@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_jax.core.config import ConfigError
+from llm_jax.data.tasks import Recall
+from llm_jax.data.tokenized import tokenize
 from llm_jax.data.tokenizer_json import HuggingFace
 
 TEXTS = ["the cat sat on the mat", "naïve café, 日本語", "def f(x):\n\treturn x + 0.5", "a▁b"] * 3
@@ -46,6 +48,19 @@ def word_piece():
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]"], show_progress=False))
+    return tokenizer
+
+
+def marked(mark, level):
+    """Byte pairs whose pieces say where words end or go on, over bytes or characters."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", **mark))
+    if level == "bytes":
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.BPEDecoder()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=["<unk>"], show_progress=False, **mark)
+    tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer
 
 
@@ -108,6 +123,28 @@ def test_what_loses_something_says_so(make, saved):
     assert b"".join(fitted.piece_bytes[i] for i in ids).strip() == b"the cat"
 
 
+@pytest.mark.parametrize("level", ["bytes", "characters"])
+@pytest.mark.parametrize("mark", [{"end_of_word_suffix": "</w>"}, {"continuing_subword_prefix": "##"}], ids=["suffix", "prefix"])
+def test_marks_of_words_are_no_text(mark, level, saved):
+    library = marked(mark, level)
+    fitted = HuggingFace(path=saved(library)).fit(None, "")
+    ids = fitted.encode("the cat sat on the hat")
+    assert ids.tolist() == library.encode("the cat sat on the hat").ids and not fitted.lossless
+    assert fitted.byte_lengths[ids].sum() == len("the cat sat on the hat" if level == "bytes" else "thecatsatonthehat")
+    (sign,) = mark.values()
+    assert any(sign in library.id_to_token(i) for i in ids) and not any(sign.encode() in fitted.piece_bytes[i] for i in ids)
+
+
+def test_merges_are_dropped_in_training_only(saved):
+    tokenizer = byte_level()
+    plain = HuggingFace(path=saved(tokenizer)).fit(None, "")
+    tokenizer.model.dropout = 0.5
+    fitted = HuggingFace(path=saved(tokenizer)).fit(None, "")
+    text = "the cat sat on the mat " * 20
+    assert fitted.encode(text).tolist() == plain.encode(text).tolist()
+    assert tokenizers.Tokenizer.from_str(fitted.json).model.dropout is None
+
+
 def test_specials_are_text_unless_they_are_asked_for(saved):
     path = saved(byte_level())
     plain, special = (HuggingFace(path=path, specials=specials).fit(None, "") for specials in (False, True))
@@ -123,6 +160,17 @@ def test_the_end_is_what_the_files_beside_say(saved):
     assert HuggingFace(path=saved(tokenizer)).fit(None, "").end is None
     assert HuggingFace(path=saved(tokenizer, config={"eos_token_id": [5, 6]})).fit(None, "").end == 5
     assert HuggingFace(path=saved(tokenizer, tokenizer_config={"eos_token": {"content": END}})).fit(None, "").end == end
+
+
+def test_tokenizers_with_other_ends_do_not_share_tokens(saved, tmp_path):
+    tokenizer, corpus = byte_level(), Recall(length=20, rows=3, distances=(1,))
+    found = []
+    for end in (None, "<tool>", END):
+        fitted = HuggingFace(path=saved(tokenizer, tokenizer_config={"eos_token": end})).fit(None, "")
+        tokens = tokenize(corpus, fitted, "train", tmp_path / "cache")
+        found.append(fitted.fingerprint)
+        assert tokens.end == fitted.end and (end is None or tokens.ids[:][tokens.starts[1] - 1] == tokenizer.token_to_id(end))
+    assert len(set(found)) == 3
 
 
 def test_mistakes_are_sentences(tmp_path):

@@ -1,0 +1,77 @@
+"""Files and folders that are whole under their names: each is written beside its place and renamed when all of it is there.
+
+Processes on several hosts may write the same one at a time: the partial names are random, because process ids are equal in
+containers. What is killed leaves ".NAME.…" behind, which `remove_left` takes away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+
+@contextlib.contextmanager
+def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which then takes the place of `file`; nothing is left of it after an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(file)
+    try:
+        yield partial
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
+    """An empty folder to fill, which then gets the name `folder`; nothing is left of it after an error.
+
+    stands: whether a folder that has the name by then, another process's, stays in its stead; one that does not is removed.
+    """
+    partial = _beside(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists() and not stands(folder):
+            _remove(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:  # another process was faster
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(file: pathlib.Path, content: str | bytes) -> None:
+    """Writes a small file, text as UTF-8."""
+    with whole_file(file) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def left(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
+    """What was being written to files and folders of these names, or patterns of names, in a folder, and never got them."""
+    return [path for name in names for path in folder.glob(f".{name}.*")]
+
+
+def remove_left(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Removes what is left of them. Nobody may be writing there."""
+    for path in left(folder, names):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Under another name first, so that whoever looks meanwhile finds all of a folder or none."""
+    aside = _beside(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process does the same
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
