@@ -188,8 +188,8 @@ def test_asking_costs_a_forward_pass_and_its_parameters():
     tokens = experiment.train.steps * experiment.data.batch_size * LENGTH
     each = count.flops_per_token(TEACHER.model, TEACHER.vocabulary, LENGTH)
     assert taught.flops - plain.flops == pytest.approx(tokens * each / 3)
-    assert taught.memory - plain.memory == 4 * count.parameters(TEACHER.model, TEACHER.vocabulary)
-    assert replace(taught, flops=plain.flops, memory=plain.memory) == plain
+    assert taught.shared == 4 * count.parameters(TEACHER.model, TEACHER.vocabulary)
+    assert replace(taught, flops=plain.flops, shared=0.0) == plain
 
 
 @pytest.mark.slow
