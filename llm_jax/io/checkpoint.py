@@ -7,6 +7,7 @@ next newest one is taken.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -175,10 +176,16 @@ class Checkpointer:
         (self.folder / str(step)).rename(aside)
 
 
-def steps(folder: str | os.PathLike) -> list[int]:
-    """Those of the checkpoints in a folder that were written to their end, the oldest first."""
-    found = pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")
-    return sorted(int(file.parent.name) for file in found if file.parent.name.isdigit())
+def steps(folder: str | os.PathLike, *, whole: bool = False) -> list[int]:
+    """Those of the checkpoints in a folder that were written to their end, oldest first; whole: and are still as they were written."""
+    found = [file.parent for file in pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")]
+    return sorted(int(one.name) for one in found if one.name.isdigit() and not (whole and _damage(one)))
+
+
+def written(folder: str | os.PathLike, step: int | None) -> str:
+    """A fingerprint of the checksums of all files of a checkpoint when it was written; empty where there is none."""
+    file = pathlib.Path(folder) / str(step) / CHECKSUMS
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
 def read(folder: str | os.PathLike, parts: Mapping[str, Any], *, step: int | None = None) -> tuple[int, dict[str, Any]] | None:

@@ -56,6 +56,10 @@ class Kept:
         """Those of its checkpoints that are kept, the oldest first."""
         return checkpoint.steps(_group(self.work, self.result) / "checkpoints")
 
+    def written(self, step: int | None) -> str:
+        """A fingerprint of the files of one of its checkpoints; an empty one where that is gone."""
+        return checkpoint.written(_group(self.work, self.result) / "checkpoints", step)
+
     def load(self, step: int | None = None) -> Trained:
         """With its parameters. Raises `ConfigError` where its checkpoint, of the step that is asked for, is gone."""
         found, params = _parameters(self.work, self.result, self.experiment, self.tokenizer, step)
@@ -146,7 +150,7 @@ def _parameters(
     part = "params" if experiment.train.average is None else "average"
     found = checkpoint.read(group / "checkpoints", {part: None}, step=step)
     if found is None and step is not None:
-        kept = ", ".join(map(str, checkpoint.steps(group / "checkpoints"))) or "none"
+        kept = ", ".join(map(str, checkpoint.steps(group / "checkpoints", whole=True))) or "none"
         raise ConfigError(f"is {step}, but the checkpoints of {name} that were kept are of {kept}", "step")
     if found is None:
         raise ConfigError(f"holds no whole checkpoint of {name}: remove its results.json and run the command again", str(group))
