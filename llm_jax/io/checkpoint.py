@@ -177,7 +177,7 @@ class Checkpointer:
 
 
 def steps(folder: str | os.PathLike, *, whole: bool = False) -> list[int]:
-    """Those of the checkpoints in a folder that were written to their end, oldest first; whole: and are still as they were written."""
+    """Those of the checkpoints in a folder that were written whole, the oldest first; whole: and still are as they were written."""
     found = [file.parent for file in pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")]
     return sorted(int(one.name) for one in found if one.name.isdigit() and not (whole and _damage(one)))
 
