@@ -90,7 +90,7 @@ def _published(folder: pathlib.Path) -> Found:
 def _own(kept: trained.Kept) -> Found:
     """Of the newest checkpoint, which is the one that will be read."""
     model, step = kept.experiment.model, max(kept.steps(), default=None)
-    read = lambda where: jax.device_put(kept.load(step).params, where)  # noqa: E731
+    read = lambda where: kept.load(step, mesh=jax.tree.leaves(where)[0].mesh).params  # noqa: E731
     of = fingerprint([kept.result["provenance"]["corpus"], kept.written(step)])
     return Found(Teacher(model, kept.tokenizer.vocabulary), f"{kept.result['trial']} ({of}) at step {step or 0}", read)
 
