@@ -349,14 +349,13 @@ def load(
         raise ConfigError(f"is no model: give {wanted}", str(path))
     if dtype != "float32":
         raise ConfigError(f"is {dtype}, and what was trained here is float32: take compute={dtype!r} for its activations", "dtype")
-    own = trained.load(folder, arm=arm, trial=trial, step=step)
+    own = trained.load(folder, arm=arm, trial=trial, step=step, mesh=None if mesh is None else mesh.build())
     end = own.tokenizer.end
     # documents follow one another, each after the end of the one before; an encoder's last token is where its decoder begins
     start = None if own.model.encodes else end
     source = f"{own.result['trial']} at step {own.step}"
     model, vocabulary, ends = _computing(own.model, compute), own.tokenizer.vocabulary, () if end is None else (end,)
-    params = own.params if mesh is None else jax.device_put(own.params, pretrained.shardings(model, vocabulary, mesh))
-    return LM(model, vocabulary, params, own.tokenizer, end=ends, start=start, source=source, trial=own)
+    return LM(model, vocabulary, own.params, own.tokenizer, end=ends, start=start, source=source, trial=own)
 
 
 def _computing(model: Model, compute: Literal["float32", "bfloat16"] | None) -> Model:

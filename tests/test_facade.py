@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -22,8 +23,9 @@ from llm_jax.core.sharding import unbox
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
-from llm_jax.io import tokenizer_json
+from llm_jax.io import checkpoint, tokenizer_json
 from llm_jax.io.huggingface.family import normal
+from llm_jax.io.pretrained import shardings
 from llm_jax.lab import Ablation, Arms, Experiment
 from llm_jax.lab.experiment import Checkpoints, Evaluation
 from llm_jax.lab.runner import Runner
@@ -432,6 +434,28 @@ def test_every_trial_scores_what_its_evaluation_wrote_down(work):
         nll = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
         loss = (nll * weights).sum() / weights.sum()
         assert loss == pytest.approx(result["metrics"]["valid/loss"], abs=2e-5), result["trial"]
+
+
+def test_a_trial_is_read_by_each_device_as_far_as_it_holds_it(work, monkeypatch):
+    """Over eight, bit for bit what one holds, or the same arithmetic; of its group only the trials before it come along."""
+    folder, _ = work
+    read, seen = checkpoint.read, []
+    monkeypatch.setattr(checkpoint, "read", lambda *given, **more: seen.append(read(*given, **more)) or seen[-1])
+    for result in results(folder):
+        split = llm_jax.load(folder, trial=result["trial"], mesh=Mesh(data=1, fsdp=4, tensor=2))
+        members = json.loads((folder / "groups" / result["provenance"]["group"] / "members.json").read_text())
+        ((_, state),) = seen
+        matrices = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 3]
+        assert matrices and {leaf.shape[0] for leaf in matrices} == {members.index(result["trial"]) + 1}
+        assert max(leaf.addressable_shards[0].data.size / leaf.size for leaf in matrices) <= 1 / 4
+        seen.clear()
+        alone = llm_jax.load(folder, trial=result["trial"])
+        seen.clear()
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(split.params)} == {8}
+        apart = 0 if result["arm"] == "averaged" else 1e-6  # compiled, what is made of the optimizer is rounded otherwise
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=apart, atol=apart / 10), split.params, alone.params)
+        wanted = shardings(alone.config, alone.vocabulary, Mesh(data=1, fsdp=4, tensor=2))
+        assert all(jax.tree.leaves(jax.tree.map(lambda leaf, to: leaf.sharding == to, split.params, wanted)))
 
 
 def test_the_best_final_trial_is_taken_of_all_or_of_an_arm(work):

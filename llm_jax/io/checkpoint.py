@@ -7,6 +7,7 @@ next newest one is taken.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -175,27 +176,41 @@ class Checkpointer:
         (self.folder / str(step)).rename(aside)
 
 
-def steps(folder: str | os.PathLike) -> list[int]:
-    """Those of the checkpoints in a folder that were written to their end, the oldest first."""
-    found = pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")
-    return sorted(int(file.parent.name) for file in found if file.parent.name.isdigit())
+def steps(folder: str | os.PathLike, *, whole: bool = False) -> list[int]:
+    """Those of the checkpoints in a folder that were written whole, the oldest first; whole: and still are as they were written."""
+    found = [file.parent for file in pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")]
+    return sorted(int(one.name) for one in found if one.name.isdigit() and not (whole and _damage(one)))
 
 
-def read(folder: str | os.PathLike, parts: Mapping[str, Any], *, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
-    """(step, parts of the state as arrays on the host) of a checkpoint in a folder that is whole; None if there is none.
+def written(folder: str | os.PathLike, step: int | None) -> str:
+    """A fingerprint of the checksums of all files of a checkpoint when it was written; empty where there is none."""
+    file = pathlib.Path(folder) / str(step) / CHECKSUMS
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
-    parts: name → a tree like the part, or None to take it as nested dictionaries. step: whose; None is the newest's. Nothing on the
-    disk is changed.
+
+def read(
+    folder: str | os.PathLike,
+    parts: Mapping[str, Callable[[dict[str, Any]], Any] | None],
+    *,
+    step: int | None = None,
+    layout: Callable[[dict[str, Any]], Any] | None = None,
+) -> tuple[int, dict[str, Any]] | None:
+    """(step, parts of the state) of a checkpoint in a folder that is whole; None if there is none. Nothing on the disk is changed.
+
+    parts: name → what makes a tree like the part, given all that is stored; or None to take it as nested dictionaries. step: whose;
+    None is the newest's. layout: makes of the parts' shapes what they shall be, `jax.ShapeDtypeStruct`s with shardings, of which
+    each device reads only what it holds; an axis may be shorter: what is behind its end is not read. None: all, on the host.
     """
     for step in [one for one in reversed(steps(folder)) if step in (None, one)]:
         whole = pathlib.Path(folder).absolute() / str(step)
         if _damage(whole) is not None:
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
-        item = {name: stored[name] if like is None else like for name, like in parts.items()}
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        item = {name: stored[name] if like is None else like(stored) for name, like in parts.items()}
+        item = item if layout is None else _without_keys(layout(item))
+        one = (lambda _: ocp.RestoreArgs(restore_type=np.ndarray)) if layout is None else _as_laid_out
         with ocp.PyTreeCheckpointer() as reader:
-            request = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            request = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(one, item), partial_restore=True)
             return step, reader.restore(whole / "state", args=request)
     return None
 
@@ -225,10 +240,11 @@ def _damage(folder: pathlib.Path) -> str | None:
 
 
 def _layout(abstract: Any) -> ocp.args.PyTreeRestore:
-    def one(x):
-        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(_as_laid_out, abstract))
 
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(one, abstract))
+
+def _as_laid_out(x: Any) -> ocp.ArrayRestoreArgs:
+    return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
 
 
 def _is_key(x: Any) -> bool:

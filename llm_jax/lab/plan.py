@@ -99,13 +99,17 @@ def winners(ablation: Ablation, results: Sequence[dict]) -> dict[str, dict[str, 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial takes: parameters, training tokens of text, FLOPs of training and of evaluation, bytes while training."""
+    """What one trial takes: parameters, training tokens of text, FLOPs of training and of evaluation, bytes while training.
+
+    shared: bytes besides that all trials of a program use together, a teacher's parameters.
+    """
 
     parameters: int
     tokens: int
     flops: float
     evaluation: float
     memory: float
+    shared: float = 0.0
 
 
 def cost(
@@ -128,18 +132,22 @@ def cost(
         rows * length,
         rows * (flops(experiment.objective, length) + asked),
         forward,
-        memory + (0 if teacher is None else 4.0 * count.parameters(teacher.model, teacher.vocabulary)),
+        memory,
+        0.0 if teacher is None else 4.0 * count.parameters(teacher.model, teacher.vocabulary),
     )
 
 
 def largest_population(experiment: Experiment, each: Cost, *, memory: float, devices: int, wanted: int) -> int:
     """How many of `wanted` trials may share a program: as many as fit the devices' memory together, the padding counted.
 
-    At least one: a trial that is estimated too large is tried anyway.
+    What they share is there once, for each part of the mesh that does not split it. At least one: a trial that is estimated too
+    large is tried anyway.
     """
-    fitting = int(SHARE_OF_MEMORY * memory / each.memory)
-    for members in range(min(wanted, fitting), 1, -1):
-        if layout(experiment, members, devices)[1] <= fitting:
+    most = min(wanted, int(SHARE_OF_MEMORY * memory / each.memory))
+    for members in range(most, 1, -1):
+        mesh, room = layout(experiment, members, devices)
+        copies = mesh.sizes["population"] * mesh.sizes["data"]
+        if room * each.memory + copies * each.shared <= SHARE_OF_MEMORY * memory:
             return members
     return 1
 
@@ -180,7 +188,7 @@ def table(ablation: Ablation, costs: Mapping[str, Cost], largest: Largest, flops
             f"{each.parameters:,}",
             f"{each.tokens:,}",
             f"{each.flops:.3g}",
-            f"{each.memory / 2**20:,.0f} MiB",
+            f"{(each.memory + each.shared) / 2**20:,.0f} MiB",
             duration(len(own) * (each.flops + each.evaluation) / flops_per_second),
         )
     return shown

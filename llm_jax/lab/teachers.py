@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,17 +10,19 @@ from typing import Any
 
 import jax
 
-from llm_jax.core.config import ConfigError
+from llm_jax.core.config import ConfigError, fingerprint
+from llm_jax.core.platform import cache_dir
 from llm_jax.core.sharding import named, parameter_specs, unbox
+from llm_jax.data import prepared
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.io import huggingface, pretrained
 from llm_jax.lab import trained
+from llm_jax.lab.workfolder import write
 from llm_jax.models.model import Params, abstract_parameters
 from llm_jax.objectives.objective import Objective
 from llm_jax.train.pretrain import Teacher
 
 WHERE = "objective.teacher"
-TAIL = 1 << 20  # bytes at the end of a file of weights that its fingerprint is of, beside its size
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,24 @@ def find(path: str, objective: Objective, tokens: Fitted) -> Found:
 
 
 def _published(folder: pathlib.Path) -> Found:
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as end:
-            end.seek(max(file.stat().st_size - TAIL, 0))
-            digest.update(end.read())
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors*"))]  # and the index that says what lies where
+    digest = fingerprint([[file.name, _sha256(file)] for file in files])
     read = lambda where: huggingface.load(folder, shardings=where)[2]  # noqa: E731
-    return Found(Teacher(*huggingface.read_config(folder)), digest.hexdigest(), read)
+    return Found(Teacher(*huggingface.read_config(folder)), digest, read)
 
 
 def _own(kept: trained.Kept) -> Found:
-    model, steps = kept.experiment.model, kept.steps()
-    read = lambda where: jax.device_put(kept.load().params, where)  # noqa: E731
-    return Found(Teacher(model, kept.tokenizer.vocabulary), f"{kept.result['trial']} at step {max(steps, default=0)}", read)
+    """Of the newest checkpoint, which is the one that will be read."""
+    model, step = kept.experiment.model, max(kept.steps(), default=None)
+    read = lambda where: kept.load(step, mesh=jax.tree.leaves(where)[0].mesh).params  # noqa: E731
+    of = fingerprint([kept.result["provenance"]["corpus"], kept.written(step)])
+    return Found(Teacher(model, kept.tokenizer.vocabulary), f"{kept.result['trial']} ({of}) at step {step or 0}", read)
+
+
+def _sha256(file: pathlib.Path) -> str:
+    """Of all of a file, which is read again only when its size or time changes."""
+    told = file.stat()
+    note = cache_dir() / "hashed" / fingerprint([str(file.resolve()), told.st_size, told.st_mtime_ns])
+    if not note.is_file():
+        write(note, prepared.described(file)["sha256"])
+    return json.loads(note.read_text())

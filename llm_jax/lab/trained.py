@@ -7,11 +7,13 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, from_json, nearest
 from llm_jax.core.platform import cache_dir
 from llm_jax.data.tokenizers import Fitted
@@ -19,14 +21,15 @@ from llm_jax.io import checkpoint
 from llm_jax.lab import experiment as declared
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.workfolder import MEMBERS, WorkFolder
-from llm_jax.models.model import Model, Params, stack_layers, unstack_layers
+from llm_jax.models.model import Model, Params, abstract_parameters, stack_layers, unstack_layers
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.train.pretrain import trial as functions
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model. step: of the checkpoint that its parameters are from; folder: the trial's; result: its `results.json`."""
+    """A trained model. step: of the checkpoint that its parameters are from; folder: the trial's; result: its `results.json`; mesh:
+    what its parameters are split over, None: they are on the default device."""
 
     experiment: Experiment
     model: Model
@@ -35,6 +38,7 @@ class Trained:
     step: int
     folder: pathlib.Path
     result: dict[str, Any]
+    mesh: jax.sharding.Mesh | None = None
 
 
 def is_here(path: str | os.PathLike) -> bool:
@@ -56,16 +60,30 @@ class Kept:
         """Those of its checkpoints that are kept, the oldest first."""
         return checkpoint.steps(_group(self.work, self.result) / "checkpoints")
 
-    def load(self, step: int | None = None) -> Trained:
-        """With its parameters. Raises `ConfigError` where its checkpoint, of the step that is asked for, is gone."""
-        found, params = _parameters(self.work, self.result, self.experiment, self.tokenizer, step)
+    def written(self, step: int | None) -> str:
+        """A fingerprint of the files of one of its checkpoints; an empty one where that is gone."""
+        return checkpoint.written(_group(self.work, self.result) / "checkpoints", step)
+
+    def load(self, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None) -> Trained:
+        """With its parameters. Raises `ConfigError` where its checkpoint, of the step that is asked for, is gone.
+
+        mesh: whose devices each read what they hold, of this trial and of those before it in its group; the others' are not read.
+        """
+        found, params = _parameters(self.work, self.result, self.experiment, self.tokenizer, step, mesh)
         folder = self.work / "trials" / self.result["trial"]
-        return Trained(self.experiment, self.experiment.model, params, self.tokenizer, found, folder, self.result)
+        return Trained(self.experiment, self.experiment.model, params, self.tokenizer, found, folder, self.result, mesh)
 
 
-def load(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None, step: int | None = None) -> Trained:
+def load(
+    path: str | os.PathLike,
+    *,
+    arm: str | None = None,
+    trial: str | None = None,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trained:
     """The trial that `find` finds, with its parameters. step: of the checkpoint, None is the newest. Raises `ConfigError`."""
-    return find(path, arm=arm, trial=trial).load(step)
+    return find(path, arm=arm, trial=trial).load(step, mesh=mesh)
 
 
 def find(path: str | os.PathLike, *, arm: str | None = None, trial: str | None = None) -> Kept:
@@ -96,7 +114,7 @@ def history(found: Trained) -> Iterator[tuple[int, Params]]:
     """
     work = found.folder.parent.parent
     for step in checkpoint.steps(_group(work, found.result) / "checkpoints"):
-        yield _parameters(work, found.result, found.experiment, found.tokenizer, step)
+        yield _parameters(work, found.result, found.experiment, found.tokenizer, step, found.mesh)
 
 
 # ── which trial ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,7 +153,12 @@ def _group(folder: pathlib.Path, result: dict[str, Any]) -> pathlib.Path:
 
 
 def _parameters(
-    folder: pathlib.Path, result: dict[str, Any], experiment: Experiment, tokenizer: Fitted, step: int | None
+    folder: pathlib.Path,
+    result: dict[str, Any],
+    experiment: Experiment,
+    tokenizer: Fitted,
+    step: int | None,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[int, Params]:
     """Step, and what evaluation saw of its checkpoint, of the newest if it is None: the average where there is one."""
     name, group = result["trial"], _group(folder, result)
@@ -143,38 +166,47 @@ def _parameters(
         kept = "only final trials' are kept" if result["phase"] == "tune" else "remove its results.json and run the command again"
         raise ConfigError(f"is gone, with the parameters of {name}: {kept}", str(group))
     members: Sequence[str] = json.loads((group / MEMBERS).read_text())
-    part = "params" if experiment.train.average is None else "average"
-    found = checkpoint.read(group / "checkpoints", {part: None}, step=step)
+    index, part = members.index(name), "params" if experiment.train.average is None else "average"
+    made = part == "params" and type(experiment.optimizer).evaluation_params is not Optimizer.evaluation_params
+    model, vocabulary = experiment.model, tokenizer.vocabulary
+    split = None if mesh is None else partial(_split, model, vocabulary, mesh, index + 1)
+    wanted: dict[str, Any] = {part: None} | ({"opt_state": partial(_optimizer_state, experiment, tokenizer)} if made else {})
+    found = checkpoint.read(group / "checkpoints", wanted, step=step, layout=split)
     if found is None and step is not None:
-        kept = ", ".join(map(str, checkpoint.steps(group / "checkpoints"))) or "none"
+        kept = ", ".join(map(str, checkpoint.steps(group / "checkpoints", whole=True))) or "none"
         raise ConfigError(f"is {step}, but the checkpoints of {name} that were kept are of {kept}", "step")
     if found is None:
         raise ConfigError(f"holds no whole checkpoint of {name}: remove its results.json and run the command again", str(group))
     step, state = found
-    layers = "scanned" if _is_scanned(state[part]) else "unrolled"  # as it was where it was trained
-    there = experiment.model.with_layers(layers)
-    if part == "params" and type(experiment.optimizer).evaluation_params is not Optimizer.evaluation_params:
-        state = _with_optimizer(group / "checkpoints", step, replace(experiment, model=there), tokenizer)
-        own = _member(state, members.index(name))
-        params = experiment.optimizer.evaluation_params(own["opt_state"][1], own["params"])
-    else:
-        params = _member(state[part], members.index(name))
-    return step, stack_layers(unstack_layers(params, there), experiment.model)
+
+    def seen(own: dict[str, Any]) -> Params:
+        params = experiment.optimizer.evaluation_params(own["opt_state"][1], own["params"]) if made else own[part]
+        return stack_layers(unstack_layers(params, _as_stored(params, model)), model)
+
+    if mesh is None:
+        return step, seen(jax.tree.map(lambda leaf: jax.device_put(leaf[index]), state))
+    where = sharding.named(mesh, sharding.parameter_specs(abstract_parameters(model, vocabulary), mesh))
+    return step, jax.jit(lambda state: seen(jax.tree.map(lambda leaf: leaf[index], state)), out_shardings=where)(state)
 
 
-def _is_scanned(params: Params) -> bool:
-    return "layers" in params or any("layers" in part for part in params.values() if isinstance(part, dict))
+def _as_stored(params: Params, model: Model) -> Model:
+    """The model with layers scanned or unrolled, as they were where it was trained."""
+    scanned = "layers" in params or any("layers" in part for part in params.values() if isinstance(part, dict))
+    return model.with_layers("scanned" if scanned else "unrolled")
 
 
-def _with_optimizer(folder: pathlib.Path, step: int, experiment: Experiment, tokenizer: Fitted) -> dict[str, Any]:
-    """The parameters together with the optimizer's state, of which it makes those to evaluate."""
-    one = functions(experiment, tokenizer)
-    like = jax.eval_shape(one.init, {"seed": jax.ShapeDtypeStruct((), np.int32)}).opt_state
-    found = checkpoint.read(folder, {"params": None, "opt_state": like}, step=step)
-    assert found is not None
-    return found[1]
+def _split(model: Model, vocabulary: int, mesh: jax.sharding.Mesh, members: int, stored: dict[str, Any]) -> Any:
+    """Of the parts of a population's state its first `members`, each as its own training would split it over the mesh."""
+    params = stored.get("params", stored.get("average"))
+    boxed = abstract_parameters(_as_stored(params, model), vocabulary)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stored)
+    specs = sharding.state_specs(sharding.unbox(boxed), sharding.parameter_specs(boxed, mesh), one)
+    where = sharding.named(mesh, specs, leading=(None,))
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=to), one, where)
 
 
-def _member(tree: Any, index: int) -> Any:
-    """Of one trial of a population, on the default device."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf[index]), tree)
+def _optimizer_state(experiment: Experiment, tokenizer: Fitted, stored: dict[str, Any]) -> Any:
+    """Shapes of the optimizer's state of a population of one."""
+    one = functions(replace(experiment, model=_as_stored(stored["params"], experiment.model)), tokenizer)
+    state = jax.eval_shape(one.init, {"seed": jax.ShapeDtypeStruct((), np.int32)}).opt_state
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), state)

@@ -1,6 +1,7 @@
 """What is planned: who is tuned where, on which seeds, at what cost, and how many trials share a program."""
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -51,6 +52,22 @@ EACH = Cost(parameters=10, tokens=100, flops=1e6, evaluation=0.0, memory=1e9)
 def test_as_many_trials_share_a_program_as_fit(memory, devices, wanted, trials):
     experiment = ablation().experiment("rope")
     assert plan.largest_population(experiment, EACH, memory=memory, devices=devices, wanted=wanted) == trials
+
+
+@pytest.mark.parametrize(
+    "shared, mesh, devices, trials",
+    [
+        (0.0, {}, 1, 8),
+        (5e9, {}, 1, 3),  # 3 + 5 of 8, and not a sixth of 8 each
+        (1e9, {}, 4, 4),  # each of the four devices has it
+        (5e9, {"mesh.fsdp": 4}, 4, 3),  # a quarter each
+        (9e9, {}, 1, 1),
+    ],
+)
+def test_what_trials_share_is_counted_once_for_all_of_them(shared, mesh, devices, trials):
+    experiment = override(ablation().experiment("rope"), mesh)
+    each = replace(EACH, shared=shared)
+    assert plan.largest_population(experiment, each, memory=10e9, devices=devices, wanted=9) == trials
 
 
 def test_an_arm_whose_tuning_is_not_complete_has_no_winner_yet():

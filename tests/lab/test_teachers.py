@@ -1,10 +1,13 @@
 """A trained model that is asked in training: from a work folder or from Hugging Face's, on any mesh, and never a wrong one."""
 
+import pathlib
+import shutil
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import llm_jax
 from llm_jax.core import platform
@@ -12,8 +15,8 @@ from llm_jax.core.config import ConfigError, override
 from llm_jax.core.mesh import Mesh
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
-from llm_jax.data.tokenizers import nameless
-from llm_jax.lab import plan, population
+from llm_jax.data.tokenizers import Bytes, nameless
+from llm_jax.lab import plan, population, teachers
 from llm_jax.lab.arms import Arms
 from llm_jax.lab.components import (
     Attention,
@@ -36,6 +39,7 @@ from llm_jax.optim.optimizers import AdamW
 from llm_jax.train.pretrain import Teacher, Train
 from tests.lab.test_population import LENGTH, VOCABULARY, tiny, train
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 SMALL = Decoder(width=8, depth=1, attention=Attention(heads=2))
 WORDS = "the quick brown fox jumps over the lazy dog while many small numbers add up".split()
 
@@ -109,6 +113,49 @@ def test_another_tokenizer_and_what_is_no_teacher_are_refused(base, folder, tmp_
         r"objective.teacher cannot read these rows: .*max_length must be at least .* 32, got 16",
         objective=Distillation(teacher=str(short)),
     )
+
+
+def test_a_teacher_trained_again_on_other_text_is_another(base, tmp_path):
+    """By the same name, at the same step, from a file of the same name."""
+    text, identities = tmp_path / "text.txt", []
+    for words in (WORDS, WORDS[::-1]):
+        text.write_text("\n".join(" ".join(words[(i * k) % len(words)] for k in range(1, 9)) for i in range(400)))
+        work = tmp_path / words[0]
+        trained(work, override(base, {"data.corpus": TextFiles(path=str(text))}), {"teacher": {}})
+        identities.append(teachers.find(str(work), Distillation(), Bytes().fit(None, "")).identity)
+    shutil.copytree(work, tmp_path / "copy")
+    copied = teachers.find(str(tmp_path / "copy"), Distillation(), Bytes().fit(None, "")).identity
+    first, second = (identity.partition(" (") for identity in identities)
+    assert first[0] == second[0] and first[2] != second[2] and copied == identities[1]
+
+
+def test_the_newest_checkpoint_of_a_teacher_is_read_or_none(folder, tmp_path):
+    """Which one is asked is written down before it is read, so that an older one may not take its place."""
+    shutil.copytree(folder, tmp_path / "own")
+    found = teachers.find(str(tmp_path / "own"), Distillation(), Bytes().fit(None, ""))
+    (data,) = (tmp_path / "own").glob("groups/*/checkpoints/6/state/manifest.ocdbt")
+    shutil.copytree(data.parents[1], data.parents[2] / "3")
+    data.write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"step is 6, but the checkpoints of teacher-.* that were kept are of 3"):
+        found.parameters(Mesh().build(jax.devices()[:1]))
+
+
+def test_all_bytes_of_published_weights_tell_a_teacher(tmp_path, monkeypatch):
+    """Two that differ at the beginning of files of 3 MB; what has been read is not read again until it changes."""
+    shutil.copytree(GOLDEN / "gpt2", tmp_path / "first")
+    shutil.copytree(GOLDEN / "gpt2", tmp_path / "second")
+    for name, first in (("first", 0.0), ("second", 1.0)):
+        tensors = {"a": np.full(1, first, np.float32), "b": np.zeros(700_000, np.float32)}
+        safetensors.numpy.save_file(tensors, tmp_path / name / "model-00002-of-00002.safetensors")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    identity = lambda name: teachers._published(tmp_path / name).identity  # noqa: E731
+    assert identity("first") == identity("copy") != identity("second")
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_jax.data.prepared.described", lambda file: pytest.fail("read again"))
+        assert identity("first") == identity("copy")
+    before = identity("second")
+    safetensors.numpy.save_file({"a": np.zeros(1, np.float32)}, tmp_path / "second" / "model-00002-of-00002.safetensors")
+    assert identity("second") != before
 
 
 @pytest.mark.slow
@@ -188,8 +235,8 @@ def test_asking_costs_a_forward_pass_and_its_parameters():
     tokens = experiment.train.steps * experiment.data.batch_size * LENGTH
     each = count.flops_per_token(TEACHER.model, TEACHER.vocabulary, LENGTH)
     assert taught.flops - plain.flops == pytest.approx(tokens * each / 3)
-    assert taught.memory - plain.memory == 4 * count.parameters(TEACHER.model, TEACHER.vocabulary)
-    assert replace(taught, flops=plain.flops, memory=plain.memory) == plain
+    assert taught.shared == 4 * count.parameters(TEACHER.model, TEACHER.vocabulary)
+    assert replace(taught, flops=plain.flops, shared=0.0) == plain
 
 
 @pytest.mark.slow
