@@ -16,10 +16,11 @@ import numpy as np
 from llm_jax.core.config import Config, fingerprint
 from llm_jax.core.types import Batch
 from llm_jax.core.whole import whole_folder
+from llm_jax.data.first_fit import Pieces, one_a_row, packed_first_fit, ranges
 from llm_jax.data.store import Tokens
 
 TOGETHER = 64  # rows, about, that documents are packed into together: the last of them stays half empty
-GROUPS = 256  # such groups that are packed at once
+GROUPS, DOCUMENTS = 256, 1 << 20  # such groups that are packed at once, and documents in them, at most
 PADDING = -1  # the segment of what fills a row up
 
 
@@ -101,7 +102,7 @@ class Windows(Rows):
         if not self.document_masks:
             return Batch(ids[..., :-1], ids[..., 1:])
         first, stop = (np.searchsorted(starts, at, side="right") for at in (begins, begins + self.length))
-        document, row, _ = _ranges(first, stop - first)
+        document, row, _ = ranges(first, stop - first)
         place = starts[document] - begins[row]  # 1 to length
         weights = np.ones((len(begins), self.length), np.float32)
         weights[row, place - 1] = 0
@@ -113,32 +114,38 @@ class Windows(Rows):
 
 # ── kept whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
-class FirstFit(Packing):
-    """Documents stay whole: each goes into the first row that has room for it, the longest first; what is left is padding.
+class Whole(Packing):
+    """Documents stay whole, but for those longer than a row. Attention, positions and loss stay within documents."""
 
-    That is first-fit decreasing, at most 11/9 of the fewest rows (Johnson 1973), among neighbours of about 64 rows' tokens.
-    One longer than a row fills rows, and its rest is packed like a document. Attention, positions and loss stay within
-    documents. Ding et al. 2024, "Fewer truncations improve language modeling", pack so.
-    """
+    abstract = True
 
     def rows(self, tokens, length, cache):
         return _packed(self, tokens, length, os.fspath(cache))
+
+    def pieces(self, begins: np.ndarray, sizes: np.ndarray, length: int, together: int) -> Pieces:
+        """Documents of these begins and sizes `[n]` in rows; together: how many of them may be packed together."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Padded(Packing):
+class FirstFit(Whole):
+    """Each document goes into the first row that has room for it, the longest first; what is left is padding.
+
+    That is first-fit decreasing, at most 11/9 of the fewest rows and a little (Johnson 1973), among neighbours of about 64 rows'
+    tokens. One longer than a row fills rows, and its rest is packed like a document. Ding et al. 2024, "Fewer truncations improve
+    language modeling", pack so, best fit.
+    """
+
+    def pieces(self, begins, sizes, length, together):
+        return packed_first_fit(begins, sizes, length, together)
+
+
+@dataclass(frozen=True)
+class Padded(Whole):
     """A document a row, and padding after it; one longer than a row goes on in the next."""
 
-    def rows(self, tokens, length, cache):
-        return _packed(self, tokens, length, os.fspath(cache))
-
-
-class Pieces(NamedTuple):
-    """Stretches of a token store that stay together: where each begins, its size, and its row, from 0; all `[n]` int64."""
-
-    begins: np.ndarray
-    sizes: np.ndarray
-    rows: np.ndarray
+    def pieces(self, begins, sizes, length, together):
+        return one_a_row(begins, sizes, length)
 
 
 class Plan(NamedTuple):
@@ -165,7 +172,7 @@ class Packed(Rows):
     def gather(self, numbers):
         flat = np.ravel(numbers)
         first, stop = self.plan.first[flat], self.plan.first[flat + 1]
-        piece, row, within = _ranges(first, stop - first)  # of each piece: its number, its row, its place among the row's
+        piece, row, within = ranges(first, stop - first)  # of each piece: its number, its row, its place among the row's
         begins, sizes = np.asarray(self.plan.begins[piece]), np.asarray(self.plan.sizes[piece])
         before = np.cumsum(sizes) - sizes
         before -= before[np.flatnonzero(within == 0)][row]  # tokens of the row before the piece
@@ -204,15 +211,8 @@ def _counted(row: np.ndarray, place: np.ndarray, shape: tuple[int, int]) -> tupl
     return segments, np.arange(length, dtype=np.int32) - starts
 
 
-def _ranges(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every member of the ranges from each of `begins` on, so long as `sizes` says: the number, its range, its place in it."""
-    of = np.repeat(np.arange(len(sizes)), sizes)
-    place = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return begins[of] + place, of, place
-
-
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _packed(packing: FirstFit | Padded, tokens: Tokens, length: int, cache: str) -> Packed:
+def _packed(packing: Whole, tokens: Tokens, length: int, cache: str) -> Packed:
     reopen = functools.partial(_packed, packing, tokens, length, cache)
     if not tokens.identity:
         return Packed(tokens, length, _plan([*_planned(packing, tokens, length)]), reopen)
@@ -225,64 +225,15 @@ def _packed(packing: FirstFit | Padded, tokens: Tokens, length: int, cache: str)
     return Packed(tokens, length, plan, reopen)
 
 
-def _planned(packing: FirstFit | Padded, tokens: Tokens, length: int) -> Iterator[Pieces]:
+def _planned(packing: Whole, tokens: Tokens, length: int) -> Iterator[Pieces]:
     """The pieces of a store in order, of some groups of documents at a time."""
     mean = max(len(tokens) / max(len(tokens.starts), 1), 1.0)
     together = max(int(TOGETHER * length / mean), 1)
-    for at in range(0, len(tokens.starts), GROUPS * together):
-        stop = min(at + GROUPS * together, len(tokens.starts))
+    step = together * max(min(GROUPS, DOCUMENTS // together), 1)
+    for at in range(0, len(tokens.starts), step):
+        stop = min(at + step, len(tokens.starts))
         begins, sizes = np.asarray(tokens.starts[at:stop], np.int64), tokens.sizes(at, stop)
-        if isinstance(packing, Padded):
-            yield one_a_row(begins, sizes, length)
-        else:
-            yield packed_first_fit(begins, sizes, length, together)
-
-
-def one_a_row(begins: np.ndarray, sizes: np.ndarray, length: int) -> Pieces:
-    """Every document in rows of its own."""
-    number, of, place = _ranges(np.zeros(len(sizes), np.int64), -(-sizes // length))
-    piece_begins = begins[of] + place * length
-    return Pieces(piece_begins, np.minimum(begins[of] + sizes[of] - piece_begins, length), np.arange(len(number)))
-
-
-def packed_first_fit(begins: np.ndarray, sizes: np.ndarray, length: int, together: int) -> Pieces:
-    """Documents of `sizes` in rows of `length` tokens, first fit decreasing among every `together` of them; all int64 `[n]`."""
-    whole = one_a_row(begins, sizes, length)
-    full = whole.sizes == length
-    document = np.searchsorted(begins, whole.begins, side="right") - 1
-    rest, group = np.flatnonzero(~full), document[~full] // together
-    order = np.lexsort((-whole.sizes[rest], group))  # by group, and in it the longest first
-    rest, group = rest[order], group[order]
-    groups, counts = np.unique(group, return_counts=True)
-    table = np.zeros((len(groups), int(counts.max(initial=0))), np.int64)
-    _, in_group, place = _ranges(np.zeros(len(groups), np.int64), counts)
-    table[in_group, place] = whole.sizes[rest]
-    bins = first_fit(table, length)
-    most = int(bins.max(initial=0)) + 1
-    row = np.arange(len(whole.sizes))
-    row[rest] = len(row) + in_group * most + bins[in_group, place]
-    order = np.lexsort((whole.begins, row))
-    _, first, row = np.unique(row[order], return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)  # rows in the order of their first tokens, so that the first rows are a sample
-    rank[np.argsort(whole.begins[order][first])] = np.arange(len(first))
-    order = order[np.argsort(rank[row], kind="stable")]
-    return Pieces(whole.begins[order], whole.sizes[order], np.sort(rank[row]))
-
-
-def first_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """`[G, D]`: the first bin that has room for each of D things, one after another, in each of G groups at once.
-
-    sizes `[G, D]`: at most `room`, the size of a bin; what has size 0 goes nowhere.
-    """
-    groups, things = sizes.shape
-    bins = np.zeros((groups, things), np.int64)
-    most = int(2 * sizes.sum(1).max(initial=0) // room) + 1  # any two bins together are more than full
-    left = np.full((groups, most), room, np.int64)
-    for thing in range(things):
-        size = sizes[:, thing]
-        bins[:, thing] = np.argmax(left >= size[:, None], 1)
-        left[np.arange(groups), bins[:, thing]] -= size
-    return bins
+        yield packing.pieces(begins, sizes, length, together)
 
 
 def _plan(parts: list[Pieces]) -> Plan:
