@@ -32,7 +32,7 @@ flags.DEFINE_string("arm", None, "The arm of a work folder (default: the best)."
 flags.DEFINE_string("trial", None, "The trial of a work folder.", flag_values=FLAGS)
 flags.DEFINE_integer("step", None, "The step of its checkpoint (default: the last).", flag_values=FLAGS)
 flags.DEFINE_multi_string("corpus", [], "A corpus as it is written in an experiment file.", flag_values=FLAGS)
-flags.DEFINE_string("split", "valid", "What of it: train, valid, test.", flag_values=FLAGS)
+flags.DEFINE_string("split", "valid", "What of it: train, valid, test, or one of its probes.", flag_values=FLAGS)
 flags.DEFINE_multi_string(
     "task",
     [],
