@@ -67,10 +67,14 @@ class Source:
         return None if self.teacher is None else self.teacher.asked
 
     @property
+    def content(self) -> str:
+        """Fingerprint of the corpus."""
+        return self.corpus.fingerprint(cache_dir())
+
+    @property
     def identity(self) -> str:
         """Fingerprint of all that is learned from."""
-        corpus = self.corpus.fingerprint()
-        return corpus if self.teacher is None else fingerprint([corpus, self.teacher.identity])
+        return self.content if self.teacher is None else fingerprint([self.content, self.teacher.identity])
 
     @cached_property
     def training(self) -> list[Rows]:
