@@ -16,6 +16,7 @@ import numpy as np
 from llm_jax.core.config import Config, fingerprint
 from llm_jax.core.types import Batch
 from llm_jax.core.whole import whole_folder
+from llm_jax.data.bins import Pieces, one_a_row, packed_first_fit, ranges
 from llm_jax.data.store import Tokens
 
 TOGETHER = 64  # rows, about, that documents are packed into together: the last of them stays half empty
@@ -101,7 +102,7 @@ class Windows(Rows):
         if not self.document_masks:
             return Batch(ids[..., :-1], ids[..., 1:])
         first, stop = (np.searchsorted(starts, at, side="right") for at in (begins, begins + self.length))
-        document, row, _ = _ranges(first, stop - first)
+        document, row, _ = ranges(first, stop - first)
         place = starts[document] - begins[row]  # 1 to length
         weights = np.ones((len(begins), self.length), np.float32)
         weights[row, place - 1] = 0
@@ -133,14 +134,6 @@ class Padded(Packing):
         return _packed(self, tokens, length, os.fspath(cache))
 
 
-class Pieces(NamedTuple):
-    """Stretches of a token store that stay together: where each begins, its size, and its row, from 0; all `[n]` int64."""
-
-    begins: np.ndarray
-    sizes: np.ndarray
-    rows: np.ndarray
-
-
 class Plan(NamedTuple):
     """Row r is made of pieces first[r] to before first[r + 1]; all are mapped from files."""
 
@@ -165,7 +158,7 @@ class Packed(Rows):
     def gather(self, numbers):
         flat = np.ravel(numbers)
         first, stop = self.plan.first[flat], self.plan.first[flat + 1]
-        piece, row, within = _ranges(first, stop - first)  # of each piece: its number, its row, its place among the row's
+        piece, row, within = ranges(first, stop - first)  # of each piece: its number, its row, its place among the row's
         begins, sizes = np.asarray(self.plan.begins[piece]), np.asarray(self.plan.sizes[piece])
         before = np.cumsum(sizes) - sizes
         before -= before[np.flatnonzero(within == 0)][row]  # tokens of the row before the piece
@@ -204,13 +197,6 @@ def _counted(row: np.ndarray, place: np.ndarray, shape: tuple[int, int]) -> tupl
     return segments, np.arange(length, dtype=np.int32) - starts
 
 
-def _ranges(begins: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every member of the ranges from each of `begins` on, so long as `sizes` says: the number, its range, its place in it."""
-    of = np.repeat(np.arange(len(sizes)), sizes)
-    place = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return begins[of] + place, of, place
-
-
 # ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _packed(packing: FirstFit | Padded, tokens: Tokens, length: int, cache: str) -> Packed:
     reopen = functools.partial(_packed, packing, tokens, length, cache)
@@ -236,53 +222,6 @@ def _planned(packing: FirstFit | Padded, tokens: Tokens, length: int) -> Iterato
             yield one_a_row(begins, sizes, length)
         else:
             yield packed_first_fit(begins, sizes, length, together)
-
-
-def one_a_row(begins: np.ndarray, sizes: np.ndarray, length: int) -> Pieces:
-    """Every document in rows of its own."""
-    number, of, place = _ranges(np.zeros(len(sizes), np.int64), -(-sizes // length))
-    piece_begins = begins[of] + place * length
-    return Pieces(piece_begins, np.minimum(begins[of] + sizes[of] - piece_begins, length), np.arange(len(number)))
-
-
-def packed_first_fit(begins: np.ndarray, sizes: np.ndarray, length: int, together: int) -> Pieces:
-    """Documents of `sizes` in rows of `length` tokens, first fit decreasing among every `together` of them; all int64 `[n]`."""
-    whole = one_a_row(begins, sizes, length)
-    full = whole.sizes == length
-    document = np.searchsorted(begins, whole.begins, side="right") - 1
-    rest, group = np.flatnonzero(~full), document[~full] // together
-    order = np.lexsort((-whole.sizes[rest], group))  # by group, and in it the longest first
-    rest, group = rest[order], group[order]
-    groups, counts = np.unique(group, return_counts=True)
-    table = np.zeros((len(groups), int(counts.max(initial=0))), np.int64)
-    _, in_group, place = _ranges(np.zeros(len(groups), np.int64), counts)
-    table[in_group, place] = whole.sizes[rest]
-    bins = first_fit(table, length)
-    most = int(bins.max(initial=0)) + 1
-    row = np.arange(len(whole.sizes))
-    row[rest] = len(row) + in_group * most + bins[in_group, place]
-    order = np.lexsort((whole.begins, row))
-    _, first, row = np.unique(row[order], return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)  # rows in the order of their first tokens, so that the first rows are a sample
-    rank[np.argsort(whole.begins[order][first])] = np.arange(len(first))
-    order = order[np.argsort(rank[row], kind="stable")]
-    return Pieces(whole.begins[order], whole.sizes[order], np.sort(rank[row]))
-
-
-def first_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """`[G, D]`: the first bin that has room for each of D things, one after another, in each of G groups at once.
-
-    sizes `[G, D]`: at most `room`, the size of a bin; what has size 0 goes nowhere.
-    """
-    groups, things = sizes.shape
-    bins = np.zeros((groups, things), np.int64)
-    most = int(2 * sizes.sum(1).max(initial=0) // room) + 1  # any two bins together are more than full
-    left = np.full((groups, most), room, np.int64)
-    for thing in range(things):
-        size = sizes[:, thing]
-        bins[:, thing] = np.argmax(left >= size[:, None], 1)
-        left[np.arange(groups), bins[:, thing]] -= size
-    return bins
 
 
 def _plan(parts: list[Pieces]) -> Plan:

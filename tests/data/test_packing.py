@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jax.data.bins import first_fit
 from llm_jax.data.corpora import StandardLibrary
-from llm_jax.data.packing import PADDING, ConcatThenSplit, FirstFit, Padded, first_fit
+from llm_jax.data.packing import PADDING, ConcatThenSplit, FirstFit, Padded
 from llm_jax.data.store import Tokens
 from llm_jax.data.tokenized import tokenize
 from llm_jax.data.tokenizers import Bytes
