@@ -49,5 +49,7 @@ def test_a_concept_has_its_home_and_its_experiment_claims_something(number):
     if experiment:
         declared = load(ROOT / "experiments" / f"{experiment}.py")
         assert experiment.startswith(f"c{number:02}_") and declared.claims and "smoke" in declared.scales
+        for scale in (None, *declared.scales):  # what its work folder keeps
+            assert set(declared.at_scale(scale).described(scale)["scientific"]) == set(declared.arms)
         command = f"python -m llm_jax run --experiment=experiments/{experiment}.py --workdir=runs/c{number:02}"
         assert re.search(re.escape(command) + r"\s", (ROOT / "experiments" / f"{experiment}.py").read_text())

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.data import prepared
     from llm_jax.data.corpora import Corpus
     from llm_jax.data.prepare import prepare
-    from llm_jax.data.tokenizers import Tokenizer
+    from llm_jax.data.tokenizer_json import Tokenizer  # whose module has the rest of them
 
     prepared.require_local(FLAGS.out, "--out")
     folder = pathlib.Path(FLAGS.out).expanduser()

@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
+import pathlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from llm_jax.core.config import Config, ConfigError
+from llm_jax.core.config import Config, ConfigError, fingerprint
+from llm_jax.core.whole import write_whole
 from llm_jax.data.apportion import ALONE, Apportionment
 
 if TYPE_CHECKING:
     from llm_jax.data.store import Tokens
 
 Split = Literal["train", "valid", "test"]
+State = tuple[tuple[str, int, str, int], ...]  # of files: path or address, size, modified, changed
+
+DIGITS = 16  # of a content's fingerprint
+SETTLED = 2.0  # seconds: what is changed again sooner may keep its time
 
 
 @dataclass(frozen=True)
@@ -130,9 +138,12 @@ class Corpus(Config):
         """
         return None
 
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of everything that is in it, in order."""
-        return _fingerprint(self)
+    def fingerprint(self, cache: str | os.PathLike | None = None) -> str:
+        """Sixteen hexadecimal digits of everything that is in it, in order.
+
+        Its text is read for them, and again when one of its files changes. cache: a folder in which later processes find them.
+        """
+        return _fingerprint(self, cache)
 
 
 def empty_corpus() -> ConfigError:
@@ -145,16 +156,6 @@ def _warn_once(sentence: str) -> None:
     logging.getLogger("llm_jax").warning(sentence)  # a corpus is read for its fingerprint and for each split
 
 
-@functools.cache
-def _fingerprint(corpus: Corpus) -> str:
-    digest = hashlib.sha256()
-    for name, text in corpus.named():
-        content = text.encode("utf-8", "surrogatepass")
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()[:16]
-
-
 @functools.lru_cache(1)  # it is asked for once for each split
 def share(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
@@ -165,3 +166,62 @@ def by_name(name: str, valid: float, test: float) -> Split:
     """The split of a document, of which these fractions are for validation and test."""
     at = share(name)
     return "test" if at < test else "valid" if at < test + valid else "train"
+
+
+# ── the fingerprint of its content ───────────────────────────────────────────────────────────────────────────────────
+def _fingerprint(corpus: Corpus, cache: str | os.PathLike | None) -> str:
+    """Remembered while all files are what they were, and noted in the `cache` folder.
+
+    Not noted is a corpus that has parts in no file or in a store that tells no versions; one that is defined elsewhere, because how
+    it reads may change; and one that may leave documents out, of which every process is to warn.
+    """
+    state = _state(corpus)
+    if state is None:
+        return _hashed(corpus)
+    ours = type(corpus).__module__.startswith(f"{__package__}.") and corpus.bad == "fatal"
+    if cache is None or not ours or not state or not all(modified for _, _, modified, _ in state):
+        return _remembered(corpus, state)
+    note = pathlib.Path(cache) / "contents" / fingerprint([repr(corpus), _code(), state])
+    known = note.read_text() if note.is_file() else ""
+    if len(known) != DIGITS:
+        known = _remembered(corpus, state)
+        if _state(corpus) == state:
+            write_whole(note, known)
+    return known
+
+
+@functools.lru_cache(256)
+def _remembered(corpus: Corpus, state: State) -> str:
+    return _hashed(corpus)
+
+
+def _hashed(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for name, text in corpus.named():
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _state(corpus: Corpus) -> State | None:
+    """What differs when a file has changed: () where not all are files, None where one was changed so lately that it may not."""
+    found, now = [], time.time()
+    for piece in corpus.pieces():
+        if not piece.file:
+            return ()
+        try:
+            changed = os.stat(piece.file).st_ctime_ns  # every change sets it, also one that keeps size and modified time
+        except OSError:  # far away, where a version has a name of its own
+            found.append((piece.file, piece.size, piece.modified, 0))
+            continue
+        if now - changed / 1e9 < SETTLED:
+            return None
+        found.append((os.path.abspath(piece.file), piece.size, piece.modified, changed))
+    return tuple(found)
+
+
+@functools.cache
+def _code() -> str:
+    """Fingerprint of what reads corpora."""
+    return fingerprint([file.read_text("utf-8") for file in sorted(pathlib.Path(__file__).parent.glob("*.py"))])

@@ -102,5 +102,5 @@ class Mixture(Corpus):
         for _, corpus, part, _ in self.members(split):
             yield from corpus.documents(part)
 
-    def fingerprint(self):
-        return fingerprint([[source.name, source.corpus.fingerprint()] for source in self.sources])
+    def fingerprint(self, cache=None):
+        return fingerprint([[source.name, source.corpus.fingerprint(cache)] for source in self.sources])

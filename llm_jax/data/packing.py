@@ -217,12 +217,22 @@ def _packed(packing: Whole, tokens: Tokens, length: int, cache: str) -> Packed:
     if not tokens.identity:
         return Packed(tokens, length, _plan([*_planned(packing, tokens, length)]), reopen)
     folder = pathlib.Path(cache) / "packed" / fingerprint([tokens.identity, packing, length])
-    if not folder.is_dir():
+    if not _is_whole(folder):
         _write(folder, _planned(packing, tokens, length))
     rows, pieces = json.loads((folder / "counts.json").read_text())
     mapped = lambda name, count: np.memmap(folder / name, np.int64, "r", shape=(count,)) if count else np.zeros(0, np.int64)  # noqa: E731
     plan = Plan(mapped("first", rows + 1), mapped("begins", pieces), mapped("sizes", pieces))
     return Packed(tokens, length, plan, reopen)
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether files are as long as they say."""
+    try:
+        rows, pieces = json.loads((folder / "counts.json").read_text())
+        wanted = zip(Plan._fields, (rows + 1, pieces, pieces), strict=True)
+        return all((folder / name).stat().st_size == count * np.dtype(np.int64).itemsize for name, count in wanted)
+    except (OSError, ValueError):
+        return False
 
 
 def _planned(packing: Whole, tokens: Tokens, length: int) -> Iterator[Pieces]:
@@ -252,7 +262,7 @@ def _lasts(rows: np.ndarray) -> np.ndarray:
 
 def _write(folder: pathlib.Path, parts: Iterator[Pieces]) -> None:
     rows = pieces = 0
-    with whole_folder(folder, stands=pathlib.Path.is_dir) as to, contextlib.ExitStack() as files:
+    with whole_folder(folder, stands=_is_whole) as to, contextlib.ExitStack() as files:
         first, begins, sizes = (files.enter_context(open(to / name, "wb")) for name in Plan._fields)
         np.zeros(1, np.int64).tofile(first)
         for part in parts:

@@ -210,8 +210,9 @@ def _trained_model(corpus: Corpus, tokenizer: Tokenizer, folder: pathlib.Path, c
         pass
     if (folder / MODEL).is_file():
         return (folder / MODEL).read_bytes()
-    model = tokenizer.fit(corpus, cache).model
-    if model is None:
-        told = f"is {tokenizer!r}, which every corpus makes anew from its text: take Bytes(), or one that is in a file"
-        raise ConfigError(told, "tokenizer")
-    return model
+    fitted = tokenizer.fit(corpus, cache)
+    if fitted.model is None:
+        train = "train it once with `python -m llm_jax tokenize train --output=DIR` and take HuggingFace(path='DIR')"
+        way = "take Bytes(), or one that is in a file" if fitted.json is None else train
+        raise ConfigError(f"is {tokenizer!r}, which every corpus makes anew from its text: {way}", "tokenizer")
+    return fitted.model

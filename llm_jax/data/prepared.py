@@ -60,7 +60,7 @@ class Prepared(Corpus):
     def documents(self, split):
         return self.named()
 
-    def fingerprint(self):
+    def fingerprint(self, cache=None):
         manifest = self.manifest()
         return fingerprint([manifest["tokenizer"]["fingerprint"], manifest["files"]])
 

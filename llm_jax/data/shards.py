@@ -161,7 +161,7 @@ class _NoText(Corpus):
     def documents(self, split):
         raise NeedsTextError
 
-    def fingerprint(self):
+    def fingerprint(self, cache=None):
         raise NeedsTextError
 
 

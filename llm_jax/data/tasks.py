@@ -68,7 +68,7 @@ class Recall(Corpus):
         for _ in range(self.rows if split == "train" else SCORED):
             yield self._row(rng, distance)
 
-    def fingerprint(self):
+    def fingerprint(self, cache=None):
         return _content(self)
 
     def _row(self, rng: np.random.Generator, distance: int | None) -> str:

@@ -25,7 +25,7 @@ def tokenize(corpus: Corpus, tokenizer: Fitted, split: Split | str, cache: str |
     ready = corpus.store(tokenizer.fingerprint, split, os.fspath(cache))
     if ready is not None:
         return ready
-    identity = fingerprint([corpus.fingerprint(), repr(corpus), tokenizer.fingerprint, split])
+    identity = fingerprint([corpus.fingerprint(cache), repr(corpus), tokenizer.fingerprint, split])
     folder = pathlib.Path(cache) / "tokens" / identity
     if not _is_whole(folder):
         _write(folder, corpus, tokenizer, split)

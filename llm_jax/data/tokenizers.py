@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -108,10 +109,19 @@ class SentencePiece(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ConfigError(
-                f"cannot be {self.vocabulary} for this corpus: {str(error).splitlines()[0]}", "tokenizer.vocabulary"
-            ) from None
+            if "KeyboardInterrupt" in str(error):  # of its reader of lines
+                raise KeyboardInterrupt from None
+            told = f"cannot be {self.vocabulary} for this corpus: {_why_not(str(error))}"
+            raise ConfigError(told, "tokenizer.vocabulary") from None
         return model.getvalue()
+
+
+def _why_not(error: str) -> str:
+    """What the library says of a vocabulary's size, in a person's words."""
+    most, least = re.search(r"value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
+    if most:
+        return f"it has no more than {most[1]} pieces, take that"
+    return f"its single characters are {least[1]} already" if least else error.splitlines()[0]
 
 
 def _sample(corpus: Corpus) -> Iterator[str]:

@@ -255,15 +255,21 @@ class Ablation:
 
 def _text(value: Any) -> str:
     """A component as one would type it, without the fields that are at their defaults."""
+    if isinstance(value, tuple) and value and all(isinstance(one, Config) for one in value):
+        return f"({', '.join(map(_text, value))},)"
     if not isinstance(value, Config):
         return str(value)
-    default = type(value)()
     given = [
-        f"{name}={_text(getattr(value, name))}"
-        for name in field_types(type(value))
-        if getattr(value, name) != getattr(default, name)
+        f"{field.name}={_text(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)  # type: ignore[arg-type]
+        if getattr(value, field.name) != _default(field)
     ]
     return f"{type(value).__name__}({', '.join(given)})"
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """What a field is where it is not given; `MISSING` where it must be."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _meant(error: Exception, names: Mapping[str, Any]) -> str:
@@ -310,5 +316,7 @@ def load(path: str | pathlib.Path) -> Ablation:
                 raise ConfigError(f"{path}, scale {scale!r}: {error}") from None
         return replace(declared, name=path.stem)
     if isinstance(single, Experiment):
-        return Ablation(question=(module.__doc__ or path.stem).strip().splitlines()[0], base=single, seeds=1, name=path.stem)
+        question = (module.__doc__ or path.stem).strip().splitlines()[0]
+        score = next(score for score in ("bits_per_byte", *single.objective.scores) if score in single.objective.scores)
+        return Ablation(question=question, base=single, seeds=1, metric=f"valid/{score}", name=path.stem)
     raise ConfigError("declares neither `ablation = Ablation(…)` nor `experiment = Experiment(…)`", str(path))

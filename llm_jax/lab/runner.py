@@ -265,7 +265,7 @@ class Group:
         return results.Provenance(
             self.runner.ablation.described(self.runner.scale),
             self.runner.command,
-            self.source.corpus.fingerprint(),
+            self.source.content,
             self.source.tokenizer.fingerprint,
             len(self.runs),
             self.name,

@@ -67,10 +67,14 @@ class Source:
         return None if self.teacher is None else self.teacher.asked
 
     @property
+    def content(self) -> str:
+        """Fingerprint of the corpus."""
+        return self.corpus.fingerprint(cache_dir())
+
+    @property
     def identity(self) -> str:
         """Fingerprint of all that is learned from."""
-        corpus = self.corpus.fingerprint()
-        return corpus if self.teacher is None else fingerprint([corpus, self.teacher.identity])
+        return self.content if self.teacher is None else fingerprint([self.content, self.teacher.identity])
 
     @cached_property
     def training(self) -> list[Rows]:
@@ -123,9 +127,11 @@ class Source:
         labels = self.evaluation.probe
         if labels is None:
             return {}
-        for _, corpus, split in self.corpus.members("valid"):
-            if corpus.store(self.tokenizer.fingerprint, split, str(cache_dir())) is not None:
-                told = f"labels characters, and {type(corpus).__name__} has tokens and no text: leave it out, or take the text"
+        for member in self.corpus.members("valid"):
+            if member.corpus.store(self.tokenizer.fingerprint, member.split, str(cache_dir())) is not None:
+                told = (
+                    f"labels characters, and {type(member.corpus).__name__} has tokens and no text: leave it out, or take the text"
+                )
                 raise ConfigError(told, "evaluation.probe")
         given = {"length": self.data.sequence_length, "batch": self._rows(1)}
         fit, test = (labelled(self.corpus, self.tokenizer, split, labels, **given) for split in ("valid", "test"))

@@ -1,6 +1,7 @@
 """Documents in rows: every token once, documents whole where they are to be, and rows as a loop over documents makes them."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,3 +109,13 @@ def test_rows_are_the_same_in_another_process_and_from_the_cache(packing, tmp_pa
         for name in ("tokens", "targets", "weights", "segments", "positions"):
             np.testing.assert_array_equal(getattr(one.gather(numbers), name), getattr(fresh, name))
     assert len(pickle.dumps(rows)) < 2000  # names of files, not what is in them
+
+
+@pytest.mark.parametrize("name", ["first", "begins", "sizes", "counts.json"])
+def test_a_plan_that_is_not_whole_is_made_anew(name, tmp_path):
+    tokens = replace(store([5, 9, 2, 7, 7]), identity="five")
+    fresh = FirstFit().rows(tokens, 10, tmp_path).gather(np.arange(4))
+    (file,) = (tmp_path / "packed").glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:-4])
+    again = FirstFit().rows(tokens, 10, tmp_path).gather(np.arange(4))
+    np.testing.assert_array_equal(again.tokens, fresh.tokens)

@@ -16,6 +16,7 @@ from llm_jax.data.packing import ConcatThenSplit
 from llm_jax.data.pipeline import Data
 from llm_jax.data.prepare import prepare
 from llm_jax.data.tasks import Recall
+from llm_jax.data.tokenizer_json import ByteLevelBPE
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece, Tokenizer, nameless
 
 SPLITS = ("train", "valid", "test")
@@ -228,7 +229,8 @@ def test_what_cannot_be_prepared_is_a_sentence(corpus, cache, tmp_path, made):
         (TextFiles(path=str(tmp_path / "empty.txt")), Bytes(), "is an empty corpus"),
         (Recall(), Bytes(), "corpus is Recall, which has no text to prepare"),
         (Prepared(path=str(made)), Bytes(), "corpus is Prepared, which has no text to prepare"),
-        (corpus, Characters(), r"tokenizer is Characters\(\), which every corpus makes anew"),
+        (corpus, Characters(), r"tokenizer is Characters\(\), which every corpus makes anew from its text: take Bytes"),
+        (corpus, ByteLevelBPE(290), r"makes anew from its text: train it once with `python -m llm_jax tokenize train"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             prepare(one, tokenizer, tmp_path / "t" / type(one).__name__, cache=cache)

@@ -196,12 +196,23 @@ def test_mistakes_are_sentences(corpus, tmp_path):
             "tokenizer.vocabulary cannot be 4096 for this corpus: it has no more than",
         ),
         (lambda: WordPiece(20).fit(corpus, tmp_path), "cannot be 20 for this corpus: its single characters are"),
+        (lambda: SentencePiece(40_000).fit(corpus, tmp_path), r"cannot be 40000 for this corpus: it has no more than \d+ pieces"),
+        (lambda: SentencePiece(262).fit(corpus, tmp_path), r"cannot be 262 for this corpus: its single characters are \d+ already"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             build()
     with pytest.raises(ConfigError, match=r"data.corpus has no text in its train split"):
         SentencePiece(300).fit(TextFiles(path=corpus.path, split="file", valid_fraction=0.99), tmp_path)
     assert not list(tmp_path.glob("tokenizers/*"))
+
+
+def test_an_interruption_of_training_is_one(corpus, tmp_path, monkeypatch):
+    def interrupted(**_):
+        raise RuntimeError("INTERNAL: KeyboardInterrupt: <EMPTY MESSAGE>")
+
+    monkeypatch.setattr("sentencepiece.SentencePieceTrainer.train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SentencePiece(300).fit(corpus, tmp_path)
 
 
 # ── read and written ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -209,3 +209,14 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path):
     with pytest.raises(ConfigError, match="is not empty and holds no ablation"):
         WorkFolder(tmp_path).claim(ablation(), corpora=CORPORA)
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_single_run_is_judged_by_what_its_objective_scores(tmp_path):
+    file = tmp_path / "one.py"
+    file.write_text(
+        "from llm_jax.lab import Experiment\nfrom llm_jax.lab.components import Encoder, MaskedLM\n"
+        "experiment = Experiment(model=Encoder(), objective=MaskedLM())\n"
+    )
+    assert load(file).metric == "valid/loss"
+    file.write_text("from llm_jax.lab import Experiment\nexperiment = Experiment()\n")
+    assert load(file).metric == "valid/bits_per_byte"
