@@ -2,7 +2,8 @@
 
     The end of a context that is spaces belongs to what follows it, because tokens begin with their space.
     A continuation's tokens are those of both texts together after as many as the context alone has.
-    What stands before an empty context is the token that texts begin with, or else the one that ends them.
+    What stands before an empty context is the token that texts begin with, or else the one that ends them; of a model trained
+    here only what its texts began after, which is nothing where documents were masked from each other.
     What does not fit is cut on the left.
 
 Two things differ from its model for transformers: a token that the tokenizer itself puts before a text is never scored, and what
@@ -28,6 +29,7 @@ from llm_jax.io.huggingface.fields import read_json
 from llm_jax.language_model import LM
 
 LENGTH = 2048  # tokens, where a model does not say how many it reads
+EMPTY = "is empty, and this model has no token that a text begins with: give it a context"
 SAID = ("max_position_embeddings", "n_positions")  # in a config.json of transformers
 
 
@@ -57,7 +59,8 @@ class Reader:
     @cached_property
     def prefix(self) -> list[int]:
         """What the first token of a text comes after; empty where there is no such token."""
-        ends = [token for token in (self.lm.start, *self.lm.end) if token is not None]
+        known = (self.lm.start, *(() if self.lm.trial else self.lm.end))
+        ends = [token for token in known if token is not None]
         return self.owned(list(self.lm.before) or ends[:1])
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,7 +88,7 @@ class Reader:
         """
         known = self.ids(context) if context else self.prefix
         if not known:
-            raise ConfigError("is empty, and this model has no token that a text begins with: give it a context", "a context")
+            raise ConfigError(EMPTY, "a context")
         if not context:
             return [*known, *self.encode(continuation)], len(known)
         whole = self.ids(context + continuation)
@@ -99,6 +102,8 @@ class Reader:
     def _answer(self, context: str, continuation: str) -> tuple[list[int], int, list[int]]:
         """The same of an encoder-decoder, and what its encoder reads: the context."""
         read = [*(self.ids(context) if context else self.prefix), *self.lm.after]
+        if not read:
+            raise ConfigError(EMPTY, "a context")
         start = read[-1] if self.lm.start is None else self.lm.start
         return [start, *self.encode(continuation)], 1, read
 
@@ -128,7 +133,7 @@ class Reader:
         ids = self.ids(context) if context else self.prefix
         ids = [*ids, *self.lm.after] if self.lm.config.encodes else ids
         if not ids:
-            raise ConfigError("is empty, and this model has no token that a text begins with: give it a context", "a context")
+            raise ConfigError(EMPTY, "a context")
         return ids[-room:], len(ids) > room
 
     def chat(self, messages: chat.Messages, *, answering: bool = True) -> str:

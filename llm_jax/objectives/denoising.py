@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.config import require
-from llm_jax.core.types import Batch
+from llm_jax.core.config import require, require_positive
+from llm_jax.core.types import Batch, Weighted
 from llm_jax.data.tokenizers import Special
 from llm_jax.objectives.hidden import Hidden
 from llm_jax.objectives.next_token import check_blind
@@ -26,16 +26,21 @@ class Denoising(Hidden):
 
     An encoder-decoder reads what is shown in its encoder; a decoder reads it first, from everywhere with the mask `Prefix()` and
     causally without. The answer is each sentinel and what it hides, and one more sentinel. The first of them, which says nothing,
-    is given to begin with. A row of many short documents may take more room than there is: then the last of them are left out.
+    is given to begin with.
+
+    documents: a packed row has room for so many of one length, and a quarter more for the answers. What takes more room than there
+    is, the last of many short documents, is left out: training reports "left_out", the part of the text's tokens that are in these.
     """
 
     abstract = True
 
     sentinels: int = 100
+    documents: int = 1
 
     def validate(self):
         super().validate()
         require(self.sentinels >= 2, "sentinels", f"must be at least 2, got {self.sentinels}")
+        require_positive(self, "documents")
 
     @property
     def mixture(self) -> tuple[Denoiser, ...]:
@@ -52,24 +57,42 @@ class Denoising(Hidden):
         check_blind(model)
 
     def lengths(self, length, *, model, packed):
-        plan = Plan(self.mixture, length, packed=packed)
+        plan = self._plan(length, packed=packed)
         return (plan.answers - 1, plan.inputs) if model.encodes else (plan.both - 1, 0)
 
     def pose(self, batch, keys_B, *, model, tokens):
-        plan = Plan(self.mixture, batch.tokens.shape[1], packed=batch.segments is not None)
+        plan = self._plan(batch.tokens.shape[1], packed=batch.segments is not None)
         needed = f"must be at least {plan.most_spans + 1} for rows of {plan.length} tokens, got {self.sentinels}"
         require(plan.most_spans < self.sentinels, "objective.sentinels", f"{needed}: raise it, or take longer spans")
         sentinels_S = jnp.array([tokens.specials[special.name] for special in self.specials[: self.sentinels]], jnp.int32)
         modes = [tokens.specials[MODES[denoiser.mode].name] if denoiser.mode else 0 for denoiser in self.mixture]
         split = _split if model.encodes else _joined
 
-        def pose(key: jax.Array, row: Batch) -> Batch:
+        def pose(key: jax.Array, row: Batch) -> Posed:
             return split(plan, _items(plan, key, row, sentinels_S, jnp.array(modes, jnp.int32)))
 
         posed = jax.vmap(pose)(keys_B, Batch(batch.tokens, batch.targets, batch.weights, batch.segments))
         if plan.exact:  # every place is filled by the one document
             return replace(posed, segments=None, positions=None, input_segments=None, input_positions=None)
         return posed
+
+    def loss(self, apply, params, batch, **given):
+        loss, metrics = super().loss(apply, params, batch, **given)
+        if given["train"] and isinstance(batch, Posed):
+            metrics = metrics | {"left_out": Weighted(batch.left_out.sum(), batch.asked.sum())}
+        return loss, metrics
+
+    def _plan(self, length: int, *, packed: bool) -> Plan:
+        return Plan(self.mixture, length, packed=packed, documents=self.documents)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Posed(Batch):
+    """Rows with something hidden. asked, left_out `[B]`: tokens of the documents to be posed, and of those without room."""
+
+    asked: jax.Array = field(kw_only=True)
+    left_out: jax.Array = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -124,17 +147,22 @@ class Plan:
     what is to be said, for the two in one row. exact: one document fills it.
     """
 
-    def __init__(self, mixture: tuple[Denoiser, ...], length: int, *, packed: bool):
+    def __init__(self, mixture: tuple[Denoiser, ...], length: int, *, packed: bool, documents: int = 1):
         self.length, self.exact = length, not packed and len(mixture) == 1
         shares_K = np.array([denoiser.share for denoiser in mixture])
         self.shares_K = shares_K / shares_K.sum()
         self.modes_K = np.array([denoiser.mode is not None for denoiser in mixture])
-        amounts = [denoiser.amounts(np.arange(length + 1)) for denoiser in mixture]
+        size_N, most = np.arange(length + 1), max(min(documents, length // 2), 1) if packed else 1
+        amounts = [denoiser.amounts(size_N) for denoiser in mixture]
         self.noise_KN, self.spans_KN = (np.stack(part) for part in zip(*amounts, strict=True))
         self.most_spans = int(self.spans_KN.max())
-        noise_K, spans_K = self.noise_KN[:, -1], self.spans_KN[:, -1]
-        inputs, answers = int((self.modes_K + length - noise_K + spans_K).max()), int((noise_K + spans_K + 1).max())
-        both = int((self.modes_K + length + 2 * spans_K + 1).max())
+
+        def room(tokens_KN: np.ndarray) -> int:
+            return max(n * int(tokens_KN[:, length // n].max()) for n in range(1, most + 1))
+
+        shown_KN = self.modes_K[:, None] + size_N - self.noise_KN + self.spans_KN
+        said_KN = self.noise_KN + self.spans_KN + 1
+        inputs, answers, both = room(shown_KN), room(said_KN), room(shown_KN + said_KN)
         self.inputs = max(inputs, length) if packed else inputs
         self.answers = _roomy(answers) if packed else answers
         self.both = length + _roomy(both - length) if packed else both
@@ -148,7 +176,7 @@ def _roomy(tokens: int) -> int:
 class _Items:
     """What becomes of a row: N tokens and sentinels. shown, said: where they go; given: what of the latter is not scored.
 
-    shown_D, said_D: how many there are of each document.
+    shown_D, said_D: how many there are of each document; text_D: of how many tokens they are made.
     """
 
     ids_N: jax.Array
@@ -158,6 +186,11 @@ class _Items:
     given_N: jax.Array
     shown_D: jax.Array
     said_D: jax.Array
+    text_D: jax.Array
+
+    def counted(self, posed: Batch, fits_D: jax.Array) -> Posed:
+        """What was made of the documents that fit."""
+        return Posed(**vars(posed), asked=self.text_D.sum(), left_out=jnp.where(fits_D, 0, self.text_D).sum())
 
 
 def _items(plan: Plan, key: jax.Array, row: Batch, sentinels_S: jax.Array, modes_K: jax.Array) -> _Items:
@@ -187,10 +220,11 @@ def _items(plan: Plan, key: jax.Array, row: Batch, sentinels_S: jax.Array, modes
         each(given_L5),
         asked_D * (mode_D + docs.size_D - noise_D + spans_D),
         asked_D * (noise_D + spans_D + 1),
+        asked_D * docs.size_D.astype(jnp.float32),
     )
 
 
-def _split(plan: Plan, items: _Items) -> Batch:
+def _split(plan: Plan, items: _Items) -> Posed:
     """What is shown as inputs, and the answer for the decoder."""
     fits_D = (jnp.cumsum(items.shown_D) <= plan.inputs) & (jnp.cumsum(items.said_D) <= plan.answers)
     fits_N, values = fits_D[items.document_N], {"ids": items.ids_N, "segments": items.document_N}
@@ -198,14 +232,16 @@ def _split(plan: Plan, items: _Items) -> Batch:
     said, filled_R = arranged(items.document_N, items.said_N & fits_N, plan.answers, values | {"scored": ~items.given_N})
     answer = predicting(said["ids"], filled_R, said["segments"], said["scored"])
     segments_M = jnp.where(filled_M, shown["segments"], -1)
-    return replace(answer, inputs=shown["ids"], input_segments=segments_M, input_positions=position_in_segment(segments_M))
+    posed = replace(answer, inputs=shown["ids"], input_segments=segments_M, input_positions=position_in_segment(segments_M))
+    return items.counted(posed, fits_D)
 
 
-def _joined(plan: Plan, items: _Items) -> Batch:
+def _joined(plan: Plan, items: _Items) -> Posed:
     """Of each document what is shown, and then the answer."""
-    fits_N = (jnp.cumsum(items.shown_D + items.said_D) <= plan.both)[items.document_N]
+    fits_D = jnp.cumsum(items.shown_D + items.said_D) <= plan.both
+    fits_N = fits_D[items.document_N]
     values = {"ids": items.ids_N, "segments": items.document_N, "scored": items.said_N & ~items.given_N}
     present_N = (items.shown_N | items.said_N) & fits_N
     row, filled_R = arranged(2 * items.document_N + items.said_N, present_N, plan.both, values)
     posed = predicting(row["ids"], filled_R, row["segments"], row["scored"])
-    return replace(posed, prefix=(filled_R & ~row["scored"])[:-1])
+    return items.counted(replace(posed, prefix=(filled_R & ~row["scored"])[:-1]), fits_D)

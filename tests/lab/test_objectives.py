@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from llm_jax.core.config import ConfigError, override
+from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
+from llm_jax.data.tokenizers import Bytes
 from llm_jax.lab.arms import Arms
 from llm_jax.lab.components import (
     UL2,
@@ -30,6 +32,7 @@ from llm_jax.lab.components import (
     Stack,
 )
 from llm_jax.lab.experiment import Ablation, Checkpoints, Evaluation, Experiment
+from llm_jax.lab.population import compile_population
 from llm_jax.lab.runner import Runner
 from llm_jax.lab.trained import load
 from llm_jax.lab.workfolder import WorkFolder
@@ -188,3 +191,23 @@ def test_bits_per_byte_are_no_score_of_hidden_tokens(tmp_path, base):
     runner = Runner(replace(ablation(base, {"one": ARMS["masked"]}), metric="valid/bits_per_byte"), WorkFolder(tmp_path))
     with pytest.raises(ConfigError, match=r"metric 'valid/bits_per_byte' is not scored: did you mean"):
         runner.check()
+
+
+@pytest.mark.parametrize("accumulate, devices", [(1, 1), (2, 2)], ids=["at once", "micro-batches on two devices"])
+def test_what_there_was_no_room_for_adds_up(base, accumulate, devices):
+    """Rows of documents of 2, 8, 2 and 32 tokens, of which those of 2 do not all have room: as counted in what is left of them."""
+    changes = {"objective": SpanCorruption(), "train.accumulate": accumulate, "train.steps": 1, "mesh": Mesh(data=devices)}
+    experiment, sizes, place = override(base, changes), (2, 8, 2, 32), np.arange(32)
+    segments = np.stack([place // size for size in sizes]).astype(np.int32)
+    weights = np.stack([place % size < size - 1 for size in sizes]).astype(np.float32)
+    positions = np.stack([place % size for size in sizes]).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)
+    batch, tokens = Batch(ids, ids, weights, segments, positions), Bytes().fit(None, "").with_specials(SpanCorruption().specials)
+    posed = SpanCorruption().pose(
+        jax.tree.map(jax.numpy.asarray, batch), jax.random.split(jax.random.key(0), 4), model=experiment.model, tokens=tokens
+    )
+    kept = sum(size * len(set(row[row >= 0].tolist())) for size, row in zip(sizes, np.asarray(posed.segments), strict=True))
+    program = compile_population(experiment, 1, tokens, devices=jax.devices()[:devices]).bind([experiment])
+    _, metrics = program.steps(program.init(), jax.tree.map(lambda x: x[None, None], batch))
+    found = metrics["train/left_out"]
+    assert (float(found.total[0]), float(found.weight[0])) == (128 - kept, 128) and kept < 128

@@ -137,6 +137,23 @@ def test_documents_without_room_are_left_out_whole():
             assert put_together(*parts(posed, 0, document, model)) == ids[begin : begin + sizes[document]].tolist()
         if model is PAIR:
             assert set(posed.input_segments[0].tolist()) == {-1, *kept}
+        lost = sum(size for document, size in enumerate(sizes) if document not in kept)
+        assert (posed.left_out.tolist(), posed.asked.tolist()) == ([lost], [sum(sizes)])
+
+
+@pytest.mark.parametrize("objective", [SpanCorruption(documents=50), UL2(documents=50)], ids=["spans", "UL2"])
+@pytest.mark.parametrize("model", [PAIR, DECODER], ids=["encoder-decoder", "decoder"])
+def test_there_is_room_for_as_many_short_documents_as_are_said_to_come(objective, model):
+    sizes = (2,) * 50
+    assert objective.lengths(100, model=model, packed=False) == replace(objective, documents=1).lengths(
+        100, model=model, packed=False
+    )
+    few = pose(replace(objective, documents=1), packed(sizes, rows=3), model=model)
+    many = pose(objective, packed(sizes, rows=3), model=model)
+    assert (few.left_out > 0).all() and (many.left_out == 0).all() and (many.asked == 100).all()
+    for row in range(3):
+        assert set(many.segments[row].tolist()) >= set(range(50))
+    assert many.tokens.shape[1] == objective.lengths(100, model=model, packed=True)[0]
 
 
 def test_padding_and_documents_without_weight_are_left_out():
@@ -146,6 +163,7 @@ def test_padding_and_documents_without_weight_are_left_out():
     posed = pose(SpanCorruption(), replace(batch, segments=segments, weights=weights), model=PAIR)
     assert set(posed.segments[0].tolist()) == {-1, 0} and put_together(*parts(posed, 0, 0, PAIR)) == batch.tokens[0, :20].tolist()
     assert set(posed.segments[1].tolist()) == {-1} and posed.weights[1].sum() == 0
+    assert (posed.asked.tolist(), posed.left_out.tolist()) == ([20, 0], [0, 0]), "they are not without room"
 
 
 def test_ul2_draws_its_denoisers_alike():
@@ -225,3 +243,5 @@ def test_too_few_sentinels_and_models_that_see_later_tokens():
         UL2(denoisers=())
     with pytest.raises(ConfigError, match="sentinels must be at least 2, got 1"):
         UL2(sentinels=1)
+    with pytest.raises(ConfigError, match="documents must be > 0, got 0"):
+        SpanCorruption(documents=0)

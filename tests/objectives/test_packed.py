@@ -3,6 +3,7 @@
 In float64, so that a token that sees another document, or a wrong position, stands out from rounding.
 """
 
+from dataclasses import fields as fields_of
 from functools import partial
 
 import jax
@@ -51,7 +52,7 @@ SLOW = ("mixture", "spans in a decoder", "middles", "prefixes")
 
 def alone(posed: Batch, *, padded: bool) -> Batch:
     """Each document of the one row in a row of its own; padded: some are longer than others."""
-    fields = {name: value for name, value in vars(posed).items() if value is not None}
+    fields = {one.name: getattr(posed, one.name) for one in fields_of(Batch) if getattr(posed, one.name) is not None}
     rows = {name: [] for name in fields}
     for document in range(DOCUMENTS):
         for name, value in fields.items():
