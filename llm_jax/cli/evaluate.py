@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llm_jax.cli.terminal import console, parse
+from llm_jax.cli.terminal import console, parse, require_writable
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import parse as parse_component
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
     out = None if FLAGS.out is None else pathlib.Path(FLAGS.out).expanduser()
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"must be a file in a folder that there is, got {FLAGS.out!r}", "--out")
+    if out is not None:
+        require_writable(out, f"--out={FLAGS.out}")
     platform.setup()
     platform.require_devices()
     from llm_jax.core.mesh import Mesh

@@ -196,7 +196,7 @@ def _index(file: pathlib.Path, parts: Sequence[tuple[pathlib.Path, dict[str, int
         write_starts_header(out, sum(count["documents"] for _, count in parts))
         before = 0
         for starts, count in parts:
-            (np.fromfile(starts, "<i8") + before).tofile(out)
+            out.write((np.fromfile(starts, "<i8") + before).tobytes())
             before += count["tokens"]
 
 
