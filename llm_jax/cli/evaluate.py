@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     platform.require_devices()
     from llm_jax.core.mesh import Mesh
     from llm_jax.data.corpora import Corpus
-    from llm_jax.evaluation.evaluation import evaluate
+    from llm_jax.evaluation.evaluation import choose, evaluate
     from llm_jax.lab import experiment
     from llm_jax.language_model import load
 
@@ -80,13 +80,12 @@ def main(argv: Sequence[str]) -> int:
         experiment.load(FLAGS.experiment)
     corpora = [parse_component(text, Corpus, "--corpus") for text in FLAGS.corpus]
     tasks, mesh = [_task(text) for text in FLAGS.task], parse_component(FLAGS.mesh, Mesh, "--mesh")
+    harness = choose(FLAGS.harness_tasks, FLAGS.include_path) if FLAGS.harness_tasks else ()
     lm = load(FLAGS.model, arm=FLAGS.arm, trial=FLAGS.trial, step=FLAGS.step, compute=FLAGS.compute, mesh=mesh)
     names = ("split", "include_path", "shots", "length", "context", "limit", "seed")
     given = {name: FLAGS[name].value for name in names}
     with _Display() as display:
-        found = evaluate(
-            lm, corpora=corpora, tasks=tasks, harness=FLAGS.harness_tasks, chats=FLAGS.chat, tell=display.tell, **given
-        )
+        found = evaluate(lm, corpora=corpora, tasks=tasks, harness=harness, chats=FLAGS.chat, tell=display.tell, **given)
     console().print(found.model, highlight=False, markup=False)
     console().print(found.table())
     if out is not None:

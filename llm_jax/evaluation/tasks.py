@@ -10,6 +10,7 @@ alone.
 
 from __future__ import annotations
 
+import difflib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Answered:
-    """scores: by name; cut: how many requests had their context cut on the left; items: what was made of each record."""
+    """scores: by name; cut: how many questions had their context cut on the left; items: what was made of each record."""
 
     scores: dict[str, Estimate]
     cut: int
@@ -130,10 +131,12 @@ class MultipleChoice(Task):
 
     def record(self, raw, where):
         choices = raw.get("choices")
+        if choices is None:
+            raise ConfigError(f'has no "choices", a list of texts{_meant(raw)}', where)
         if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
             raise ConfigError(f'needs "choices", a list of texts, got {_short(choices)}', where)
         if len(choices) < 2:
-            raise ConfigError(f"has {len(choices)} choice, and of fewer than two there is nothing to choose", where)
+            raise ConfigError(f"has {len(choices) or 'no'} choice, and needs at least two", where)
         gold = _one_of(raw, GOLD, where)
         right = tuple(_place(one, choices, where) for one in (gold if isinstance(gold, list) else [gold]))
         if not right:
@@ -144,16 +147,16 @@ class MultipleChoice(Task):
         known = self.contexts(reader, limit)
         delimiter = self.delimiter if reader.template is None else ""
         pairs = [(n, choice) for n, (record, _) in enumerate(known) for choice in record.choices]
-        found, cut = np.zeros(len(pairs)), 0
+        found, cut = np.zeros(len(pairs)), set[int]()
 
         def requests() -> Iterator[Request]:
-            nonlocal cut
             for n, choice in pairs:
                 try:
                     request, shorter = reader.pair(known[n][1], delimiter + choice)
                 except ConfigError as error:
                     raise ConfigError(str(error), known[n][0].where) from None
-                cut += shorter
+                if shorter:
+                    cut.add(n)
                 yield request
 
         scorer = Scorer(reader.lm.config, reader.lm.vocabulary, reader.lm.params)
@@ -163,7 +166,7 @@ class MultipleChoice(Task):
         ends = np.cumsum([len(record.choices) for record, _ in known])[:-1]
         items = tuple(_item(record, log_p) for (record, _), log_p in zip(known, np.split(found, ends), strict=True))
         scores = {name: proportion([item[name] for item in items]) for name in ("acc", "acc_norm", "acc_bytes")}
-        return Answered(scores, cut, items)
+        return Answered(scores, len(cut), items)
 
 
 def _item(record: Record, log_p: np.ndarray) -> dict[str, Any]:
@@ -199,10 +202,16 @@ class Generation(Task):
         gold = _one_of(raw, GOLD, where)
         answers = gold if isinstance(gold, list) else [gold]
         if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ConfigError(f'needs "answer", a text or a list of texts, got {_short(gold)}', where)
+            told = f'needs "answer", a text or a list of texts, got {_short(gold)}'
+            place = isinstance(gold, (int, list)) and "choices" not in raw
+            raise ConfigError(told + (f', or the "choices" that it is a place of{_meant(raw)}' if place else ""), where)
         return Record(where, _context(raw, where), tuple(answers))
 
     def score(self, reader, *, limit=None, tell=lambda *_: None):
+        if self.max_tokens >= reader.length and not reader.lm.config.encodes:
+            way = f"Generation(path='{self.path}', max_tokens={max(reader.length // 2, 1)})"
+            told = f"is {self.max_tokens}, which leaves no room for a context in the {reader.length} tokens that are read"
+            raise ConfigError(f'{told}: write --task="{way}"', "max_tokens")
         known = self.contexts(reader, limit)
         prompts = [Prompt(context, self.until, self.max_tokens, self.sampling) for _, context in known]
         written: list[str] = [""] * len(known)
@@ -224,7 +233,9 @@ class Generation(Task):
 
 def of_file(path: str) -> Task:
     """The task that a file's first record is of, with its usual settings. Raises `ConfigError`."""
-    _, first = next(lines(path))
+    where, first = next(lines(path))
+    if "choices" not in first and any(isinstance(first[name], list) for name in _like_choices(first)):
+        raise ConfigError(f'has no "choices"{_meant(first)} For answers to be written: Generation(path={path!r})', where)
     return MultipleChoice(path=path) if "choices" in first else Generation(path=path)
 
 
@@ -259,6 +270,16 @@ def _one_of(raw: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
         told = f"has {' and '.join(map(repr, found))}, which mean the same" if found else f'has no "{names[0]}"'
         raise ConfigError(f"{told}: give one of {', '.join(names)}", where)
     return raw[found[0]]
+
+
+def _like_choices(raw: Mapping[str, Any]) -> list[str]:
+    return difflib.get_close_matches("choices", raw)
+
+
+def _meant(raw: Mapping[str, Any]) -> str:
+    """A question about a key that is spelt much like "choices"; nothing where there is none."""
+    near = _like_choices(raw)
+    return f': did you mean "{near[0]}" to be that?' if near else ""
 
 
 def _context(raw: Mapping[str, Any], where: str) -> str:
