@@ -227,9 +227,12 @@ def _compare() -> None:
     text = measures.text_of(_corpus(), FLAGS.megabytes)
     found = {}
     for kind in kinds:
-        fitted = _fitted(kind)
-        with console().status(f"measuring {_name(kind)}"):
-            found[_name(kind)] = measures.measure(fitted, text)
+        try:
+            fitted = _fitted(kind)
+            with console().status(f"measuring {_name(kind)}"):
+                found[_name(kind)] = measures.measure(fitted, text)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (of {_name(kind)})") from None
     size = sum(len(document.encode("utf-8")) for document in text.train)
     out = console()
     out.print(_table(found))
