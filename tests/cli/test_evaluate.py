@@ -3,11 +3,13 @@
 import functools
 import json
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 
 from llm_jax import export, language_model
 from llm_jax.core.config import ConfigError
+from llm_jax.evaluation import evaluation
 from tests.cli.outcome import outcome
 from tests.evaluation.models import speller
 
@@ -89,6 +91,16 @@ def test_flags_reach_the_model(files, monkeypatch, capsys):
     code, _, err = run([*flags, "--compute=bfloat16"], monkeypatch, capsys)
     assert (code, err) == (2, "error: the model was asked")
     assert asked == [("runs/x", -1, {"arm": "rope", "trial": "t", "step": 40, "compute": "bfloat16"})]
+
+
+def test_tasks_of_the_harness_are_looked_up_before_a_model_is_read(monkeypatch, capsys):
+    def manager_of(names, include_path):
+        raise ConfigError(f"names {names[0]}, of {include_path}", "--harness_tasks")
+
+    monkeypatch.setattr(evaluation, "_harness", lambda: SimpleNamespace(manager_of=manager_of))
+    monkeypatch.setattr(language_model, "load", lambda *_, **__: pytest.fail("was read"))
+    code, _, err = run(["--model=m", "--harness_tasks=helaswag", "--include_path=own"], monkeypatch, capsys)
+    assert (code, err) == (2, "error: --harness_tasks names helaswag, of own")
 
 
 @pytest.mark.parametrize(
