@@ -11,7 +11,6 @@ alone.
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, require
-from llm_jax.data import files
 from llm_jax.evaluation.estimates import Estimate, proportion
+from llm_jax.evaluation.lines import lines, short
 from llm_jax.evaluation.reading import Reader
 from llm_jax.evaluation.writing import Prompt, write
 from llm_jax.infer.sampling import Greedy, Sampling
@@ -134,7 +133,7 @@ class MultipleChoice(Task):
         if choices is None:
             raise ConfigError(f'has no "choices", a list of texts{_meant(raw)}', where)
         if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-            raise ConfigError(f'needs "choices", a list of texts, got {_short(choices)}', where)
+            raise ConfigError(f'needs "choices", a list of texts, got {short(choices)}', where)
         if len(choices) < 2:
             raise ConfigError(f"has {len(choices) or 'no'} choice, and needs at least two", where)
         gold = _one_of(raw, GOLD, where)
@@ -202,7 +201,7 @@ class Generation(Task):
         gold = _one_of(raw, GOLD, where)
         answers = gold if isinstance(gold, list) else [gold]
         if not answers or not all(isinstance(answer, str) for answer in answers):
-            told = f'needs "answer", a text or a list of texts, got {_short(gold)}'
+            told = f'needs "answer", a text or a list of texts, got {short(gold)}'
             place = isinstance(gold, (int, list)) and "choices" not in raw
             raise ConfigError(told + (f', or the "choices" that it is a place of{_meant(raw)}' if place else ""), where)
         return Record(where, _context(raw, where), tuple(answers))
@@ -239,31 +238,7 @@ def of_file(path: str) -> Task:
     return MultipleChoice(path=path) if "choices" in first else Generation(path=path)
 
 
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, its object) of files of JSON lines. Raises `ConfigError` where there is none, or a line is no object."""
-    try:
-        found = files.find(path, files.with_compressed("*.jsonl"))
-    except ConfigError as error:
-        raise ConfigError(error.problem, "task") from None
-    empty = True
-    for piece in found:
-        with files.reading(piece.file) as content:
-            for number, raw in enumerate(content, 1):
-                if raw.strip():
-                    empty, where = False, f"{piece.file}, line {number},"
-                    yield where, _object(raw, where)
-    if empty:
-        raise ConfigError("is empty: write one JSON object a line", path)
-
-
-def _object(raw: bytes, where: str) -> dict[str, Any]:
-    value = files.parsed(raw, where)
-    if not isinstance(value, dict):
-        raise ConfigError(f'must be an object, as in {{"context": "2 + 2 =", "answer": "4"}}, got {_short(value)}', where)
-    return value
-
-
+# ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _one_of(raw: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     found = [name for name in names if raw.get(name) is not None]
     if len(found) != 1:
@@ -285,21 +260,17 @@ def _meant(raw: Mapping[str, Any]) -> str:
 def _context(raw: Mapping[str, Any], where: str) -> str:
     context = _one_of(raw, CONTEXT, where)
     if not isinstance(context, str):
-        raise ConfigError(f"must have a text as its context, got {_short(context)}", where)
+        raise ConfigError(f"must have a text as its context, got {short(context)}", where)
     return context
 
 
 def _place(gold: Any, choices: Sequence[str], where: str) -> int:
     if isinstance(gold, str):
         if gold not in choices:
-            raise ConfigError(f"has the gold {_short(gold)}, which is none of its choices", where)
+            raise ConfigError(f"has the gold {short(gold)}, which is none of its choices", where)
         return choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int):
-        raise ConfigError(f"must have a place or a text as its gold, got {_short(gold)}", where)
+        raise ConfigError(f"must have a place or a text as its gold, got {short(gold)}", where)
     if not 0 <= gold < len(choices):
         raise ConfigError(f"has the gold {gold}, but its {len(choices)} choices are 0 … {len(choices) - 1}", where)
     return gold
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:60]
