@@ -31,8 +31,13 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        print(f"error: {error.filename}: {error.strerror}: name another place", file=sys.stderr)
+    except OSError as error:
+        from llm_jax.cli.terminal import refusal
+
+        sentence = refusal(error, sys.argv[2:])
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -112,7 +112,7 @@ class LM:
         One context or one continuation goes with all of several others. Two texts are tokenized together, as they would be read,
         and what is scored begins with the first token that the continuation has a part in. An encoder reads the context.
         """
-        decode.check(self.config)
+        decode.check(self.config, decode.SCORES_NONE)
         (befores, alone), (afters, single) = _several(context), _several(continuation)
         if not befores or not afters:
             raise ConfigError("has nothing in it: give at least one text", "continuation" if befores else "context")

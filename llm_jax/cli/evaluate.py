@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llm_jax.cli.terminal import console, parse
+from llm_jax.cli.terminal import console, parse, require_writable
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import parse as parse_component
@@ -66,11 +66,13 @@ def main(argv: Sequence[str]) -> int:
     out = None if FLAGS.out is None else pathlib.Path(FLAGS.out).expanduser()
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"must be a file in a folder that there is, got {FLAGS.out!r}", "--out")
+    if out is not None:
+        require_writable(out, f"--out={FLAGS.out}")
     platform.setup()
     platform.require_devices()
     from llm_jax.core.mesh import Mesh
     from llm_jax.data.corpora import Corpus
-    from llm_jax.evaluation.evaluation import evaluate
+    from llm_jax.evaluation.evaluation import choose, evaluate
     from llm_jax.lab import experiment
     from llm_jax.language_model import load
 
@@ -78,13 +80,12 @@ def main(argv: Sequence[str]) -> int:
         experiment.load(FLAGS.experiment)
     corpora = [parse_component(text, Corpus, "--corpus") for text in FLAGS.corpus]
     tasks, mesh = [_task(text) for text in FLAGS.task], parse_component(FLAGS.mesh, Mesh, "--mesh")
+    harness = choose(FLAGS.harness_tasks, FLAGS.include_path) if FLAGS.harness_tasks else ()
     lm = load(FLAGS.model, arm=FLAGS.arm, trial=FLAGS.trial, step=FLAGS.step, compute=FLAGS.compute, mesh=mesh)
     names = ("split", "include_path", "shots", "length", "context", "limit", "seed")
     given = {name: FLAGS[name].value for name in names}
     with _Display() as display:
-        found = evaluate(
-            lm, corpora=corpora, tasks=tasks, harness=FLAGS.harness_tasks, chats=FLAGS.chat, tell=display.tell, **given
-        )
+        found = evaluate(lm, corpora=corpora, tasks=tasks, harness=harness, chats=FLAGS.chat, tell=display.tell, **given)
     console().print(found.model, highlight=False, markup=False)
     console().print(found.table())
     if out is not None:

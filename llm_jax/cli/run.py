@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from absl import flags
 
-from llm_jax.cli.terminal import console, parse
+from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import override_text
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         print(interrupted, file=sys.stderr)
         return 130
     except OSError as error:
-        if not is_full(error):
+        if not is_full(error) or not within(error.filename or FLAGS.workdir, FLAGS.workdir):
             raise
         print(
             f"error: {FLAGS.workdir}: {error.strerror}: make room and run the same command again, it goes on from what was saved",

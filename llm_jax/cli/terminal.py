@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.platform import cache_dir
+from llm_jax.core.whole import try_file
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -32,6 +37,44 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def console() -> Console:
     """Standard output; where it is no terminal, tables are as wide as they need to be read."""
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+# ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refusal(error: OSError, argv: Sequence[str] = ()) -> str | None:
+    """A sentence for a place that the system refuses, with the way out; None where the error is not about one.
+
+    What cannot be written is named as `argv` has it; a file that cannot be read is named itself.
+    """
+    full, known = error.errno in FULL, isinstance(error.filename, (str, bytes, os.PathLike))
+    if error.errno is None or not (known or full):
+        return None
+    room = "make room, or " if full else ""
+    if not known:
+        return f"{error.strerror}: {room}name another place"
+    name = os.fsdecode(error.filename)
+    if within(name, cache_dir()) or within(cache_dir(), name):
+        return f"{cache_dir()}: {error.strerror}: {room}set LLM_JAX_CACHE to a folder that can be written"
+    typed = [argument.partition("=")[2] if argument.startswith("-") else argument for argument in argv]
+    if full or error.errno == errno.EROFS:
+        name = next((place for place in typed if place and (within(name, place) or within(place, name))), name)
+    return f"{name}: {error.strerror}: {room}name another place"
+
+
+def within(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a path is a folder's, or the folder itself."""
+    inner, outer = (pathlib.Path(os.path.abspath(pathlib.Path(one).expanduser())) for one in (path, folder))
+    return inner.is_relative_to(outer)
+
+
+def require_writable(file: pathlib.Path, flag: str) -> None:
+    """Raises `ConfigError`, which begins with the flag as it was typed, where the system does not let the file be written."""
+    try:
+        try_file(file)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}: name another place", flag) from None
 
 
 # ── pieces of text ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from rich.text import Text
 
-from llm_jax.cli.terminal import console, parse, piece_table, pieces_in_colour, visible
+from llm_jax.cli.terminal import console, parse, piece_table, pieces_in_colour, require_writable, visible
 from llm_jax.core.config import ConfigError
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.written import parse as parse_component
@@ -148,6 +148,9 @@ def _train() -> None:
 
     if FLAGS.output is None:
         raise ConfigError("is missing: name a folder, or a .model file of SentencePiece", "--output")
+    place = tokenizer_json.new_place(FLAGS.output)
+    folder = next(folder for folder in (place, *place.parents) if folder.exists())
+    require_writable(folder / place.name, f"--output={FLAGS.output}")
     fitted = _fitted(_one())
     files = tokenizer_json.save(fitted, FLAGS.output)
     print(f"{fitted.vocabulary:,} ids, {'lossless' if fitted.lossless else 'not lossless'}, fingerprint {fitted.fingerprint}")
@@ -224,9 +227,12 @@ def _compare() -> None:
     text = measures.text_of(_corpus(), FLAGS.megabytes)
     found = {}
     for kind in kinds:
-        fitted = _fitted(kind)
-        with console().status(f"measuring {_name(kind)}"):
-            found[_name(kind)] = measures.measure(fitted, text)
+        try:
+            fitted = _fitted(kind)
+            with console().status(f"measuring {_name(kind)}"):
+                found[_name(kind)] = measures.measure(fitted, text)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (of {_name(kind)})") from None
     size = sum(len(document.encode("utf-8")) for document in text.train)
     out = console()
     out.print(_table(found))

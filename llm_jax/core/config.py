@@ -83,6 +83,14 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
 
 
+def _is_of(value: Any, annotation: Any) -> bool:
+    try:
+        _adapter(annotation).validate_python(value, strict=True)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
 def members_of(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -90,13 +98,16 @@ def members_of(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _describe(annotation: Any) -> str:
-    names = []
+def _describe(annotation: Any, value: Any = None) -> str:
+    """The alternatives; a tuple that `value` belongs into as it is written."""
+    names, alone = [], tuple(value) if isinstance(value, list) else (value,)
     for member in members_of(annotation):
         if is_config(member):
             names += sorted(components(member))
         elif typing.get_origin(member) is typing.Literal:
             names += [repr(a) for a in typing.get_args(member)]
+        elif typing.get_origin(member) is tuple and value is not None and _is_of(alone, member):
+            names.append(f"a tuple such as {alone!r}")
         else:
             names.append("None" if member is type(None) else getattr(member, "__name__", str(member)))
     return " | ".join(names)
@@ -130,13 +141,9 @@ def check_type(value: Any, annotation: Any, where: str) -> None:
         if is_config(member) or member is Any:
             if member is Any or isinstance(value, member):
                 return
-        elif not isinstance(value, Config):
-            try:
-                _adapter(member).validate_python(value, strict=True)
-                return
-            except pydantic.ValidationError:
-                pass
-    raise ConfigError(f"must be {_describe(annotation)}, got {value!r}", where)
+        elif not isinstance(value, Config) and _is_of(value, member):
+            return
+    raise ConfigError(f"must be {_describe(annotation, value)}, got {value!r}", where)
 
 
 # ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pathlib
 import shutil
 import uuid
@@ -20,8 +21,9 @@ def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(file)
     try:
-        yield partial
-        partial.replace(file)
+        with _naming(partial, file):
+            yield partial
+            partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -34,9 +36,11 @@ def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -
     stands: whether a folder that has the name by then, another process's, stays in its stead; one that does not is removed.
     """
     partial = _beside(folder)
-    partial.mkdir(parents=True)
+    with _naming(partial, folder):
+        partial.mkdir(parents=True)
     try:
-        yield partial
+        with _naming(partial, folder):
+            yield partial
         if folder.exists() and not stands(folder):
             _remove(folder)
         try:
@@ -54,6 +58,17 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def try_file(file: pathlib.Path) -> None:
+    """Writes a file beside it and removes it. Raises `OSError`, which names `file`, where that cannot be."""
+    partial = _beside(file)
+    try:
+        with _naming(partial, file):
+            partial.write_bytes(b"\n")
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def left(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
     """What was being written to files and folders of these names, or patterns of names, in a folder, and never got them."""
     return [path for name in names for path in folder.glob(f".{name}.*")]
@@ -63,6 +78,17 @@ def remove_left(folder: pathlib.Path, names: Sequence[str]) -> None:
     """Removes what is left of them. Nobody may be writing there."""
     for path in left(folder, names):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(partial: pathlib.Path, place: pathlib.Path) -> Iterator[None]:
+    """What the system refuses is said of the place, not of what is written beside it, nor of nothing, as a full disk is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or isinstance(error.filename, (str, os.PathLike))):
+            error.filename = str(place if error.filename is None else error.filename).replace(str(partial), str(place))
+        raise
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -264,10 +264,10 @@ def _write(folder: pathlib.Path, parts: Iterator[Pieces]) -> None:
     rows = pieces = 0
     with whole_folder(folder, stands=_is_whole) as to, contextlib.ExitStack() as files:
         first, begins, sizes = (files.enter_context(open(to / name, "wb")) for name in Plan._fields)
-        np.zeros(1, np.int64).tofile(first)
+        first.write(np.zeros(1, np.int64).tobytes())
         for part in parts:
-            (pieces + _lasts(part.rows)).tofile(first)
-            part.begins.tofile(begins)
-            part.sizes.tofile(sizes)
+            first.write((pieces + _lasts(part.rows)).tobytes())
+            begins.write(part.begins.tobytes())
+            sizes.write(part.sizes.tobytes())
             rows, pieces = rows + int(part.rows.max(initial=-1)) + 1, pieces + len(part.rows)
         (to / "counts.json").write_text(json.dumps([rows, pieces]))

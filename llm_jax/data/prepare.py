@@ -57,7 +57,7 @@ def prepare(
     groups = _grouped(corpus.pieces(shard_bytes), shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        plan = _plan(corpus, tokenizer, groups, shard_bytes)
+        plan = _plan(corpus, tokenizer, shard_bytes)
         _refuse_others(folder, plan)
         remove_left(folder, OURS)
         model = _trained_model(corpus, tokenizer, folder, cache)
@@ -107,9 +107,9 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _plan(corpus: Corpus, tokenizer: Tokenizer, groups: Sequence[Sequence[Piece]], shard_bytes: int) -> dict[str, Any]:
+def _plan(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int) -> dict[str, Any]:
     """What must be the same for shards to belong together."""
-    files = sorted({(piece.file, piece.size, piece.modified) for pieces in groups for piece in pieces if piece.file})
+    files = sorted({(piece.file, piece.size, piece.modified) for piece in corpus.pieces() if piece.file})
     return {
         "corpus": {name: value for name, value in to_json(corpus).items() if name != "bad"},  # what is skipped can be decided late
         "tokenizer": to_json(tokenizer),
@@ -196,7 +196,7 @@ def _index(file: pathlib.Path, parts: Sequence[tuple[pathlib.Path, dict[str, int
         write_starts_header(out, sum(count["documents"] for _, count in parts))
         before = 0
         for starts, count in parts:
-            (np.fromfile(starts, "<i8") + before).tofile(out)
+            out.write((np.fromfile(starts, "<i8") + before).tobytes())
             before += count["tokens"]
 
 

@@ -59,8 +59,8 @@ def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Fitted, split: Split
             for ids in tokenizer.encode_all(corpus.documents(split), threads=cores()):
                 starts.write(total.to_bytes(8, "little"))
                 documents, total = documents + 1, total + len(ids) + len(end)
-                ids.astype(dtype).tofile(out)
-                end.tofile(out)
+                out.write(ids.astype(dtype).tobytes())
+                out.write(end.tobytes())
             starts.seek(0)
             write_starts_header(starts, documents)
         (partial / "meta.json").write_text(json.dumps({"tokens": total, "dtype": dtype.name}))

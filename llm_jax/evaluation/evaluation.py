@@ -15,7 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from llm_jax.core.config import ConfigError, to_json
+from llm_jax.core.config import ConfigError, check_type, require, to_json
 from llm_jax.core.whole import write_whole
 from llm_jax.data.corpora import Corpus
 from llm_jax.evaluation.estimates import Estimate
@@ -70,13 +70,28 @@ class Evaluated:
         write_whole(pathlib.Path(path), json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Tasks of the harness that there are, by name. manager: its `TaskManager`, which takes seconds to make."""
+
+    names: tuple[str, ...]
+    manager: Any
+
+
+def choose(names: str | Sequence[str], include_path: str | None = None) -> Chosen:
+    """Tasks of the harness, looked up before a model is loaded for them. Raises `ConfigError` for one that it does not have."""
+    known = tuple(_several(names, str, "harness"))
+    check_type(include_path, str | None, "include_path")
+    return Chosen(known, _harness().manager_of(known, include_path))
+
+
 def evaluate(
     lm: LM,
     *,
-    corpora: Sequence[Corpus] = (),
+    corpora: Corpus | Sequence[Corpus] = (),
     split: str = "valid",
-    tasks: Sequence[Task | str] = (),
-    harness: Sequence[str] = (),
+    tasks: Task | str | Sequence[Task | str] = (),
+    harness: str | Sequence[str] | Chosen = (),
     include_path: str | None = None,
     shots: int | None = None,
     length: int | None = None,
@@ -92,16 +107,36 @@ def evaluate(
     document go on from; limit: documents or questions of each, at most; shots: examples of the harness's tasks; chats: questions go
     through the model's chat template.
     """
+    given = {"split": (split, str), "shots": (shots, int | None), "length": (length, int | None), "context": (context, int)}
+    given |= {"limit": (limit, int | None), "chats": (chats, bool), "seed": (seed, int)}
+    for name, (value, kind) in given.items():
+        check_type(value, kind, name)
+    require(limit is None or limit >= 1, "limit", f"must be >= 1, or None for all, got {limit}")
+    require(shots is None or shots >= 0, "shots", f"must be >= 0, or None for each task's own, got {shots}")
+    if not isinstance(lm, LM):
+        raise ConfigError(f"must be what llm_jax.load gave, got {lm!r}: evaluate(llm_jax.load(…), …)", "lm")
+    corpora, tasks = _several(corpora, Corpus, "corpora"), _several(tasks, Task | str, "tasks")
+    if not (corpora or tasks or harness):
+        raise ConfigError("needs something to score: corpora=[…], tasks=['FILE.jsonl'] or harness=['NAME']", "evaluate")
+    chosen = harness if isinstance(harness, Chosen) else choose(harness, include_path) if harness else None
     asked = reader(lm, length, chats=chats)
     settings = {"length": asked.length, "context": context, "split": split, "limit": limit, "chats": chats, "seed": seed}
     found = [_corpus(asked, corpus, split, context, limit, tell) for corpus in corpora]
     found += [_task(asked, of_file(task) if isinstance(task, str) else task, limit, tell) for task in tasks]
-    if harness:
-        call = partial(_harness().run, lm, harness, include_path=include_path, shots=shots)
+    if chosen is not None:
+        call = partial(_harness().run, lm, chosen.names, chosen.manager, shots=shots)
         by_task = call(length=length, chats=chats, limit=limit, seed=seed)
         found += [Found(name, scores, _cut(cut), {"kind": "harness", "cut": cut}) for name, scores, cut in by_task]
         settings |= {"shots": shots, "lm_eval": metadata.version("lm_eval")}
     return Evaluated(repr(lm), settings, tuple(found))
+
+
+def _several(value: Any, kind: Any, name: str) -> list[Any]:
+    """One, or several, as a list. Raises `ConfigError` for what is of another kind."""
+    found = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for one in found:
+        check_type(one, kind, name)
+    return found
 
 
 def _harness() -> Any:
@@ -130,7 +165,7 @@ def _task(asked: Reader, task: Task, limit: int | None, tell: Tell) -> Found:
 
 
 def _cut(count: int) -> str:
-    return f"{count:,} contexts are cut on the left" if count else ""
+    return f"{count:,} {'contexts are' if count > 1 else 'context is'} cut on the left" if count else ""
 
 
 def _short(value: float) -> str:

@@ -66,7 +66,7 @@ class HarnessLM(api.LM):
         super().__init__()
         lm = pretrained if isinstance(pretrained, LM) else load(pretrained, arm=arm, trial=trial, step=step)
         self.reader, self.seed = reader(lm, max_length, chats=chats), seed
-        self.cut: collections.Counter[str | None] = collections.Counter()  # contexts that are cut on the left, by task
+        self.cut: dict[str | None, set] = collections.defaultdict(set)  # questions whose context is cut on the left, by task
 
     # ── what it is asked ─────────────────────────────────────────────────────────────────────────────────────────────
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -75,7 +75,7 @@ class HarnessLM(api.LM):
         for request in requests:
             pair, cut = self.reader.pair(*request.args)
             pairs.append(pair)
-            self.cut[request.task_name] += cut
+            self.cut[request.task_name] |= {request.doc_id} if cut else set()
         answers = [(scores.log_p, scores.greedy) for scores in self._scored(pairs, disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -102,7 +102,7 @@ class HarnessLM(api.LM):
         written = [""] * len(requests)
         for number, text, cut in tqdm(write(self.reader, prompts, seed=self.seed), total=len(prompts), disable=disable_tqdm):
             written[number] = text
-            self.cut[requests[number].task_name] += cut
+            self.cut[requests[number].task_name] |= {requests[number].doc_id} if cut else set()
         for request, text in zip(requests, written, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return written
@@ -164,19 +164,19 @@ def _sampling(given: dict[str, Any]) -> Sampling:
 def run(
     lm: LM,
     tasks: Sequence[str],
+    manager: TaskManager,
     *,
-    include_path: str | None = None,
     length: int | None = None,
     shots: int | None = None,
     chats: bool = False,
     limit: int | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[str, dict[str, Estimate], int]]:
-    """(task, the harness's scores by metric, how many contexts were cut). include_path: a folder of task files of one's own.
+    """(task, the harness's scores by metric, how many contexts were cut). manager: `manager_of` them.
 
-    Raises `ConfigError` for tasks that it does not have.
+    Raises `ConfigError`, also for a task whose data cannot be loaded.
     """
-    model, manager = HarnessLM(lm, max_length=length, chats=chats, seed=seed), _manager(tasks, include_path)
+    model = HarnessLM(lm, max_length=length, chats=chats, seed=seed)
     found = simple_evaluate(
         model=model,
         tasks=list(tasks),
@@ -192,18 +192,35 @@ def run(
     )
     assert found is not None
     for name, told in found["results"].items():
-        yield name, dict(_estimates(name, told, found)), model.cut[name]
+        yield name, dict(_estimates(name, told, found)), len(model.cut[name])
 
 
-def _manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
-    """What knows the tasks: of one's own folder alone where that has all of them, since the library's thousands take seconds."""
+class _Manager(TaskManager):
+    """What knows tasks, and says in a sentence why one cannot be loaded."""
+
+    def load(self, spec, *more, **options):
+        try:
+            return super().load(spec, *more, **options)
+        except ConfigError:
+            raise
+        except Exception as error:  # the hub's, the network's, the datasets', the task's own
+            told = f"cannot be loaded: {' '.join(str(error).split())[:300]}"
+            way = "mend the task, or get its data once where the hub is within reach"
+            raise ConfigError(f"{told}: {way}", f"--harness_tasks={','.join(map(str, spec))}") from error
+
+
+def manager_of(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+    """What knows the tasks: of one's own folder alone where that has all of them, since the library's thousands take seconds.
+
+    Raises `ConfigError` for tasks that it does not have.
+    """
     if include_path is not None:
         if not os.path.isdir(include_path):
             raise ConfigError(f"is no folder: {include_path!r}", "--include_path")
-        own = TaskManager(include_path=include_path, include_defaults=False)
+        own = _Manager(include_path=include_path, include_defaults=False)
         if all(own.match_tasks([name]) for name in tasks):
             return own
-    manager = TaskManager(include_path=include_path)
+    manager = _Manager(include_path=include_path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         where = f"lm_eval or {include_path}" if include_path else "lm_eval: --include_path names a folder of more"

@@ -157,7 +157,8 @@ def longest(lm: LM) -> int:
 
 def reader(lm: LM, length: int | None = None, *, chats: bool = False) -> Reader:
     """Of a model with a tokenizer; length: None for what `longest` says. Raises `ConfigError` for a model that cannot be scored."""
-    decode.check(lm.config)
+    arm = "" if lm.trial is None else f" (this is the arm {lm.trial.result['arm']!r}: --arm names another)"
+    decode.check(lm.config, decode.SCORES_NONE + arm)
     source = lm.source or "the model"
     if lm.tokenizer is None:
         raise ConfigError(f"has no tokenizer, and what is scored are texts: {lm.untold or 'put its files beside it'}", source)

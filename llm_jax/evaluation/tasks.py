@@ -10,7 +10,7 @@ alone.
 
 from __future__ import annotations
 
-import json
+import difflib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import Config, ConfigError, require
-from llm_jax.data import files
 from llm_jax.evaluation.estimates import Estimate, proportion
+from llm_jax.evaluation.lines import lines, short
 from llm_jax.evaluation.reading import Reader
 from llm_jax.evaluation.writing import Prompt, write
 from llm_jax.infer.sampling import Greedy, Sampling
@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Answered:
-    """scores: by name; cut: how many requests had their context cut on the left; items: what was made of each record."""
+    """scores: by name; cut: how many questions had their context cut on the left; items: what was made of each record."""
 
     scores: dict[str, Estimate]
     cut: int
@@ -130,10 +130,12 @@ class MultipleChoice(Task):
 
     def record(self, raw, where):
         choices = raw.get("choices")
+        if choices is None:
+            raise ConfigError(f'has no "choices", a list of texts{_meant(raw)}', where)
         if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-            raise ConfigError(f'needs "choices", a list of texts, got {_short(choices)}', where)
+            raise ConfigError(f'needs "choices", a list of texts, got {short(choices)}', where)
         if len(choices) < 2:
-            raise ConfigError(f"has {len(choices)} choice, and of fewer than two there is nothing to choose", where)
+            raise ConfigError(f"has {len(choices) or 'no'} choice, and needs at least two", where)
         gold = _one_of(raw, GOLD, where)
         right = tuple(_place(one, choices, where) for one in (gold if isinstance(gold, list) else [gold]))
         if not right:
@@ -144,16 +146,16 @@ class MultipleChoice(Task):
         known = self.contexts(reader, limit)
         delimiter = self.delimiter if reader.template is None else ""
         pairs = [(n, choice) for n, (record, _) in enumerate(known) for choice in record.choices]
-        found, cut = np.zeros(len(pairs)), 0
+        found, cut = np.zeros(len(pairs)), set[int]()
 
         def requests() -> Iterator[Request]:
-            nonlocal cut
             for n, choice in pairs:
                 try:
                     request, shorter = reader.pair(known[n][1], delimiter + choice)
                 except ConfigError as error:
                     raise ConfigError(str(error), known[n][0].where) from None
-                cut += shorter
+                if shorter:
+                    cut.add(n)
                 yield request
 
         scorer = Scorer(reader.lm.config, reader.lm.vocabulary, reader.lm.params)
@@ -163,7 +165,7 @@ class MultipleChoice(Task):
         ends = np.cumsum([len(record.choices) for record, _ in known])[:-1]
         items = tuple(_item(record, log_p) for (record, _), log_p in zip(known, np.split(found, ends), strict=True))
         scores = {name: proportion([item[name] for item in items]) for name in ("acc", "acc_norm", "acc_bytes")}
-        return Answered(scores, cut, items)
+        return Answered(scores, len(cut), items)
 
 
 def _item(record: Record, log_p: np.ndarray) -> dict[str, Any]:
@@ -199,10 +201,16 @@ class Generation(Task):
         gold = _one_of(raw, GOLD, where)
         answers = gold if isinstance(gold, list) else [gold]
         if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ConfigError(f'needs "answer", a text or a list of texts, got {_short(gold)}', where)
+            told = f'needs "answer", a text or a list of texts, got {short(gold)}'
+            place = isinstance(gold, (int, list)) and "choices" not in raw
+            raise ConfigError(told + (f', or the "choices" that it is a place of{_meant(raw)}' if place else ""), where)
         return Record(where, _context(raw, where), tuple(answers))
 
     def score(self, reader, *, limit=None, tell=lambda *_: None):
+        if self.max_tokens >= reader.length and not reader.lm.config.encodes:
+            way = f"Generation(path='{self.path}', max_tokens={max(reader.length // 2, 1)})"
+            told = f"is {self.max_tokens}, which leaves no room for a context in the {reader.length} tokens that are read"
+            raise ConfigError(f'{told}: write --task="{way}"', "max_tokens")
         known = self.contexts(reader, limit)
         prompts = [Prompt(context, self.until, self.max_tokens, self.sampling) for _, context in known]
         written: list[str] = [""] * len(known)
@@ -224,35 +232,13 @@ class Generation(Task):
 
 def of_file(path: str) -> Task:
     """The task that a file's first record is of, with its usual settings. Raises `ConfigError`."""
-    _, first = next(lines(path))
+    where, first = next(lines(path))
+    if "choices" not in first and any(isinstance(first[name], list) for name in _like_choices(first)):
+        raise ConfigError(f'has no "choices"{_meant(first)} For answers to be written: Generation(path={path!r})', where)
     return MultipleChoice(path=path) if "choices" in first else Generation(path=path)
 
 
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, its object) of files of JSON lines. Raises `ConfigError` where there is none, or a line is no object."""
-    try:
-        found = files.find(path, files.with_compressed("*.jsonl"))
-    except ConfigError as error:
-        raise ConfigError(error.problem, "task") from None
-    empty = True
-    for piece in found:
-        with files.reading(piece.file) as content:
-            for number, raw in enumerate(content, 1):
-                if raw.strip():
-                    empty, where = False, f"{piece.file}, line {number},"
-                    yield where, _object(raw, where)
-    if empty:
-        raise ConfigError("is empty: write one JSON object a line", path)
-
-
-def _object(raw: bytes, where: str) -> dict[str, Any]:
-    value = files.parsed(raw, where)
-    if not isinstance(value, dict):
-        raise ConfigError(f'must be an object, as in {{"context": "2 + 2 =", "answer": "4"}}, got {_short(value)}', where)
-    return value
-
-
+# ── records ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _one_of(raw: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     found = [name for name in names if raw.get(name) is not None]
     if len(found) != 1:
@@ -261,24 +247,30 @@ def _one_of(raw: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     return raw[found[0]]
 
 
+def _like_choices(raw: Mapping[str, Any]) -> list[str]:
+    return difflib.get_close_matches("choices", raw)
+
+
+def _meant(raw: Mapping[str, Any]) -> str:
+    """A question about a key that is spelt much like "choices"; nothing where there is none."""
+    near = _like_choices(raw)
+    return f': did you mean "{near[0]}" to be that?' if near else ""
+
+
 def _context(raw: Mapping[str, Any], where: str) -> str:
     context = _one_of(raw, CONTEXT, where)
     if not isinstance(context, str):
-        raise ConfigError(f"must have a text as its context, got {_short(context)}", where)
+        raise ConfigError(f"must have a text as its context, got {short(context)}", where)
     return context
 
 
 def _place(gold: Any, choices: Sequence[str], where: str) -> int:
     if isinstance(gold, str):
         if gold not in choices:
-            raise ConfigError(f"has the gold {_short(gold)}, which is none of its choices", where)
+            raise ConfigError(f"has the gold {short(gold)}, which is none of its choices", where)
         return choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int):
-        raise ConfigError(f"must have a place or a text as its gold, got {_short(gold)}", where)
+        raise ConfigError(f"must have a place or a text as its gold, got {short(gold)}", where)
     if not 0 <= gold < len(choices):
         raise ConfigError(f"has the gold {gold}, but its {len(choices)} choices are 0 … {len(choices) - 1}", where)
     return gold
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:60]

@@ -55,14 +55,15 @@ class Generated:
     count: jax.Array
 
 
-def check(model: Model) -> None:
-    """Raises `ConfigError` unless the model can generate."""
+SCORES_NONE = "scores no text from left to right"
+
+
+def check(model: Model, cannot: str = "cannot generate") -> None:
+    """Raises `ConfigError` unless the model says what follows a text; cannot: what else it does not do."""
     if not model.head.words:
-        raise ConfigError(
-            f"is {type(model.head).__name__}, which scores no token ids: only LanguageModel() generates", "model.head"
-        )
+        raise ConfigError(f"is {type(model.head).__name__}, which scores no token ids: only LanguageModel() does", "model.head")
     if not model.causal:
-        raise ConfigError("is not causal: each token sees later ones, which do not exist yet, so it cannot generate", "model")
+        raise ConfigError(f"is not causal: each token sees later ones, which do not exist yet, so it {cannot}", "model")
 
 
 def generate(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.whole import write_whole
 from llm_jax.data.pieces import MARK, byte_characters
 from llm_jax.data.tokenizers import Fitted
 
@@ -21,25 +22,31 @@ def save(tokenizer: Fitted, path: str | os.PathLike) -> list[pathlib.Path]:
 
     Raises `ConfigError` for a `.model` that is not SentencePiece's, and where there are such files already.
     """
-    place = pathlib.Path(path).expanduser()
+    place = new_place(path)
     is_file = place.suffix == ".model"
     if is_file and tokenizer.model is None:
         raise ConfigError("can only be written by SentencePiece: name a folder", str(path))
-    if place.suffix == ".json":
-        raise ConfigError("is a file, and tokenizer.json has files beside it: name a folder", str(path))
-    there = [file for file in ([place] if is_file else [place / "tokenizer.json", place / MODEL]) if file.exists()]
-    if there:
-        raise ConfigError("is there already: name another place", str(there[0]))
     (place.parent if is_file else place).mkdir(parents=True, exist_ok=True)
     if is_file:
         assert tokenizer.model is not None
-        place.write_bytes(tokenizer.model)
+        write_whole(place, tokenizer.model)
         return [place]
     files = write(tokenizer, place)
     if tokenizer.model is not None and place / MODEL not in files:
-        (place / MODEL).write_bytes(tokenizer.model)
+        write_whole(place / MODEL, tokenizer.model)
         files.append(place / MODEL)
     return files
+
+
+def new_place(path: str | os.PathLike) -> pathlib.Path:
+    """Where `save` writes to. Raises `ConfigError` for a file that is no `.model`, and where there is a tokenizer already."""
+    place = pathlib.Path(path).expanduser()
+    if place.suffix == ".json":
+        raise ConfigError("is a file, and tokenizer.json has files beside it: name a folder", str(path))
+    there = [file for file in ([place] if place.suffix == ".model" else [place / "tokenizer.json", place / MODEL]) if file.exists()]
+    if there:
+        raise ConfigError("is there already: name another place", str(there[0]))
+    return place
 
 
 def write(tokenizer: Fitted, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -54,7 +61,7 @@ def write(tokenizer: Fitted, folder: pathlib.Path) -> list[pathlib.Path]:
         "tokenizer_config.json": json.dumps(config | end),
     }
     for name, text in contents.items():
-        (folder / name).write_text(text, "utf-8")
+        write_whole(folder / name, text)
     return [folder / name for name in contents]
 
 
@@ -62,8 +69,8 @@ def _model_alone(tokenizer: Fitted, folder: pathlib.Path) -> list[pathlib.Path]:
     """A model of SentencePiece that changes text in ways which tokenizer.json has other words for, with nothing around a text."""
     if tokenizer.model is None:
         return []
-    (folder / MODEL).write_bytes(tokenizer.model)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "add_eos_token": False}), "utf-8")
+    write_whole(folder / MODEL, tokenizer.model)
+    write_whole(folder / "tokenizer_config.json", json.dumps({"add_bos_token": False, "add_eos_token": False}))
     return [folder / MODEL, folder / "tokenizer_config.json"]
 
 

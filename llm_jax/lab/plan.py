@@ -226,14 +226,19 @@ def _groups(runs: Sequence[Run], largest: Largest) -> list[tuple[str, int]]:
 
 def _caption(ablation: Ablation, runs: Sequence[Run], costs: Mapping[str, Cost], largest: Largest, flops_per_second: float) -> str:
     training, scoring = (sum(getattr(costs[r.arm], part) for r in runs) for part in ("flops", "evaluation"))
-    programs, points = _groups(runs, largest), len(ablation.grid)
-    tuning = f"{len(ablation.arms)} arms × {points} grid points × {ablation.tuning_seeds} tuning seeds + " if points > 1 else ""
+    programs, points, arms = _groups(runs, largest), len(ablation.grid), _counted(len(ablation.arms), "arm")
+    tuning = f"{arms} × {points} grid points × {_counted(ablation.tuning_seeds, 'tuning seed')} + " if points > 1 else ""
     return (
-        f"{tuning}{len(ablation.arms)} arms × {ablation.seeds} seeds = {len(runs)} runs in {len(programs)} groups, "
+        f"{tuning}{arms} × {_counted(ablation.seeds, 'seed')} = {_counted(len(runs), 'run')} in "
+        f"{_counted(len(programs), 'group')}, "
         f"{sum(costs[r.arm].tokens for r in runs):,} tokens, {training:.3g} FLOPs to train and {scoring:.3g} to evaluate, about "
         f"{duration((training + scoring) / flops_per_second)} at {flops_per_second / 1e9:,.1f} GFLOP/s and the compilation of "
-        f"{len(set(programs))} programs; nothing has been trained."
+        f"{_counted(len(set(programs)), 'program')}; nothing has been trained."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

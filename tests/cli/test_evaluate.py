@@ -3,11 +3,13 @@
 import functools
 import json
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 
 from llm_jax import export, language_model
 from llm_jax.core.config import ConfigError
+from llm_jax.evaluation import evaluation
 from tests.cli.outcome import outcome
 from tests.evaluation.models import speller
 
@@ -53,13 +55,13 @@ def test_everything_is_scored_in_one_call(files, monkeypatch, capsys, tmp_path):
     )
     for name in names:
         assert f"│ {name} " in out, name
-    assert "2 contexts are cut on the left" in out and "200 tokens, " in out and "LM(Decoder, 1 layers × 16" in out
+    assert "1 context is cut on the left" in out and "200 tokens, " in out and "LM(Decoder, 1 layers × 16" in out
     told = json.loads((tmp_path / "out.json").read_text())
     assert [one["kind"] for one in told["results"]] == ["corpus", "task", "task"]
     corpus, choices, _ = told["results"]
     assert (corpus["documents"], corpus["tokens"], corpus["bytes"]) == (4, 200, 200)
     assert corpus["scores"]["bits_per_byte"]["low"] < corpus["scores"]["bits_per_byte"]["value"]
-    assert choices["cut"] == 2 and choices["scores"]["acc"]["error"] is None  # of one question there is none
+    assert choices["cut"] == 1 and choices["scores"]["acc"]["error"] is None  # of one question there is none
     assert told["settings"]["length"] == 16 and choices["definition"]["class"] == "MultipleChoice"
 
 
@@ -70,7 +72,7 @@ def test_a_name_in_brackets_is_shown_as_it_is(files, monkeypatch, capsys):
     assert code == 0 and "│ [red]a " in out, err
 
 
-def test_flags_reach_the_model(monkeypatch, capsys):
+def test_flags_reach_the_model(files, monkeypatch, capsys):
     asked = []
 
     def load(path, **which):
@@ -78,10 +80,27 @@ def test_flags_reach_the_model(monkeypatch, capsys):
         raise ConfigError("was asked", "the model")
 
     monkeypatch.setattr(language_model, "load", load)
-    flags = ["--model=runs/x", "--arm=rope", "--trial=t", "--step=40", "--harness_tasks=a", "--mesh=Mesh(data=1, fsdp=-1)"]
+    flags = [
+        "--model=runs/x",
+        "--arm=rope",
+        "--trial=t",
+        "--step=40",
+        f"--task={files / 'choices.jsonl'}",
+        "--mesh=Mesh(data=1, fsdp=-1)",
+    ]
     code, _, err = run([*flags, "--compute=bfloat16"], monkeypatch, capsys)
     assert (code, err) == (2, "error: the model was asked")
     assert asked == [("runs/x", -1, {"arm": "rope", "trial": "t", "step": 40, "compute": "bfloat16"})]
+
+
+def test_tasks_of_the_harness_are_looked_up_before_a_model_is_read(monkeypatch, capsys):
+    def manager_of(names, include_path):
+        raise ConfigError(f"names {names[0]}, of {include_path}", "--harness_tasks")
+
+    monkeypatch.setattr(evaluation, "_harness", lambda: SimpleNamespace(manager_of=manager_of))
+    monkeypatch.setattr(language_model, "load", lambda *_, **__: pytest.fail("was read"))
+    code, _, err = run(["--model=m", "--harness_tasks=helaswag", "--include_path=own"], monkeypatch, capsys)
+    assert (code, err) == (2, "error: --harness_tasks names helaswag, of own")
 
 
 @pytest.mark.parametrize(

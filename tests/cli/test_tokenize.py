@@ -118,6 +118,10 @@ def test_tokenizers_are_compared_in_one_table(text, monkeypatch, capsys):
         (["encode", "--tokenizer=Bytes()", "--chat=m.json"], "--template is missing"),
         (["inspect", "--tokenizer=Bytes()", "--ids=1,300"], "--ids must be whole numbers below 257"),
         (["train", "--tokenizer=Bytes()", "--output=a.model"], "can only be written by SentencePiece"),
+        (
+            ["compare", "--tokenizer=Bytes()", "--tokenizer=SentencePiece(path='none')"],
+            "tokenizer.path is no file: 'none' (of SentencePiece(path='none'))",
+        ),
         (["compare", "--corpus=TextFils()"], "--corpus has no choice 'TextFils': did you mean TextFiles"),
         (["encode", "more"], "takes flags only, got 'more'"),
     ],

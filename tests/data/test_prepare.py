@@ -191,6 +191,8 @@ def test_a_folder_is_for_one_corpus_and_tokenizer(corpus, cache, copy, tmp_path)
     ]:
         with pytest.raises(ConfigError, match="tokens' was begun for something else"):
             prepare(other, tokenizer, copy, cache=cache, shard_bytes=size)
+    with pytest.raises(ConfigError, match=r"something else \(shard_bytes was 30000 and is 7000\): name another"):
+        prepare(corpus, Bytes(), copy, cache=cache, shard_bytes=7000)
     own = pathlib.Path(shutil.copytree(corpus.path, tmp_path / "texts"))
     prepare(Jsonl(path=str(own)), Bytes(), tmp_path / "t", cache=cache)
     (own / "a.jsonl").write_text(json.dumps({"text": "changed"}))

@@ -13,6 +13,7 @@ import pytest
 
 import llm_jax
 from llm_jax.core.config import ConfigError
+from llm_jax.data.corpora import TextFiles
 from llm_jax.evaluation.evaluation import evaluate
 from llm_jax.evaluation.tasks import Generation, MultipleChoice
 from llm_jax.infer.sampling import Greedy, Sample
@@ -69,7 +70,7 @@ def folder(tmp_path_factory):
 def instances(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, given, 0) for given in arguments]
+    return [Instance(kind, {}, given, 0, ("own", number, 1)) for number, given in enumerate(arguments)]
 
 
 def test_without_the_library_it_is_a_sentence(monkeypatch):
@@ -98,7 +99,7 @@ def test_requests_are_answered_one_by_one_as_together():
     assert together == [model.loglikelihood([pair], disable_tqdm=True)[0] for pair in pairs]
     assert together == model.loglikelihood(pairs[::-1], disable_tqdm=True)[::-1]
     assert together[0][0] == pytest.approx(model.reader.lm.loglikelihood("the", " fox"), rel=1e-5)
-    assert model.cut.total() == 3 and model.reader.length == 16
+    assert model.cut == {"own": {3}} and model.reader.length == 16
     texts = instances("loglikelihood_rolling", ("the quick brown fox jumps",), ("a",), ("",))
     whole = model.loglikelihood_rolling(texts, disable_tqdm=True)
     assert whole == [model.loglikelihood_rolling([text], disable_tqdm=True)[0] for text in texts] and whole[2] == 0
@@ -282,6 +283,49 @@ def test_tasks_are_written_in_a_shell(folder):
     assert parse(text, Task, "--task") == Generation(
         path=f"{folder}/own_written.jsonl", until=("\n", "e"), max_tokens=20, sampling=Sample(temperature=0.5)
     )
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"limit": 0}, "limit must be >= 1, or None for all, got 0"),
+        ({"limit": -1}, "limit must be >= 1, or None for all, got -1"),
+        ({"limit": 0.5}, "limit must be int | None, got 0.5"),
+        ({"shots": -1}, "shots must be >= 0, or None for each task's own, got -1"),
+        ({"corpora": ["t/txt"]}, "corpora must be ArrayRecord | "),
+        ({"corpora": "t/txt"}, "corpora must be ArrayRecord | "),
+        ({"tasks": [4]}, "tasks must be Generation | MultipleChoice | str, got 4"),
+        ({"harness": [4]}, "harness must be str, got 4"),
+        ({"split": None, "tasks": "q.jsonl"}, "split must be str, got None"),
+        ({"length": "64", "tasks": "q.jsonl"}, "length must be int | None, got '64'"),
+        ({"include_path": 4, "harness": "a"}, "include_path must be str | None, got 4"),
+        ({}, "evaluate needs something to score: corpora=[…], tasks=['FILE.jsonl'] or harness=['NAME']"),
+        ({"lm": "runs/m1", "tasks": "q.jsonl"}, "lm must be what llm_jax.load gave, got 'runs/m1': evaluate(llm_jax.load(…), …)"),
+    ],
+)
+def test_a_mistake_in_a_call_is_one_sentence(given, sentence):
+    with pytest.raises(ConfigError) as error:
+        llm_jax.evaluate(**{"lm": speller()} | given)
+    assert str(error.value).startswith(sentence)
+
+
+def test_one_of_a_kind_needs_no_list(folder, tmp_path):
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 9)
+    corpus, task = TextFiles(path=str(tmp_path)), f"{folder}/own_choices.jsonl"
+    given = {"split": "train", "length": 64, "limit": 2}
+    alone = llm_jax.evaluate(speller(), corpora=corpus, tasks=task, **given)
+    assert alone.json() == llm_jax.evaluate(speller(), corpora=[corpus], tasks=(task,), **given).json()
+    assert alone.json()["results"][1:] == llm_jax.evaluate(speller(), tasks=MultipleChoice(path=task), **given).json()["results"]
+
+
+def test_a_task_whose_data_cannot_be_reached_is_one_sentence(tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "far.yaml").write_text(
+        f"task: far\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: '{tmp_path}/none'}}}}"
+        + TASKS["own_choices"]
+    )
+    with pytest.raises(ConfigError, match=r"^--harness_tasks=far cannot be loaded: .*: mend the task, or get its data once"):
+        evaluate(speller(), harness="far", include_path=str(tmp_path), length=64)
 
 
 def test_a_file_of_questions_is_scored_in_one_call(folder):

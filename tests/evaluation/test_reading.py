@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.tokenizers import Characters, SentencePiece
 from llm_jax.evaluation.reading import LENGTH, Reader, longest, reader
+from llm_jax.models.encoder import Encoder
 from tests.evaluation.models import LEARNED, speller
 from tests.test_facade import GOLDEN, TEMPLATE
 
@@ -162,7 +164,14 @@ def test_a_model_reads_as_much_as_it_says(tmp_path):
     "call, sentence",
     [
         (lambda: reader(llm_jax.load(GOLDEN / "gpt2")), "gpt2 has no tokenizer, and what is scored are texts"),
-        (lambda: reader(llm_jax.load(GOLDEN / "bert")), "model is not causal"),
+        (
+            lambda: reader(llm_jax.load(GOLDEN / "bert")),
+            "model is not causal: .*, so it scores no text from left to right$",
+        ),
+        (
+            lambda: reader(speller(Encoder(width=16, depth=1), trial=SimpleNamespace(result={"arm": "masked"}))),
+            r"so it scores no text from left to right \(this is the arm 'masked': --arm names another\)$",
+        ),
         (lambda: reader(speller(LEARNED), 17), "length is 17, but the model has learned only 16 positions"),
         (lambda: reader(speller(), 0), "length must be >= 1, got 0"),
     ],

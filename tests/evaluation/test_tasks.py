@@ -59,7 +59,7 @@ def test_the_likeliest_choice_is_taken_by_each_measure(reads, tmp_path):
             hits[name].append(picked in gold)
             assert item[name] == hits[name][-1]
     assert {name: score.value for name, score in found.scores.items()} == {name: np.mean(of) for name, of in hits.items()}
-    assert found.cut == 2 and found.items[2]["gold"] == [1, 2] and found.scores["acc"].count == 4
+    assert found.cut == 1 and found.items[2]["gold"] == [1, 2] and found.scores["acc"].count == 4
 
 
 def test_characters_and_bytes_are_told_apart():
@@ -198,7 +198,12 @@ GOOD = {"context": "a", "choices": ["b", "c"], "gold": 0}
         ('{"id": ' + "1" * 5000 + "}", "line 2, is not JSON: Exceeds the limit (4300 digits)"),
         ('{"context": "\udc80"}'.encode("utf-8", "surrogateescape"), "line 2, is not UTF-8 at byte 13"),
         ("[1]", 'line 2, must be an object, as in {"context": "2 + 2 =", "answer": "4"}, got [1]'),
-        (GOOD | {"choices": ["b"]}, "line 2, has 1 choice, and of fewer than two there is nothing to choose"),
+        (GOOD | {"choices": ["b"]}, "line 2, has 1 choice, and needs at least two"),
+        (GOOD | {"choices": []}, "line 2, has no choice, and needs at least two"),
+        (
+            {"context": "a", "chioces": ["b", "c"], "gold": 0},
+            'line 2, has no "choices", a list of texts: did you mean "chioces" to be that?',
+        ),
         (GOOD | {"choices": "bc"}, 'line 2, needs "choices", a list of texts, got "bc"'),
         (GOOD | {"choices": ["b", ""]}, 'line 2, needs "choices", a list of texts, got ["b", ""]'),
         (GOOD | {"gold": 2}, "line 2, has the gold 2, but its 2 choices are 0 … 1"),
@@ -229,6 +234,20 @@ def test_a_bad_line_is_named(line, sentence, reads, tmp_path):
     "call, sentence",
     [
         (lambda path: Generation(path=written(path, [{"context": "a", "answer": 4}])).records(), 'line 1, needs "answer", a text'),
+        (
+            lambda path: Generation(path=written(path, [{"context": "a", "gold": 0}])).records(),
+            'line 1, needs "answer", a text or a list of texts, got 0, or the "choices" that it is a place of',
+        ),
+        (
+            lambda path: of_file(written(path, [{"context": "a", "chioces": ["b", "c"], "gold": "b"}])),
+            'line 1, has no "choices": did you mean "chioces" to be that? For answers to be written: Generation(path=',
+        ),
+        (
+            lambda path: Generation(path="q.jsonl").score(Reader(speller(), 64)),
+            "max_tokens is 256, which leaves no room for a context in the 64 tokens that are read: write "
+            "--task=\"Generation(path='q.jsonl', max_tokens=32)\"",
+        ),
+        (lambda path: Generation(path="q.jsonl", until="x"), "until must be a tuple such as ('x',), got 'x'"),
         (lambda path: Generation(path=written(path, ["", " "])).records(), "is empty: write one JSON object a line"),
         (lambda path: list(tasks.lines(str(path))), "task finds no file at"),
         (lambda path: MultipleChoice(), "path is missing: name a file of JSON lines"),

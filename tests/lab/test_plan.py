@@ -174,6 +174,9 @@ def test_the_plan_prints_everything_and_trains_nothing(declared, tmp_path, monke
     code, shown, errors = run([f"--experiment={declared}", f"--workdir={tmp_path / 'w'}", "--plan"], monkeypatch, capsys)
     shown = " ".join(shown.split())
     assert code == 0 and not errors and not (tmp_path / "w").exists()
-    assert "2 arms × 2 grid points × 1 tuning seeds + 2 arms × 2 seeds = 8 runs in 4 groups" in shown, shown
+    assert "2 arms × 2 grid points × 1 tuning seed + 2 arms × 2 seeds = 8 runs in 4 groups" in shown, shown
+    one = [f"--experiment={declared}", "--plan", "--arms=rope", "--seeds=1"]
+    shown = " ".join(run(one, monkeypatch, capsys)[1].split()) + shown
+    assert "1 arm × 2 grid points × 1 tuning seed + 1 arm × 1 seed = 3 runs in 2 groups" in shown, shown
     for word in ("rope", "alibi", "parameters", "tokens a run", "FLOPs a run", "memory a run", "est. time", "MiB", "2 programs"):
         assert word in shown, word
