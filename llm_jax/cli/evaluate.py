@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llm_jax.cli.terminal import console, parse, require_writable
+from llm_jax.cli.terminal import console, parse, require_writable, which_model
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import parse as parse_component
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from llm_jax.evaluation.tasks import Task
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("model", None, "A work folder of `run`, one of its trials, or a folder of Hugging Face's.", flag_values=FLAGS)
-flags.DEFINE_string("experiment", None, "The experiment file, where it defines components of its own.", flag_values=FLAGS)
-flags.DEFINE_string("arm", None, "The arm of a work folder (default: the best).", flag_values=FLAGS)
-flags.DEFINE_string("trial", None, "The trial of a work folder.", flag_values=FLAGS)
-flags.DEFINE_integer("step", None, "The step of its checkpoint (default: the last).", flag_values=FLAGS)
+which_model(FLAGS)
 flags.DEFINE_multi_string("corpus", [], "A corpus as it is written in an experiment file.", flag_values=FLAGS)
 flags.DEFINE_string("split", "valid", "What of it: train, valid, test, or one of its probes.", flag_values=FLAGS)
 flags.DEFINE_multi_string(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llm_jax.cli.terminal import console, parse
+from llm_jax.cli.terminal import console, parse, which_model
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from llm_jax.lab.inspection import Written
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("model", None, "A work folder of `run`, one of its trials, or a folder of Hugging Face's.", flag_values=FLAGS)
-flags.DEFINE_string("experiment", None, "The experiment file, where it defines components of its own.", flag_values=FLAGS)
-flags.DEFINE_string("arm", None, "The arm of a work folder (default: the best).", flag_values=FLAGS)
-flags.DEFINE_string("trial", None, "The trial of a work folder.", flag_values=FLAGS)
-flags.DEFINE_integer("step", None, "The step of its checkpoint (default: the last).", flag_values=FLAGS)
+which_model(FLAGS)
 flags.DEFINE_string("text", None, "What it reads (of an encoder-decoder: what its decoder writes).", flag_values=FLAGS)
 flags.DEFINE_list("ids", None, "Token ids in place of the text: 1,2,3.", flag_values=FLAGS)
 flags.DEFINE_string("input", None, "What an encoder-decoder's encoder reads; ids where --ids are.", flag_values=FLAGS)

@@ -34,6 +34,17 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise ConfigError(f"takes flags only, got {rest[1]!r}: write --name=value", argv[0])
 
 
+def which_model(values: flags.FlagValues) -> None:
+    """Defines the flags that say which trained model a command is about."""
+    flags.DEFINE_string(
+        "model", None, "A work folder of `run`, one of its trials, or a folder of Hugging Face's.", flag_values=values
+    )
+    flags.DEFINE_string("experiment", None, "The experiment file, where it defines components of its own.", flag_values=values)
+    flags.DEFINE_string("arm", None, "The arm of a work folder (default: the best).", flag_values=values)
+    flags.DEFINE_string("trial", None, "The trial of a work folder.", flag_values=values)
+    flags.DEFINE_integer("step", None, "The step of its checkpoint (default: the last).", flag_values=values)
+
+
 def console() -> Console:
     """Standard output; where it is no terminal, tables are as wide as they need to be read."""
     return Console(width=None if sys.stdout.isatty() else 160)
