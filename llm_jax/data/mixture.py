@@ -99,6 +99,7 @@ class Mixture(Corpus):
                 yield f"{source.name}:{name}", text
 
     def documents(self, split):
+        self.require_split(split)
         for _, corpus, part, _ in self.members(split):
             yield from corpus.documents(part)
 
