@@ -52,9 +52,9 @@ class LM:
     lengths that rows are padded to, and kept as long as the process lives; batch_size: rows that go through the network at once.
 
     config: the architecture. vocabulary: number of token ids. before, after: ids that the tokenizer puts around a text. end: ids
-    that end a text. start: what stands before the first token, None: nothing does. source: where it comes from; folder: whose files
-    are exported with it; family: what Hugging Face calls the architecture; untold: why it has no tokenizer, where there are files
-    of one; trial: what it was trained as here.
+    that end a text. start: what stands before the first token. source: where it comes from; folder: whose files are exported with
+    it; family: what Hugging Face calls the architecture; untold: why it has no tokenizer, where there are files of one; trial: what
+    it was trained as here.
     """
 
     config: Model
@@ -275,8 +275,7 @@ class LM:
     def _start(self, read: Sequence[int]) -> int:
         """What stands before the first token: the model's own start token, or the last that its encoder reads."""
         if self.start is None and not len(read):
-            why = "is empty, or one token with what follows, and nothing stands before the first token of this model's texts"
-            raise ConfigError(f"{why}: give it a longer one", "context")
+            raise ConfigError("is empty, and this model has no start token: give at least one token", "context")
         return read[-1] if self.start is None else self.start
 
     def _text(self, prompt: Ids, ids: np.ndarray) -> str:
@@ -352,9 +351,9 @@ def load(
         raise ConfigError(f"is {dtype}, and what was trained here is float32: take compute={dtype!r} for its activations", "dtype")
     own = trained.load(folder, arm=arm, trial=trial, step=step, mesh=None if mesh is None else mesh.build())
     end = own.tokenizer.end
-    # nothing stands before a document that is masked from the others: only where each followed the end of the one before is its
-    # first token predicted, from that; an encoder's last token is where its decoder begins
-    start = None if own.model.encodes or own.experiment.data.packing.segmented else end
+    # documents follow one another, each after the end of the one before, as the harness has it (where they were masked from each
+    # other, what follows an end was not learned); an encoder's last token is where its decoder begins
+    start = None if own.model.encodes else end
     source = f"{own.result['trial']} at step {own.step}"
     model, vocabulary, ends = _computing(own.model, compute), own.tokenizer.vocabulary, () if end is None else (end,)
     return LM(model, vocabulary, own.params, own.tokenizer, end=ends, start=start, source=source, trial=own)
@@ -388,7 +387,7 @@ def export(
     if lm.folder is not None:
         write(tokenizer_files=huggingface.tokenizer_files(lm.folder), settings=huggingface.settings(lm.folder))
         return
-    ends = {"eos_token_id": lm.end[0] if lm.end else None, "bos_token_id": lm.start}  # null, or transformers takes the family's
+    ends = {"eos_token_id": lm.end[0] if lm.end else None, "bos_token_id": lm.start}
     with tempfile.TemporaryDirectory() as scratch:
         files = tokenizer_json.write(lm.tokenizer, pathlib.Path(scratch)) if lm.tokenizer else []
-        write(tokenizer_files=files, settings=ends)
+        write(tokenizer_files=files, settings={name: value for name, value in ends.items() if value is not None})

@@ -23,8 +23,6 @@ from llm_jax.core.sharding import unbox
 from llm_jax.data.corpora import TextFiles
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import Bytes, Characters, SentencePiece
-from llm_jax.evaluation.perplexity import perplexity
-from llm_jax.evaluation.reading import reader
 from llm_jax.io import checkpoint, tokenizer_json
 from llm_jax.io.huggingface.family import normal
 from llm_jax.io.pretrained import shardings
@@ -469,35 +467,7 @@ def test_the_best_final_trial_is_taken_of_all_or_of_an_arm(work):
     name = known[3]["trial"]
     assert llm_jax.load(folder / "trials" / name).source == llm_jax.load(folder, trial=name).source == f"{name} at step 2"
     lm = llm_jax.load(folder)
-    assert (lm.vocabulary, lm.end, lm.start) == (257, (256,), None) and isinstance(lm.generate("the", max_new_tokens=3), str)
-
-
-def test_nothing_stands_before_a_text_of_a_model_whose_documents_were_masked_from_each_other(work, tmp_path):
-    """No first token was ever predicted from an end, so none is scored after one; where documents ran on, the end stands before."""
-    masked = llm_jax.load(work[0])
-    found = perplexity(reader(masked), TextFiles(path=masked.trial.experiment.data.corpus.path), "valid")
-    assert found.unscored == found.documents > 0
-    for call, sentence in (
-        (lambda: masked.loglikelihood("", "fox"), "context is empty, or one token with what follows, and nothing stands before"),
-        (lambda: masked.generate(""), "a text has nothing in it: give at least one token"),
-        (lambda: reader(masked).pair("", "fox"), "a context is empty, and this model has no token that a text begins with"),
-        (lambda: reader(masked).prompt("", 3), "a context is empty, and this model has no token that a text begins with"),
-    ):
-        with pytest.raises(ConfigError, match=f"^{sentence}"):
-            call()
-    shutil.copytree(work[0], tmp_path / "w")
-    for file in (tmp_path / "w").glob("trials/*/results.json"):
-        told = json.loads(file.read_text())
-        told["config"]["data"]["packing"]["document_masks"] = False
-        file.write_text(json.dumps(told))
-    run_on = llm_jax.load(tmp_path / "w")
-    assert run_on.start == 256 and perplexity(reader(run_on), run_on.trial.experiment.data.corpus, "valid").unscored == 0
-    assert run_on.loglikelihood("", "fox") == masked.loglikelihood([256], [*b"fox"])
-    for lm, start in ((masked, None), (run_on, 256)):
-        llm_jax.export(lm, tmp_path / f"{start}")
-        written = json.loads((tmp_path / f"{start}" / "config.json").read_text())
-        assert (written["bos_token_id"], written["eos_token_id"]) == (start, 256)
-        assert llm_jax.load(tmp_path / f"{start}").start == start
+    assert (lm.vocabulary, lm.end, lm.start) == (257, (256,), 256) and isinstance(lm.generate("the", max_new_tokens=3), str)
 
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()

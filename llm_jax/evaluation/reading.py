@@ -59,8 +59,7 @@ class Reader:
     @cached_property
     def prefix(self) -> list[int]:
         """What the first token of a text comes after; empty where there is no such token."""
-        known = (self.lm.start, *(() if self.lm.trial else self.lm.end))
-        ends = [token for token in known if token is not None]
+        ends = [token for token in (self.lm.start, *self.lm.end) if token is not None]
         return self.owned(list(self.lm.before) or ends[:1])
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
