@@ -24,8 +24,8 @@ def arms(other: Corpus, task: Corpus, amounts: Mapping[str, int | None]) -> dict
     since = ((PRETRAINING, 0.0), (PRETRAINING + 1e-3, 1.0))
     found = {}
     for amount, rows in amounts.items():
-        found[f"scratch, {amount}"] = Mixture((Source("task", task, rows=rows),))
-        found[f"pretrained, {amount}"] = Mixture((until, Source("task", task, rows=rows, weight=since)))
+        found[f"scratch-{amount}"] = Mixture((Source("task", task, rows=rows),))
+        found[f"pretrained-{amount}"] = Mixture((until, Source("task", task, rows=rows, weight=since)))
     return {arm: {"data.corpus": corpus} for arm, corpus in found.items()}
 
 
@@ -39,15 +39,15 @@ ablation = Ablation(
     nuisance={"optimizer.learning_rate": log_grid(2e-3, 5.4e-2, 4)},
     seeds=4,
     metric="valid/bits_per_byte@task",
-    baseline="scratch, all",
+    baseline="scratch-all",
     claims=[
-        Claim("Pretraining helps with little text", better="pretrained, little", than="scratch, little"),
-        Claim("Pretraining helps with all of it", better="pretrained, all", than="scratch, all"),
+        Claim("Pretraining helps with little text", better="pretrained-little", than="scratch-little"),
+        Claim("Pretraining helps with all of it", better="pretrained-all", than="scratch-all"),
         Claim(
             "After pretraining a fifteenth of the text does as well, to 0.02 bits a byte",
-            better="pretrained, little", than="scratch, all", by=-0.02,
+            better="pretrained-little", than="scratch-all", by=-0.02,
         ),
-        Claim("Without pretraining more text helps", better="scratch, all", than="scratch, little"),
+        Claim("Without pretraining more text helps", better="scratch-all", than="scratch-little"),
     ],
     scales={"smoke": presets.SMOKE, "small": {}, "full": presets.FULL | {"arms": FULL}},
 )  # fmt: skip
