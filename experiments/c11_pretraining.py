@@ -6,7 +6,8 @@ The task is English: the language reference of Python, of which a model gets 28,
 arms read it in all of their 800 steps, 30, 9 or 2 times over; the others read Python's sources in the first half and the task in
 the second, 15, 5 or 1 times: a mixture whose weights go from one source to the other, so that all train for as long. What is said:
 pretraining makes fine-tuning need less data (Howard & Ruder 2018; Hernandez et al. 2021, "Scaling laws for transfer", who pretrain
-on English and fine-tune on Python).
+on English and fine-tune on Python). About 8 minutes on 2 cores. Obtained (2026-11-26): it helps with 28 kB, not with 88, and costs
+with all; see LOG.md.
 """
 
 from collections.abc import Mapping
