@@ -102,18 +102,12 @@ class Corpus(Config):
 
         Where `bad` is "skip", documents that cannot be read are left out, and a warning counts them.
         """
-        read, skipped, first = 0, 0, None
+        readable = Readable(self)
         for piece in self.pieces():
-            for name, text in self.read(piece):
-                read += 1
-                if not isinstance(text, ConfigError):
-                    yield name, text
-                    continue
-                if self.bad == "fatal":
-                    raise text
-                skipped, first = skipped + 1, first or str(text)
-        if skipped:
-            _warn_once(f"skipped {skipped:,} of {read:,} documents, the first because {first}")
+            yield from readable.of(piece)
+        if readable.skipped:
+            told = f"{readable.skipped:,} of {readable.read:,} documents, the first because {readable.first_skipped}"
+            _warn_once(f"skipped {told}")
 
     def part(self, name: str, text: str, split: Split | str) -> str:
         """What of a document belongs to the split; empty for nothing."""
@@ -144,6 +138,27 @@ class Corpus(Config):
         Its text is read for them, and again when one of its files changes. cache: a folder in which later processes find them.
         """
         return _fingerprint(self, cache)
+
+
+@dataclass
+class Readable:
+    """Documents of a corpus that can be read; the others are raised, or left out and counted, as its `bad` says."""
+
+    corpus: Corpus
+    read: int = 0
+    skipped: int = 0
+    first_skipped: str | None = None
+
+    def of(self, piece: Piece) -> Iterator[tuple[str, str]]:
+        """(name, text) of each of a piece. Raises `ConfigError`."""
+        for name, text in self.corpus.read(piece):
+            self.read += 1
+            if not isinstance(text, ConfigError):
+                yield name, text
+                continue
+            if self.corpus.bad == "fatal":
+                raise text
+            self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or str(text)
 
 
 def empty_corpus() -> ConfigError:

@@ -63,8 +63,7 @@ class PythonSyntax(Labels):
                     found[begins[first - 1] + column : begins[last - 1] + stop] = self.classes.index(name)
         except (tokenize.TokenError, SyntaxError, ValueError, RecursionError, MemoryError):
             return np.full(len(text), NO_CLASS, np.int8)  # it is no Python, or nothing that can be parsed
-        blank = np.array([character.isspace() for character in text], bool)
-        found[(found == NO_CLASS) & blank] = self.classes.index("space")
+        found[(found == NO_CLASS) & _blank(text)] = self.classes.index("space")
         return found
 
     def _class(self, part: tokenize.TokenInfo) -> str | None:
@@ -113,10 +112,14 @@ def labelled(corpus: Corpus, tokenizer: Fitted, split: Split | str, labels: Labe
     return Labelled(rows.gather(numbers), inside.gather(numbers).tokens)
 
 
+def _blank(text: str) -> np.ndarray:
+    """`[characters]` bool: which are spaces."""
+    return np.array([character.isspace() for character in text], bool)
+
+
 def _tellings(text: str, spans: np.ndarray) -> np.ndarray:
     """`[n]`: the place of the first character of each span `[n, 2]` that is no space, or its first where all are."""
-    solid = np.array([not character.isspace() for character in text], bool)
-    places = np.where(solid, np.arange(len(text)), len(text))
+    places = np.where(_blank(text), len(text), np.arange(len(text)))
     following = np.minimum.accumulate(places[::-1])[::-1]
     found = following[spans[:, 0]]
     return np.where(found < spans[:, 1], found, spans[:, 0])

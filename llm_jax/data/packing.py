@@ -215,7 +215,8 @@ def _counted(row: np.ndarray, place: np.ndarray, shape: tuple[int, int]) -> tupl
 def _packed(packing: Whole, tokens: Tokens, length: int, cache: str) -> Packed:
     reopen = functools.partial(_packed, packing, tokens, length, cache)
     if not tokens.identity:
-        return Packed(tokens, length, _plan([*_planned(packing, tokens, length)]), reopen)
+        columns = zip(*_columns(_planned(packing, tokens, length)), strict=True)
+        return Packed(tokens, length, Plan(*map(np.concatenate, columns)), reopen)
     folder = pathlib.Path(cache) / "packed" / fingerprint([tokens.identity, packing, length])
     if not _is_whole(folder):
         _write(folder, _planned(packing, tokens, length))
@@ -246,28 +247,22 @@ def _planned(packing: Whole, tokens: Tokens, length: int) -> Iterator[Pieces]:
         yield packing.pieces(begins, sizes, length, together)
 
 
-def _plan(parts: list[Pieces]) -> Plan:
-    first, before = [np.zeros(1, np.int64)], 0
+def _columns(parts: Iterator[Pieces]) -> Iterator[Plan]:
+    """The plan of all parts, one stretch of each of its arrays after another."""
+    pieces, none = 0, np.zeros(0, np.int64)
+    yield Plan(np.zeros(1, np.int64), none, none)
     for part in parts:
-        first.append(before + _lasts(part.rows))
-        before += len(part.rows)
-    none = [np.zeros(0, np.int64)]
-    return Plan(np.concatenate(first), *(np.concatenate([getattr(p, name) for p in parts] or none) for name in ("begins", "sizes")))
-
-
-def _lasts(rows: np.ndarray) -> np.ndarray:
-    """Where the pieces of each row end."""
-    return np.flatnonzero(np.diff(rows, append=-1)) + 1
+        ends = np.flatnonzero(np.diff(part.rows, append=-1)) + 1  # of the pieces of each row
+        yield Plan(pieces + ends, part.begins, part.sizes)
+        pieces += len(part.rows)
 
 
 def _write(folder: pathlib.Path, parts: Iterator[Pieces]) -> None:
     rows = pieces = 0
-    with whole_folder(folder, stands=_is_whole) as to, contextlib.ExitStack() as files:
-        first, begins, sizes = (files.enter_context(open(to / name, "wb")) for name in Plan._fields)
-        first.write(np.zeros(1, np.int64).tobytes())
-        for part in parts:
-            first.write((pieces + _lasts(part.rows)).tobytes())
-            begins.write(part.begins.tobytes())
-            sizes.write(part.sizes.tobytes())
-            rows, pieces = rows + int(part.rows.max(initial=-1)) + 1, pieces + len(part.rows)
-        (to / "counts.json").write_text(json.dumps([rows, pieces]))
+    with whole_folder(folder, stands=_is_whole) as to, contextlib.ExitStack() as opened:
+        files = [opened.enter_context(open(to / name, "wb")) for name in Plan._fields]
+        for columns in _columns(parts):
+            for file, values in zip(files, columns, strict=True):
+                file.write(values.tobytes())
+            rows, pieces = rows + len(columns.first), pieces + len(columns.begins)
+        (to / "counts.json").write_text(json.dumps([rows - 1, pieces]))

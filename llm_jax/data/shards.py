@@ -14,9 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from llm_jax.core.config import ConfigError
 from llm_jax.core.whole import whole_folder
-from llm_jax.data.corpus import Corpus, Piece
+from llm_jax.data.corpus import Corpus, Piece, Readable
 from llm_jax.data.tokenizers import Fitted, Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -105,7 +104,7 @@ def write(work: Work, number: int, pieces: Sequence[Piece]) -> None:
 
 
 def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dict[str, Any]:
-    reading, untold = _Reading(work.corpus, splits, pieces), [0, 0]
+    reading, untold = _Reading(Readable(work.corpus), splits, pieces), [0, 0]
     for ids in work.tokenizer.encode_all(reading.texts(), threads=work.threads):
         untold = [untold[0] + 1, untold[1] + reading.goes_to.popleft().add(ids)]
         if untold[1] >= BLOCK:
@@ -114,8 +113,9 @@ def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dic
     work.tally(*untold)
     counts = {split: out.count for split, out in splits.items()}
     written = {name: told for out in splits.values() for name, told in out.described().items()}
-    told = {"tokenizer": work.tokenizer.fingerprint, "read": reading.read}
-    told |= {"skipped": reading.skipped, "first_skipped": reading.first_skipped}
+    readable = reading.readable
+    told = {"tokenizer": work.tokenizer.fingerprint, "read": readable.read}
+    told |= {"skipped": readable.skipped, "first_skipped": readable.first_skipped}
     return told | {"splits": counts, "files": written}
 
 
@@ -123,25 +123,16 @@ def _fill(work: Work, splits: dict[str, _Split], pieces: Sequence[Piece]) -> dic
 class _Reading:
     """The documents of a shard on their way to the tokenizer; goes_to: the splits of those that it has not given back."""
 
-    corpus: Corpus
+    readable: Readable
     splits: dict[str, _Split]
     pieces: Sequence[Piece]
     goes_to: deque[_Split] = field(default_factory=deque)
-    read: int = 0
-    skipped: int = 0
-    first_skipped: str | None = None
 
     def texts(self) -> Iterator[str]:
         for piece in self.pieces:
-            for name, text in self.corpus.read(piece):
-                self.read += 1
-                if isinstance(text, ConfigError):
-                    if self.corpus.bad == "fatal":
-                        raise text
-                    self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or str(text)
-                    continue
+            for name, text in self.readable.of(piece):
                 for split, out in self.splits.items():
-                    if chosen := self.corpus.part(name, text, split):
+                    if chosen := self.readable.corpus.part(name, text, split):
                         out.count["bytes"] += len(chosen.encode("utf-8", "surrogatepass"))
                         self.goes_to.append(out)
                         yield chosen

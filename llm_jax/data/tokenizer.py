@@ -155,9 +155,8 @@ class Tokenizer(Config):
 
 def trained(config: Tokenizer, corpus: Corpus, cache: str | os.PathLike, suffix: str, train: Callable[[Corpus], bytes]) -> bytes:
     """The file that `train` makes of a corpus, or that it made before: kept in the `cache` folder, whole or not at all."""
-    identity = fingerprint(
-        [to_json(config), corpus.fingerprint(cache), repr(corpus)]
-    )  # the corpus's settings say what is trained on
+    # the corpus's settings say what is trained on
+    identity = fingerprint([to_json(config), corpus.fingerprint(cache), repr(corpus)])
     file = pathlib.Path(cache) / "tokenizers" / f"{identity}{suffix}"
     if not file.is_file():
         if next(corpus.documents("train"), None) is None:

@@ -317,6 +317,7 @@ def load(path: str | pathlib.Path) -> Ablation:
         return replace(declared, name=path.stem)
     if isinstance(single, Experiment):
         question = (module.__doc__ or path.stem).strip().splitlines()[0]
-        score = next(score for score in ("bits_per_byte", *single.objective.scores) if score in single.objective.scores)
+        scores = single.objective.scores
+        score = "bits_per_byte" if "bits_per_byte" in scores else scores[0]
         return Ablation(question=question, base=single, seeds=1, metric=f"valid/{score}", name=path.stem)
     raise ConfigError("declares neither `ablation = Ablation(…)` nor `experiment = Experiment(…)`", str(path))

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.whole import whole_folder
 from llm_jax.io.huggingface.fields import read_json
 from llm_jax.io.huggingface.layouts import Index
 
@@ -121,12 +121,12 @@ def write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder under a temporary name until everything is in it. Raises `ConfigError` where one is in the way."""
     target = pathlib.Path(path).expanduser().absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError("exists already: give the name of a new folder, or remove it first", str(path))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+
+    def stands(folder: pathlib.Path) -> bool:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError("exists already: give the name of a new folder, or remove it first", str(path))
+        return False  # an empty one makes room
+
+    stands(target)
+    with whole_folder(target, stands=stands) as partial:
         yield partial
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
