@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llm_jax.core import sharding
+from llm_jax.core.mesh import Mesh
 
 _Key = tuple[tuple[int, ...], ...]
 
@@ -22,8 +23,8 @@ class Ahead:
     were not expected are compiled for when they come. An error of the compiler is raised by the call.
     """
 
-    def __init__(self, function: jax.stages.Wrapped, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES):
-        self._function, self._where = function, partial(sharding.on, mesh, rules)
+    def __init__(self, function: jax.stages.Wrapped, devices: jax.sharding.Mesh, layout: Mesh | None = None):
+        self._function, self._where = function, partial(sharding.on, devices, layout)
         self._programs: dict[_Key, Future] = {}
 
     def expect(self, pool: ThreadPoolExecutor, *args: Any) -> None:

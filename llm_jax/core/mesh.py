@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import numpy as np
@@ -32,7 +33,8 @@ class Mesh(Config):
     each with its share of the batch, replicas as far from each other as slices are; fsdp: the batch *and* the parameters are split
     (ZeRO-3, Rajbhandari et al. 2020); expert: the batch and the experts are split, and tokens travel to theirs; sequence: tokens of
     a row are split, and keys and values travel; tensor: heads and hidden units are split. Parameters are split over sequence and
-    expert too, as over fsdp. rules: exceptions from what is split over what.
+    expert too, as over fsdp. context: how keys reach the queries of other devices along sequence, all at once or round in a ring,
+    which needs less memory and more time. rules: exceptions from what is split over what.
     """
 
     population: int | None = None
@@ -43,6 +45,7 @@ class Mesh(Config):
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    context: Literal["gather", "ring"] = "gather"
     rules: tuple[Split, ...] = ()
 
     def validate(self):

@@ -6,6 +6,7 @@ embedding dimension and gathered when used, while an activation is split by its 
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core.config import nearest, require
-from llm_jax.core.mesh import BATCH, Split
+from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import traits
 
 Rules = Mapping[str, tuple[str, ...]]  # logical axis → the mesh axes that split it
@@ -52,28 +53,34 @@ RULES: Rules = MappingProxyType(
 )
 ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+_layout: contextvars.ContextVar[Mesh] = contextvars.ContextVar("layout", default=Mesh())  # noqa: B039 (it is frozen)
 
 
-def rules_with(splits: Sequence[Split]) -> Rules:
-    """The rules with exceptions of one's own. Raises `ConfigError` for a name that no dimension has."""
-    for split in splits:
+@functools.cache
+def rules(mesh: Mesh) -> Rules:
+    """The rules, with the mesh's exceptions. Raises `ConfigError` for a name that no dimension has."""
+    for split in mesh.rules:
         require(
             split.name != "batch", "mesh.rules", f"splits 'batch', which is always split over {', '.join(BATCH)}: set those axes"
         )
         require(split.name in RULES, "mesh.rules", f"names {split.name!r}: did you mean {nearest(split.name, list(RULES))}?")
-    return {**RULES, **{split.name: split.over for split in splits}}
+    return {**RULES, **{split.name: split.over for split in mesh.rules}}
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
-    """Programs that are traced within it lay their arrays out over the mesh by these rules."""
-    token = _rules.set(rules)
+def on(devices: jax.sharding.Mesh, layout: Mesh | None = None) -> Iterator[None]:
+    """Programs that are traced within it lay their arrays out over the devices as `layout` says."""
+    token = _layout.set(layout or Mesh())
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(devices):
             yield
     finally:
-        _rules.reset(token)
+        _layout.reset(token)
+
+
+def layout() -> Mesh:
+    """What `on` was given."""
+    return _layout.get()
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], rules: Rules = RULES) -> PartitionSpec:
@@ -107,7 +114,7 @@ def dividing(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> tuple[s
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` with its dimensions laid out as the logical `axes` say; the identity where no mesh splits anything."""
-    where = spec(axes, x.shape, _splitting(), _rules.get())
+    where = spec(axes, x.shape, _splitting(), rules(layout()))
     return jax.lax.with_sharding_constraint(x, where) if _splitting() else x
 
 
@@ -125,7 +132,7 @@ def _splitting() -> dict[str, int]:
 def axes_over(name: str, size: int) -> tuple[str, ...]:
     """The mesh axes that the compiler splits a dimension of this logical name and size over."""
     mesh = _splitting()
-    return dividing([axis for axis in _rules.get()[name] if axis in mesh], size, mesh)
+    return dividing([axis for axis in rules(layout())[name] if axis in mesh], size, mesh)
 
 
 def parts(axes: tuple[str, ...]) -> int:
@@ -199,11 +206,11 @@ def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:
     return nn.with_logical_partitioning(init, axes)
 
 
-def parameter_specs(boxed: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def parameter_specs(boxed: Any, devices: jax.sharding.Mesh, mesh: Mesh | None = None) -> Any:
     """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`)."""
     names = nn.get_partition_spec(boxed)
     return jax.tree.map(
-        lambda axes, leaf: spec((*axes, *[None] * (leaf.ndim - len(axes))), leaf.shape, mesh.shape, rules),
+        lambda axes, leaf: spec((*axes, *[None] * (leaf.ndim - len(axes))), leaf.shape, devices.shape, rules(mesh or Mesh())),
         names,
         unbox(boxed),
         is_leaf=lambda s: isinstance(s, PartitionSpec),
@@ -232,7 +239,7 @@ def _names(path) -> tuple[str, ...]:
     return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
-def named(mesh: Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
+def named(mesh: jax.sharding.Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
     """`NamedSharding`s from specs, with `leading` mesh axes put in front of every dimension (a population axis)."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)

@@ -179,12 +179,12 @@ def compile_population(
     devices = list(devices or jax.devices())
     axes, size = layout(experiment, members, len(devices))
     check_mesh(experiment, axes)
-    mesh, rules = axes.build(devices), sharding.rules_with(axes.rules)
+    mesh = axes.build(devices)
     one = trial(experiment, tokens, teacher.asked if teacher else None)
     values = stacked_values([experiment], size)
-    where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh, rules)
+    where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh, axes)
     init = jax.jit(lift(one.init, mesh, size), out_shardings=where)
-    with sharding.on(mesh, rules):
+    with sharding.on(mesh, axes):
         shapes = jax.eval_shape(init, values)
     abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
     taught = (teacher.parameters(mesh),) if teacher else ()
@@ -195,14 +195,14 @@ def compile_population(
 
     steps = jax.jit(several, donate_argnums=1, out_shardings=(where, None))
     evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
-    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh, rules) for f in (init, steps, evaluate)), taught)
+    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh, axes) for f in (init, steps, evaluate)), taught)
 
 
 def _abstract(batches: Any, where: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batches)
 
 
-def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh, rules: sharding.Rules) -> Any:
+def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh, axes: Mesh) -> Any:
     state = jax.eval_shape(one.init, values)
-    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh, rules), state)
+    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh, axes), state)
     return sharding.named(mesh, specs, leading=("population",))
