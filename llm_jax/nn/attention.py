@@ -77,11 +77,11 @@ def attend(
         rate=rate,
         key=None if isinstance(rate, (int, float)) and rate == 0 else key,
     )
-    line = sequence.line_of(call)
-    if line is None:
-        return _kernel(backend, call, strict).attend(call)
-    if layout().context == "ring" and backend in ("auto", "blockwise"):
+    line, kernel = sequence.line_of(call), _kernel(backend, call, strict)
+    if line and layout().context == "ring" and backend in ("auto", "blockwise"):
         return sequence.ring(call, line)
+    if line is None or kernel.shares_rows:
+        return kernel.attend(call)
     return sequence.gather(call, line, lambda own: _kernel(backend, own, strict=False).attend(own))
 
 

@@ -58,6 +58,14 @@ class Line(NamedTuple):
         back = ([(to, start) for start, to in self._to(half)] for half in (0, 1))
         return jnp.concatenate([jax.lax.ppermute(x, self.axes, way) for x, way in zip(pieces, back, strict=True)], 1)
 
+    def own(self, length: int) -> jax.Array:
+        """`[L / n]`: the places that this device works on."""
+        return jnp.asarray(self.owners(length))[jax.lax.axis_index(self.axes)]
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """`[B, L, …]` of every device's `[B, L / n, …]`, in order."""
+        return jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
+
     def pass_on(self, tree: Any) -> Any:
         """What the neighbour before had."""
         ring = [(device, (device + 1) % self.size) for device in range(self.size)]
@@ -94,21 +102,18 @@ def _chosen(places: Places, own: jax.Array) -> Places:
 # ── all keys for everyone ────────────────────────────────────────────────────────────────────────────────────────────
 def gather(call: Call, line: Line, attend: Callable[[Call], jax.Array]) -> jax.Array:
     """`[B, L, H, V]`; attend: how a device attends."""
-    owners = line.owners(call.lengths[0])
 
     def local(arrays, rest):
-        device = jax.lax.axis_index(line.axes)
         queries, keys, bias, sinks_H, key = rest
         q_BLHK, *pieces = arrays
-        whole = (jax.lax.all_gather(x, line.axes, axis=1, tiled=True) for x in pieces)
         own = replace(
             call,
-            **dict(zip(HEADS, (line.deal(q_BLHK), *whole), strict=True)),
-            queries=_chosen(queries, jnp.asarray(owners)[device]),
+            **dict(zip(HEADS, (line.deal(q_BLHK), *map(line.gathered, pieces)), strict=True)),
+            queries=_chosen(queries, line.own(call.lengths[0])),
             keys=keys,
             bias=bias,
             sinks_H=sinks_H,
-            key=None if key is None else jax.random.fold_in(key, device),
+            key=None if key is None else jax.random.fold_in(key, jax.lax.axis_index(line.axes)),
         )
         return line.collect(attend(own))
 
