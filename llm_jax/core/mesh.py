@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from llm_jax.core.config import Config, ConfigError, require
+from llm_jax.core.config import Config, ConfigError, require, require_positive
 
-BATCH = "replica", "data", "fsdp", "expert"  # the axes whose devices have rows of their own
+BATCH = "replica", "data", "fsdp", "expert", "stage"  # the axes whose devices have rows of their own
 # across slices, whose network is slow, go first the axes that say least to each other
 BETWEEN_SLICES = "population", "replica", "data", "stage", "fsdp", "expert", "sequence", "tensor"
 
@@ -29,12 +29,15 @@ class Mesh(Config):
     """Devices along each axis; -1 (at most once) means "the rest".
 
     population: independent trials of an ablation (None: as many devices as there are trials for, before the rest goes to
-    the axis that takes it); stage: layers are split, and micro-batches go from stage to stage; replica, data: copies of the model,
-    each with its share of the batch, replicas as far from each other as slices are; fsdp: the batch *and* the parameters are split
-    (ZeRO-3, Rajbhandari et al. 2020); expert: the batch and the experts are split, and tokens travel to theirs; sequence: tokens of
-    a row are split, and keys and values travel; tensor: heads and hidden units are split. Parameters are split over sequence and
-    expert too, as over fsdp. context: how keys reach the queries of other devices along sequence, all at once or round in a ring,
-    which needs less memory and more time. rules: exceptions from what is split over what.
+    the axis that takes it); stage: layers are split, and micro-batches go from stage to stage, while what is before and after the
+    layers is split by rows; replica, data: copies of the model, each with its share of the batch, replicas as far from each other
+    as slices are; fsdp: the batch *and* the parameters are split (ZeRO-3, Rajbhandari et al. 2020); expert: the batch and the
+    experts are split, and tokens travel to theirs; sequence: tokens of a row are split, and keys and values travel; tensor: heads
+    and hidden units are split. Parameters are split over sequence and expert too, as over fsdp.
+
+    context: how keys reach the queries of other devices along sequence, all at once or round in a ring, which needs less memory and
+    more time. microbatches: that a device's rows go through the stages in, a multiple of stage (None: as many as stages); rounds:
+    how often they go through all of them, each time through fewer layers. rules: exceptions from what is split over what.
     """
 
     population: int | None = None
@@ -46,9 +49,12 @@ class Mesh(Config):
     sequence: int = 1
     tensor: int = 1
     context: Literal["gather", "ring"] = "gather"
+    microbatches: int | None = None
+    rounds: int = 1
     rules: tuple[Split, ...] = ()
 
     def validate(self):
+        require_positive(self, "microbatches", "rounds")
         for axis, size in self.sizes.items():
             require(size == -1 or size > 0, axis, f"must be > 0, or -1 for the rest, got {size}")
         rest = [axis for axis, size in self.sizes.items() if size == -1]

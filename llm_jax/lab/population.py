@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core import sharding
 from llm_jax.core.ahead import Ahead
-from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
+from llm_jax.core.config import fingerprint, require, substitute, to_json, traced_values
 from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch, Probed
@@ -154,14 +154,16 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
 
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     """Raises `ConfigError` unless a mesh, whose axes are worked out, divides the rows of every micro-batch and the model."""
-    parts = experiment.train.accumulate * mesh.rows
-    if experiment.data.batch_size % parts:
-        axes = " × ".join(axis for axis in ("data", *BATCH) if axis == "data" or mesh.sizes[axis] > 1)
-        raise ConfigError(
-            f"must be a multiple of train.accumulate × {axes} = {parts} on this mesh, got {experiment.data.batch_size}",
-            "data.batch_size",
-        )
-    check_split(experiment.model, mesh.sizes, length=experiment.data.sequence_length)
+    parts, rows = experiment.train.accumulate * mesh.rows, experiment.data.batch_size
+    axes = " × ".join(axis for axis in BATCH if axis in ("data", "fsdp") or mesh.sizes[axis] > 1)
+    require(
+        rows % parts == 0, "data.batch_size", f"must be a multiple of train.accumulate × {axes} = {parts} on this mesh, got {rows}"
+    )
+    micro, share = mesh.microbatches or mesh.stage, rows // parts * mesh.stage
+    fits = mesh.stage == 1 or (micro % mesh.stage == 0 and share % micro == 0)
+    problem = f"must be a multiple of stage={mesh.stage} that divides the {share} rows of each part of the mesh, got {micro}"
+    require(fits, "mesh.microbatches", problem)
+    check_split(experiment.model, mesh, length=experiment.data.sequence_length)
 
 
 def compile_population(
