@@ -38,15 +38,20 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+QUICK = ("two rounds", "with experts and rows cut")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in QUICK else pytest.mark.slow) for way in MESHES])
 @pytest.mark.parametrize("name", MODELS)
-def test_stages_change_no_number(name, mesh):
-    model = MODELS[name]
+def test_stages_change_no_number(name, way):
+    model, mesh = MODELS[name], MESHES[way]
     params = jax.jit(lambda key: initial_parameters(model, V, key))(jax.random.key(0))
 
     def loss(params):
         logits, sown = model.build(V).apply({"params": params}, TOKENS, None, SEGMENTS, mutable=["routing"])
-        return jnp.square(logits).mean(), (logits, sown)
+        counted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(sown)}
+        # an auxiliary loss is that of micro-batches, of which it is no sum
+        return jnp.square(logits).mean(), (logits, {name: leaf for name, leaf in counted.items() if "balance" not in name})
 
     differentiate = jax.grad(loss, has_aux=True)
     expected = jax.jit(lambda params: differentiate(params))(params)
@@ -57,4 +62,4 @@ def test_stages_change_no_number(name, mesh):
         lowered = jax.jit(lambda params: differentiate(params)).lower(split)
         got = lowered.compile()(split)
     assert "collective_permute" in lowered.as_text(), "micro-batches should go from stage to stage"
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5), got, expected)
