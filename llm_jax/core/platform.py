@@ -205,11 +205,11 @@ def _measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
     import jax.numpy as jnp
 
     product = jax.jit(lambda a: a @ a)
-    operands = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in jax.devices()]
+    operands = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in jax.local_devices()]
     jax.block_until_ready([product(a) for a in operands])
     best, stop = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
         jax.block_until_ready([product(a) for a in operands])
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 * len(operands) / best
+    return 2 * size**3 * jax.device_count() / best

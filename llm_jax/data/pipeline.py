@@ -55,17 +55,24 @@ def rows_of(data: Data, tokenizer: Fitted, split: Split | str, cache: str | os.P
 
 @dataclass(frozen=True)
 class Host:
-    """Which one of the processes that each make their rows of every batch; together they make all."""
+    """Which rows of every batch a process makes: `own` of `count` equal blocks. Together they make all, some maybe twice."""
 
-    index: int = 0
+    own: tuple[int, ...] = (0,)
     count: int = 1
 
-    def part(self, rows: int) -> slice:
-        """Its own of so many rows. Raises `ConfigError` where they do not divide."""
+    def part(self, rows: int) -> np.ndarray:
+        """Which of so many rows are its own, in order. Raises `ConfigError` where they do not divide."""
         if rows % self.count:
-            raise ConfigError(f"must be a multiple of the {self.count} hosts that make it, got {rows}", "data.batch_size")
-        share = rows // self.count
-        return slice(self.index * share, (self.index + 1) * share)
+            raise ConfigError(f"must be a multiple of the {self.count} blocks that hosts make, got {rows}", "data.batch_size")
+        return np.arange(rows).reshape(self.count, -1)[list(self.own)].reshape(-1)
+
+    def place(self, rows: slice, of: int) -> slice:
+        """Where among its own rows those are that lie within one of its blocks of a batch of so many."""
+        size = of // self.count
+        start, stop, _ = rows.indices(of)
+        block = start // size
+        at = self.own.index(block) * size - block * size
+        return slice(at + start, at + stop)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from llm_jax.core import distributed
+
 CHECKSUMS = "checksums.json"
 
 
@@ -105,9 +107,9 @@ class Checkpointer:
         """
         if not self.folder.is_dir():
             return None
-        for step in sorted(self._open().all_steps(), reverse=True):
-            sealed = (self.folder / str(step) / CHECKSUMS).is_file()
-            damage = _damage(self.folder / str(step)) if sealed else None
+        for step in distributed.agreed("checkpoints", sorted(self._open().all_steps(), reverse=True)):
+            sealed = distributed.agreed("sealed", _sealed(self.folder / str(step)))
+            damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:
                 try:
                     args = ocp.args.Composite(state=_layout(_without_keys(abstract)), extra=ocp.args.JsonRestore())
@@ -147,6 +149,8 @@ class Checkpointer:
             self._manager = None
 
     def _lost(self, step: int, error: Exception) -> None:
+        if distributed.several():  # the others' part may be there, and they would wait for this process at the next one
+            raise error
         reason = str(error).strip().splitlines()
         self.warn(
             f"the checkpoint of step {step} could not be saved, training goes on: {reason[0] if reason else type(error).__name__}"
@@ -159,33 +163,35 @@ class Checkpointer:
             logging.getLogger(__name__).debug("closing after a failed save: %s", again)
 
     def _seal(self) -> None:
-        """Has a thread write the checksums of the checkpoints that have been committed since; one process does it for all."""
+        """Has a thread write the checksums of the checkpoints that have been committed since."""
         for step in sorted(self._unchecked):
             folder = self.folder / str(step)
             if folder.is_dir():
                 self._unchecked.discard(step)
-                if jax.process_index() == 0:
-                    self._sealing.append(self._sealer.submit(_write_checksums, folder))
+                self._sealing.append(self._sealer.submit(_write_checksums, folder))
 
     def _set_aside(self, step: int, damage: str) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.damaged") / str(step)
+        distributed.meet("a damaged checkpoint")
         self.warn(f"the checkpoint of step {step} is damaged ({damage}); it was moved to {aside}, and the next newest one is taken")
         self._open().close()
         self._manager = None
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / str(step)).rename(aside)
+        if distributed.leads():
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        distributed.meet("a damaged checkpoint")
 
 
 def steps(folder: str | os.PathLike, *, whole: bool = False) -> list[int]:
     """Those of the checkpoints in a folder that were written whole, the oldest first; whole: and still are as they were written."""
-    found = [file.parent for file in pathlib.Path(folder).absolute().glob(f"*/{CHECKSUMS}")]
-    return sorted(int(one.name) for one in found if one.name.isdigit() and not (whole and _damage(one)))
+    found = [one for one in pathlib.Path(folder).absolute().glob("*") if one.name.isdigit() and _sealed(one)]
+    return sorted(int(one.name) for one in found if not (whole and _damage(one)))
 
 
 def written(folder: str | os.PathLike, step: int | None) -> str:
     """A fingerprint of the checksums of all files of a checkpoint when it was written; empty where there is none."""
-    file = pathlib.Path(folder) / str(step) / CHECKSUMS
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+    files = _parts(pathlib.Path(folder) / str(step))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else ""
 
 
 def read(
@@ -216,26 +222,42 @@ def read(
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:
-    """Relative path → [size, CRC-32] of every file."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != CHECKSUMS and not f.name.startswith(f".{CHECKSUMS}"))
-    return {f.relative_to(folder).as_posix(): [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in files}
+    """Relative path → [size, CRC-32] of every file; of several processes each has its share of them."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.lstrip(".").startswith(CHECKSUMS))
+    own = files[distributed.index() :: distributed.count()]
+    return {f.relative_to(folder).as_posix(): [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in own}
 
 
 def _write_checksums(folder: pathlib.Path) -> None:
-    partial = folder / f".{CHECKSUMS}"
+    name = CHECKSUMS + (f".{distributed.index()}-of-{distributed.count()}" if distributed.several() else "")
     with contextlib.suppress(OSError):  # it was not to be kept, and is gone; or there is no room, and Orbax will have to judge it
-        partial.write_text(json.dumps(_checksums(folder)))
-        partial.replace(folder / CHECKSUMS)
+        (folder / f".{name}").write_text(json.dumps(_checksums(folder)))
+        (folder / f".{name}").replace(folder / name)
+
+
+def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of checksums, one for each process that wrote; none until all have."""
+    found = sorted(folder.glob(f"{CHECKSUMS}*"))
+    wanted = int(found[0].name.rpartition("-of-")[2]) if found and "-of-" in found[0].name else 1
+    return found if len(found) == wanted else []
+
+
+def _sealed(folder: pathlib.Path) -> bool:
+    return bool(_parts(folder))
 
 
 def _damage(folder: pathlib.Path) -> str | None:
-    """What differs in a sealed checkpoint from what was written, or None."""
-    try:
-        known = json.loads((folder / CHECKSUMS).read_text())
-    except json.JSONDecodeError:
-        return f"{CHECKSUMS} cannot be read"
-    found = _checksums(folder)
-    wrong = [name for name in known if found.get(name) != known[name]]
+    """What differs in a sealed checkpoint from what was written, or None; of several processes each looks at its share."""
+    known: dict[str, list[int]] = {}
+    for file in _parts(folder):
+        try:
+            known |= json.loads(file.read_text())
+        except json.JSONDecodeError:
+            return f"{file.name} cannot be read"
+    missing = [name for name in known if not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing or changed"
+    wrong = [name for name, found in _checksums(folder).items() if known.get(name, found) != found]
     return f"{wrong[0]} is missing or changed" if wrong else None
 
 

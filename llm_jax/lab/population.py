@@ -7,6 +7,7 @@ taken in turn where the platform prefers it (a CPU core is full with one). A cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from llm_jax.core.config import fingerprint, require, substitute, to_json, trace
 from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch, Probed
+from llm_jax.data.pipeline import Host
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.teachers import Found
@@ -107,6 +109,15 @@ class Compiled:
         pool.shutdown(wait=False)
 
     @property
+    def host(self) -> Host:
+        """The rows that this process's devices have of every batch."""
+        axes = [list(self.mesh.axis_names).index(axis) for axis in BATCH]
+        sizes = [self.mesh.devices.shape[axis] for axis in axes]
+        places = np.argwhere(np.vectorize(lambda device: device.process_index == jax.process_index())(self.mesh.devices))
+        blocks = np.ravel_multi_index(places[:, axes].T, sizes)
+        return Host(tuple(np.unique(blocks).tolist()), math.prod(sizes))
+
+    @property
     def _rows(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec("population", None, BATCH))
 
@@ -116,12 +127,19 @@ class Compiled:
 
     def bind(self, experiments: Sequence[Experiment]) -> Program:
         """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
-        values, wanted = stacked_values(experiments, self.members), len(experiments)
+        values, wanted, here = stacked_values(experiments, self.members), len(experiments), self.host
 
-        def put(batches: Any, where: NamedSharding, *, pad: int = 0) -> Batch:
+        def put(batches: Any, where: NamedSharding, rows: int, host: Host, *, pad: int = 0) -> Batch:
+            """Arrays of which this process has the host's rows; `rows`: their axis."""
+
             def array(x):
                 x = np.asarray(x)
-                return jax.make_array_from_process_local_data(where, np.concatenate([x, x[-1:].repeat(pad, 0)]) if pad else x)
+                x = np.concatenate([x, x[-1:].repeat(pad, 0)]) if pad else x
+                whole = x.shape[rows] // len(host.own) * host.count
+                shape = (*x.shape[:rows], whole, *x.shape[rows + 1 :])
+                return jax.make_array_from_callback(
+                    shape, where, lambda at: x[(*at[:rows], host.place(at[rows], whole), *at[rows + 1 :])]
+                )
 
             return jax.tree.map(array, batches)
 
@@ -129,10 +147,10 @@ class Compiled:
             return self.init(values)
 
         def steps(state, batches):
-            return self.steps(values, state, *self.taught, put(batches, self._rows, pad=self.members - wanted))
+            return self.steps(values, state, *self.taught, put(batches, self._rows, 2, here, pad=self.members - wanted))
 
         def evaluate(state, batches):
-            return self.evaluate(values, state, put(batches, self._common))
+            return self.evaluate(values, state, put(batches, self._common, 1, Host()))
 
         return Program(wanted, init, steps, evaluate, self.abstract)
 
@@ -195,8 +213,10 @@ def compile_population(
     def several(values, state, *rest):  # batches last, by whose shapes programs are told apart
         return lifted(values, state, rest[-1], *rest[:-1])
 
-    steps = jax.jit(several, donate_argnums=1, out_shardings=(where, None))
-    evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
+    # numbers that every process reads, where there are several
+    numbers = NamedSharding(mesh, PartitionSpec()) if jax.process_count() > 1 else None
+    steps = jax.jit(several, donate_argnums=1, out_shardings=(where, numbers))
+    evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1), out_shardings=numbers)
     return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh, axes) for f in (init, steps, evaluate)), taught)
 
 

@@ -20,6 +20,8 @@ from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
 from llm_jax.train.pretrain import Teacher
 
+EVERYTHING = Host()
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -46,7 +48,6 @@ class Source:
         self.corpus, self.workers = experiment.data.corpus, workers
         mesh, _ = layout(experiment, 1, jax.device_count())
         self.parts = mesh.rows  # what a batch's rows are split over, at most
-        self.host = Host(jax.process_index(), jax.process_count())
         self.tokenizer = experiment.fitted(cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}
 
@@ -88,16 +89,16 @@ class Source:
         self.evaluations(final=True)
         _ = self.probed
 
-    def feed(self, seeds: Sequence[int], steps: int, start: int) -> Iterator[Batch]:
-        """Host batches `[members, steps, B, L]` in the order that each member's seed gives, from step `start` on."""
-        return pipeline.feed(self._dispatches(seeds, steps), start_step=start, workers=self.workers)
+    def feed(self, seeds: Sequence[int], steps: int, start: int, host: Host = EVERYTHING) -> Iterator[Batch]:
+        """The host's rows of batches `[members, steps, B, L]`, in the order that each member's seed gives, from step `start` on."""
+        return pipeline.feed(self._dispatches(seeds, steps, host), start_step=start, workers=self.workers)
 
     def example(self, steps: int) -> Batch:
         """A host batch `[1, steps, B, L]` like those of `feed`."""
         return self._dispatches([0], steps)[0]
 
-    def _dispatches(self, seeds: Sequence[int], steps: int) -> Dispatches:
-        given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": self.host}
+    def _dispatches(self, seeds: Sequence[int], steps: int, host: Host = EVERYTHING) -> Dispatches:
+        given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": host}
         return pipeline.dispatches(self.data, self.training, **given)
 
     def readings(self) -> list[Reading]:
@@ -148,7 +149,6 @@ class Source:
                 batch=self._rows(times),
                 byte_lengths=self.tokenizer.byte_lengths,
                 limit_bytes=self.evaluation.bytes,
-                host=self.host,
             )
         return self._evaluated[split, times]
 

@@ -21,7 +21,7 @@ def main(index: str, count: str, first: str, steps: str, workers: str, cache: st
     corpus = Mixture((Source("small", small, epochs=1.5), Source("large", large, weight=((0.0, 2.0), (1.0, 1.0)))))
     data = Data(corpus, sequence_length=64, batch_size=BATCH, packing=FirstFit())
     rows = pipeline.rows_of(data, Bytes().fit(corpus, cache), "valid", cache)
-    host = Host(int(index), int(count))
+    host = Host((int(index),), int(count))
     source = pipeline.dispatches(data, rows, seeds=[3, 4], steps_per_item=TOGETHER, steps=ALL, host=host)
     feed = pipeline.feed(source, start_step=int(first), workers=int(workers))
     np.save(output, np.concatenate([next(feed).tokens for _ in range(int(steps) // TOGETHER)], 1))

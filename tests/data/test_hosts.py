@@ -44,6 +44,7 @@ def test_ten_thousand_examples_are_those_of_one_host_and_go_on_from_two_hosts_on
 
 
 def test_hosts_share_a_batch_or_say_why_not():
-    assert [Host(index, 4).part(8) for index in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    with pytest.raises(ConfigError, match="must be a multiple of the 3 hosts that make it, got 8"):
-        Host(0, 3).part(8)
+    assert [Host((index,), 4).part(8).tolist() for index in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert Host((3, 1), 4).part(8).tolist() == [6, 7, 2, 3] and Host((3, 1), 4).place(slice(2, 4), 8) == slice(2, 4)
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 blocks that hosts make, got 8"):
+        Host((0,), 3).part(8)

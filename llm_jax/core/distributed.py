@@ -1,0 +1,230 @@
+"""One program on several processes: how they find each other, that all run the same, what they agree on, and who is missing.
+
+Processes speak through the coordination service of `jax.distributed`, which the first of them runs; arrays take other ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from llm_jax.core.config import ConfigError
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 300  # seconds that processes wait for each other where all must meet
+
+_turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
+_leaving = threading.Event()
+
+
+class Missing(RuntimeError):
+    """Processes of the job are gone, or never came. The sentence names them."""
+
+
+def start(*, coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins this process to the others, before JAX opens a backend.
+
+    coordinator: HOST:PORT of the first; without any of the three they are found by what SLURM, Open MPI, GKE or Cloud TPU says of
+    the job. Raises `ConfigError` where they are not found, or do not come.
+    """
+    import jax
+
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    absent = [flag for flag, value in given.items() if value is None]
+    if 0 < len(absent) < len(given):
+        raise ConfigError(f"is missing beside {' and '.join(f for f in given if f not in absent)}: give all three", absent[0])
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ConfigError(f"must be at least 0 and below --processes={processes}, got {process}", "--process")
+    if os.environ.get("JAX_PLATFORMS") in (None, "", "cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_recoverability", True)  # the death of a process is told to `_watch`, which says who it was
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=PATIENCE
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        ways = "give --coordinator=HOST:PORT --processes=N --process=I to each" if coordinator is None else "start all of them"
+        raise ConfigError(f"cannot join the other processes within {PATIENCE} s ({reason}): {ways}", "--distributed") from None
+    if several():
+        _client().key_value_set(f"llm_jax/hosts/{index()}", f"{socket.gethostname()}, pid {os.getpid()}")
+        threading.Thread(target=_watch, name="other processes", daemon=True).start()
+
+
+def end() -> None:
+    """Waits for the others before this process, which has done its part, exits. Raises `Missing`."""
+    _leaving.set()
+    meet("the end")
+
+
+def one_of_many() -> str | None:
+    """What the environment says of other processes that this one would wait for, the end of a sentence; None: nothing."""
+    for where, count, own in (
+        ("SLURM step", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        ("Open MPI job", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("multi-slice job", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
+    ):
+        size = os.environ.get(count, "1")
+        if size.isdigit() and int(size) > 1:
+            return f"process {os.environ.get(own, '?')} of a {where} of {size}"
+    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name] or _hosts_of_tpu()
+    if len(hosts) > 1:
+        return f"host {os.environ.get('TPU_WORKER_ID', '?')} of a TPU slice of {len(hosts)}"
+    return None
+
+
+def _hosts_of_tpu() -> list[str]:
+    """The hosts of the slice that this Cloud TPU VM belongs to, as its metadata have it; none elsewhere."""
+    with contextlib.suppress(Exception):  # whatever a metadata server may answer
+        from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+
+        if GceTpuCluster.is_env_present():
+            return [str(number) for number in range(GceTpuCluster.get_process_count())]
+    return []
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return count() > 1
+
+
+def count() -> int:
+    """Processes of the job."""
+    from jax._src import distributed
+
+    return distributed.global_state.num_processes or 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    from jax._src import distributed
+
+    return distributed.global_state.process_id or 0
+
+
+def leads() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return index() == 0
+
+
+# ── meeting and agreeing ─────────────────────────────────────────────────────────────────────────────────────────────
+def meet(where: str, *, seconds: float = PATIENCE) -> None:
+    """Returns when all processes have called it. Raises `Missing` after so many seconds, with the names of those that have not."""
+    if not several():
+        return
+    name = f"llm_jax/meet/{where}/{next(_turns['meet ' + where])}"
+    _client().key_value_set(f"{name}/{index()}", "")
+    try:
+        _client().wait_at_barrier(name, int(seconds * 1000))
+    except Exception as error:
+        raise Missing(f"waited {seconds:g} s at {where!r} for {_names(_absent(name))}") from error
+
+
+def agreed(what: str, value: Any) -> Any:
+    """The first process's `value`, JSON, on all of them; what the others give is not looked at. Raises `Missing`."""
+    if not several():
+        return value
+    key = f"llm_jax/agreed/{what}/{next(_turns['agreed ' + what])}"
+    if leads():
+        _client().key_value_set(key, json.dumps(value))
+        return value
+    try:
+        return json.loads(_client().blocking_key_value_get(key, PATIENCE * 1000))
+    except Exception as error:
+        raise Missing(f"waited {PATIENCE} s for {_names([0])} to say {what!r}") from error
+
+
+def first_said(what: str, value: str | None) -> str | None:
+    """Of what all processes say, that of the first that says something; None: none does. Raises `Missing`."""
+    return next((own for own in _everyones(what, value or "") if own), None) if several() else value
+
+
+def require_same(what: str, value: str) -> None:
+    """Raises `ConfigError` on every process unless all give the same value; it names who differs from the first."""
+    if not several():
+        return
+    found = _everyones(what, value)
+    others = [process for process, own in enumerate(found) if own != found[0]]
+    if others:
+        told = f"{_names(others)} has {found[others[0]]!r} and {_names([0])} {found[0]!r}"
+        raise ConfigError(f"differs: {told}; install the same everywhere and start again", what)
+
+
+def _everyones(what: str, value: str) -> list[str]:
+    name = f"llm_jax/said/{what}/{next(_turns['said ' + what])}"
+    _client().key_value_set(f"{name}/{index()}", value)
+    meet(what)
+    found = {int(key.rpartition("/")[2]): own for key, own in _client().key_value_dir_get(name)}
+    return [found[process] for process in range(count())]
+
+
+def settle() -> None:
+    """After an error of this process, which may come from another's death: returns if, as far as can be known, all are there."""
+    if several():
+        time.sleep(1.5 * HEARTBEAT)  # `_watch` ends the process before
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, without waiting for others as an ordinary exit does."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _watch() -> None:
+    """Ends this process, with a sentence, when another is gone: what it waits for, maybe inside a program, will never come."""
+    everyone = list(range(count()))
+    while not _leaving.is_set():
+        try:
+            gone = sorted(set(everyone) - set(_client().get_live_nodes(everyone)))
+            if not gone:
+                _pause(HEARTBEAT / 3)
+        except Exception:  # the service is gone, and with it the process that ran it
+            gone = [0]
+        if gone and not _leaving.is_set():
+            print(
+                f"error: {_names(gone)} is gone: run the same command again, it goes on from the last checkpoint", file=sys.stderr
+            )
+            leave(1)
+
+
+def _pause(seconds: float) -> None:
+    """Waits, but learns at once when the service is gone."""
+    try:
+        _client().blocking_key_value_get("llm_jax/nothing", int(seconds * 1000))
+    except Exception as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+
+
+def _absent(name: str) -> list[int]:
+    there = {int(key.rpartition("/")[2]) for key, _ in _client().key_value_dir_get(name)}
+    return [process for process in range(count()) if process not in there]
+
+
+def _names(processes: list[int]) -> str:
+    """Processes with the hosts that they said they are on, where that can still be asked."""
+    known: dict[int, str] = {}
+    with contextlib.suppress(Exception):
+        known = {int(key.rpartition("/")[2]): host for key, host in _client().key_value_dir_get("llm_jax/hosts")}
+        known = {process: known.get(process, "which never came") for process in processes}
+    shown = [f"process {process}" + (f" ({known[process]})" if process in known else "") for process in processes[:4]]
+    return ", ".join(shown) + (f" and {len(processes) - 4} more" if len(processes) > 4 else "")
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("jax.distributed was not started")
+    return client
