@@ -28,6 +28,11 @@ BEATS = 4  # signs of life in a lease
 GIVES_UP = 0.75  # of a lease, after which a worker no longer counts on what it has claimed
 
 
+def _clock() -> float:
+    """Seconds that also pass while the machine is suspended, where the system tells them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class Lapsed(Exception):
     """This worker gave no sign of life for so long that another may have taken over what it had claimed."""
 
@@ -55,8 +60,8 @@ class Claim:
 class Signs:
     """The signs of life of all workers, as one observer has seen them. lease: what is assumed where a sign cannot be read."""
 
-    def __init__(self, files: Shared, lease: float = 60.0):
-        self._files, self._lease = files, lease
+    def __init__(self, files: Shared, lease: float = 60.0, clock: Callable[[], float] = _clock):
+        self._files, self._lease, self._clock = files, lease, clock
         self._seen: dict[str, tuple[dict[str, Any], float]] = {}
         self.moved: set[str] = set()
         self.gone: set[str] = set()
@@ -65,14 +70,14 @@ class Signs:
         """Sees what has changed. Whoever left, or has not changed for a lease, is gone for good."""
         written = {name.removesuffix(".json") for name in self._files.names("workers")}
         for worker in sorted((written | set(self._seen)) - self.gone):
-            before = time.monotonic()  # the sign is as old as the read that first saw it, and the silence ends before this one
+            before = self._clock()  # the sign is as old as the read that first saw it, and the silence ends before this one
             sign = self._files.read(f"workers/{worker}.json") or {}
             known, since = self._seen.get(worker, ({}, 0.0))
             if sign.get("left"):
                 self.gone.add(worker)
             elif worker not in self._seen or sign != known:
                 self.moved |= {worker} & set(self._seen)
-                self._seen[worker] = sign, time.monotonic()
+                self._seen[worker] = sign, self._clock()
             elif before - since > sign.get("lease", self._lease):
                 self.gone.add(worker)
 
@@ -93,17 +98,24 @@ class Signs:
 class Crew:
     """A context in which this process is one of the workers that share a folder.
 
-    lease: seconds. versions: what must be the same for all who work at the same time. Entering raises `ConfigError` where it is
-    not, or where the folder's file system does not let a file be created only once.
+    lease: seconds. versions: what must be the same for all who work at the same time. clock: seconds, from any start. Entering
+    raises `ConfigError` where versions differ, or where the folder's file system does not let a file be created only once.
     """
 
-    def __init__(self, files: Shared, *, lease: float = 60.0, versions: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        files: Shared,
+        *,
+        lease: float = 60.0,
+        versions: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = _clock,
+    ):
         if lease < SHORTEST:
             raise ConfigError(
                 f"must be at least {SHORTEST:g} seconds, of which a sign of life takes a quarter, got {lease:g}", "--lease"
             )
         self.files, self.lease, self.versions = files, lease, dict(versions or {})
-        self.signs = Signs(files, lease)
+        self.signs, self._clock = Signs(files, lease, clock), clock
         self._held: Claim | None = None
 
     def __enter__(self) -> Crew:
@@ -125,9 +137,10 @@ class Crew:
 
     def check(self) -> None:
         """Raises `Lapsed` if what this worker has claimed may be another's; costs nothing."""
-        if self._lapsed.is_set() or _clock() - self._renewed > GIVES_UP * self.lease:
+        silent = self._clock() - self._renewed
+        if self._lapsed.is_set() or silent > GIVES_UP * self.lease:
             self._lapsed.set()
-            raise Lapsed(f"no sign of life for {_clock() - self._renewed:.0f} seconds")
+            raise Lapsed(f"no sign of life for {silent:.0f} seconds")
 
     def confirm(self) -> None:
         """The same, and looks whether there is a newer generation of what is claimed: before what cannot be undone."""
@@ -135,6 +148,15 @@ class Crew:
         if self._held is not None and self.files.read(self._held.next) is not None:
             self._lapsed.set()
             raise Lapsed("another worker has taken over")
+
+    def beat(self) -> None:
+        """Gives a sign of life, and looks at the others'. Raises `Lapsed`."""
+        began = self._clock()
+        self.confirm()
+        self._beat += 1
+        self.files.write(self._file, self._sign())
+        self._renewed = began
+        self.signs.look()
 
     def claims(self) -> dict[str, Claim]:
         """Name → newest generation of all that is claimed, whose file is not read yet: `told` does that."""
@@ -176,14 +198,14 @@ class Crew:
         host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
         self.worker = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._beat, self._held, self._lapsed, self._left = 0, None, threading.Event(), threading.Event()
-        began = _clock()
+        began = self._clock()
         if not self.files.create(self._file, self._sign()) or self.files.create(self._file, self._sign() | {"beat": -1}):
             raise ConfigError(
                 "lies where two processes can create the same file: workers need another file system, e.g. NFS or a bucket",
                 self.files.folder,
             )
         self._renewed = began
-        took = _clock() - began
+        took = self._clock() - began
         if took > self.lease / BEATS:
             raise ConfigError(
                 f"is too short: a sign of life took {took:.1f} s; give {10 * took:.0f} seconds or more", f"--lease={self.lease:g}"
@@ -217,15 +239,10 @@ class Crew:
             self.files.write(self._file, self._sign() | {"left": True})
 
     def _live(self) -> None:
-        """What a thread does: signs of life, and a look at the others', until the worker leaves or was silent for too long."""
+        """What a thread does until the worker leaves or was silent for too long."""
         while not self._left.wait(self.lease / BEATS):
-            began = _clock()
             try:
-                self.confirm()
-                self._beat += 1
-                self.files.write(self._file, self._sign())
-                self._renewed = began
-                self.signs.look()
+                self.beat()
             except Lapsed:
                 return
             except Exception:  # whatever a disk or a bucket's driver raises: another try, until the lease is over
@@ -249,8 +266,3 @@ def clear(files: Shared, note: Callable[[str], None]) -> None:
     if found is not None:
         raise ConfigError(f"is in use by a worker ({found}): let it end, or run with --worker", files.folder)
     files.remove()
-
-
-def _clock() -> float:
-    """Seconds that also pass while the machine is suspended, where the system tells them."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -135,7 +135,8 @@ class Runner:
         if jax.process_count() > 1:
             raise ConfigError(f"is for one process each, and JAX has {jax.process_count()} here: leave it out", "--worker")
         versions = results.versions() | {"code": results.code()}
-        with self.folder.alone(workers=True), Crew(self.folder.shared_files, lease=self.lease, versions=versions) as crew:
+        crew = Crew(self.folder.shared_files, lease=self.lease, versions=versions)
+        with self.folder.alone(workers=True), crew:
             self.schedule = Workers(self.folder, crew, self.note)
             yield
 

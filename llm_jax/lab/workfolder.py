@@ -18,7 +18,7 @@ from llm_jax.lab.experiment import Ablation
 
 MEMBERS = "members.json"
 SHOWN = 6  # differences named in an error
-OWN = ("claims", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
+OWN = ("shared", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
 FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
 
 
@@ -96,7 +96,7 @@ class WorkFolder:
     @property
     def shared_files(self) -> Shared:
         """By which the workers that share the folder agree."""
-        return Shared(self.path / "claims")
+        return Shared(self.path / "shared")
 
     def trial(self, name: str) -> pathlib.Path:
         """The folder of a trial."""
