@@ -97,10 +97,14 @@ class Workers:
     _groups: dict[str, list[str]] = field(default_factory=dict)  # name → runs
     _entries: int = 0
     _ended: dict[str, str] = field(default_factory=dict)  # group → outcome
-    _retried: dict[str, int] | None = None  # group that had failed before this worker came → generation of that
+    _failed: dict[str, int] = field(default_factory=dict)  # group that had failed before this worker came → its generation then
     _programs: dict[str, str] = field(default_factory=dict)  # group → structure
     _program: str = ""
     _place: str = ""
+
+    def __post_init__(self):
+        claims = [self.crew.told(claim) for claim in self.crew.claims().values()]
+        self._failed = {claim.name: claim.generation for claim in claims if claim.outcome == FAILED}
 
     @property
     def worker(self) -> str:
@@ -188,10 +192,8 @@ class Workers:
     def _newest(self) -> dict[str, Claim]:
         """The newest claim of every group that is not known to have ended; takes note of those that have."""
         newest = {n: self.crew.told(c) for n, c in self.crew.claims().items() if n in self._groups and n not in self._ended}
-        if self._retried is None:
-            self._retried = {name: claim.generation for name, claim in newest.items() if claim.outcome == FAILED}
         for name, claim in newest.items():
-            again = claim.outcome == FAILED and self._retried.get(name) == claim.generation
+            again = claim.outcome == FAILED and self._failed.get(name) == claim.generation
             if claim.outcome is not None and not again:
                 self._ended[name] = claim.outcome
         return newest
