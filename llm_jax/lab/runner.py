@@ -50,7 +50,7 @@ class Runner:
     failures: int = 0
     sources: Sources = field(default_factory=Sources)
     lease: float | None = None
-    schedule: Schedule = field(init=False)
+    schedule: Schedule = field(init=False, repr=False)
     _compiled: dict[tuple[str, Mesh, int], Compiled] = field(default_factory=dict)
 
     def check(self) -> None:

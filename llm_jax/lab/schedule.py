@@ -172,12 +172,17 @@ class Workers:
             self._replace(claim, [[run.name for run in half] for half in halves(members)])
 
     def _claim(self, waiting: Sequence[str], last: dict[str, Claim], runs: Sequence[Run]) -> Claim | None:
-        """The first of the groups that can be claimed, of those first that share the program of the one before."""
+        """The first of the groups that can be claimed.
+
+        Those that the fewest workers had before come first, so that one whose workers die of it holds up no other; of these, those
+        that share the program of the group before.
+        """
         known = {run.name: run for run in runs}
         for name in waiting:
             if name not in self._programs:
                 self._programs[name] = structure(next(known[n] for n in self._groups[name] if n in known).experiment)
-        for name in sorted(waiting, key=lambda name: self._programs[name] != self._program):
+        tried = {name: claim.generation for name, claim in last.items()}
+        for name in sorted(waiting, key=lambda name: (tried.get(name, 0), self._programs[name] != self._program)):
             claim = self.crew.claim(name, last.get(name))
             if claim is not None:
                 self._program = self._programs[name]

@@ -26,6 +26,8 @@ class WorkFolder:
     """A folder that holds one ablation. Opening it for another is refused, with what differs; nothing is overwritten."""
 
     def __init__(self, path: str | os.PathLike):
+        if "://" in os.fspath(path):
+            raise ConfigError("must be a folder of this machine, which may be mounted (NFS), and no address", f"--workdir={path}")
         self.path = pathlib.Path(path)
 
     @contextlib.contextmanager

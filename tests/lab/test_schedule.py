@@ -230,3 +230,13 @@ def test_others_signs_are_named_in_the_display(tmp_path):
         one.crew.beat()
         one.finish()
     assert shown[0] == "group 1 of 4 · 1 other worker" and len(shown) == 4
+
+
+def test_a_group_whose_workers_die_holds_up_no_other(tmp_path):
+    with Worker(tmp_path) as dead, Worker(tmp_path) as one:
+        dead.workers._agree(RUNS, one_by_one)
+        first = next(iter(dead.workers._groups))
+        dead.crew.claim(first, None)
+        one.crew.signs.gone.add(dead.crew.worker)
+        one.finish()
+        assert one.groups[-1] == dead.workers._groups[first] and len(one.groups) == 4
