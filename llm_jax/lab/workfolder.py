@@ -17,6 +17,7 @@ from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
 
 MEMBERS = "members.json"
+ENDED = "done", "diverged"
 SHOWN = 6  # differences named in an error
 OWN = ("shared", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
 FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
@@ -122,23 +123,26 @@ class WorkFolder:
 
     def finish(self, name: str, result: Mapping[str, Any]) -> bool:
         """Writes down how a trial ended, unless that is written (and not that it failed); whether it did."""
-        if self.result(name) is not None:
-            return False
-        file = self.trial(name) / "results.json"
-        if not file.exists():
+        file, before = self.trial(name) / "results.json", self._written(name)
+        if before is None:
             try:
                 return write_new(file, _text(result))
             except OSError as error:
                 if error.errno not in NO_LINKS:  # where there are none, there are no workers either
                     raise
+        elif before["status"] in ENDED:
+            return False
         write(file, result)
         return True
 
     def result(self, name: str) -> dict[str, Any] | None:
         """The results of a finished trial (done or diverged), or None: a failed one is to be tried again."""
+        result = self._written(name)
+        return result if result is not None and result["status"] in ENDED else None
+
+    def _written(self, name: str) -> dict[str, Any] | None:
         file = self.trial(name) / "results.json"
-        result = _read(file) if file.exists() else None
-        return result if result is not None and result["status"] in ("done", "diverged") else None
+        return _read(file) if file.exists() else None
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
