@@ -1,6 +1,8 @@
 """Train what an experiment file declares, tune every arm alike, and report the comparison.
 
 python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --workdir=runs/c06
+
+With `--worker` the same command, started any number of times on any machines that share the work folder, is one ablation.
 """
 
 from __future__ import annotations

@@ -95,6 +95,12 @@ class Signs:
         return next(iter(sorted(suspects & self.moved)), None)
 
 
+def check_lease(seconds: float) -> None:
+    """Raises `ConfigError` for a lease that is too short to be kept."""
+    if seconds < SHORTEST:
+        raise ConfigError(f"must be at least {SHORTEST:g} seconds, with {BEATS} signs of life in it, got {seconds:g}", "--lease")
+
+
 class Crew:
     """A context in which this process is one of the workers that share a folder.
 
@@ -110,10 +116,7 @@ class Crew:
         versions: Mapping[str, str] | None = None,
         clock: Callable[[], float] = _clock,
     ):
-        if lease < SHORTEST:
-            raise ConfigError(
-                f"must be at least {SHORTEST:g} seconds, of which a sign of life takes a quarter, got {lease:g}", "--lease"
-            )
+        check_lease(lease)
         self.files, self.lease, self.versions = files, lease, dict(versions or {})
         self.signs, self._clock = Signs(files, lease, clock), clock
         self._held: Claim | None = None

@@ -21,7 +21,7 @@ from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
-from llm_jax.lab.claims import Crew, Lapsed, clear
+from llm_jax.lab.claims import Crew, Lapsed, check_lease, clear
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
@@ -56,6 +56,10 @@ class Runner:
     def check(self) -> None:
         """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
         devices, traced = len(jax.devices()), set()
+        if self.lease is not None:
+            check_lease(self.lease)
+            if jax.process_count() > 1:
+                raise ConfigError(f"is one process, and this is one of {jax.process_count()} that train together", "--worker")
         for arm in self.ablation.arms:
             experiment = self.ablation.experiment(arm)
             try:
@@ -109,36 +113,31 @@ class Runner:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        with self._scheduled():
+        with self.folder.alone(workers=self.lease is not None):
             corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
             tokenizers = {arm: self.sources.of(e).tokenizer.fingerprint for arm, e in arms.items()}
             self.folder.claim(self.ablation, corpora=corpora, tokenizers=tokenizers, scale=self.scale)
-            if self.lease is None:
-                clear(self.folder.shared_files, self.note)
-            tuned = self._all(plan.tuning_runs(self.ablation))
-            best = plan.winners(self.ablation, tuned)
-            for arm in arms:
-                if arm not in best:
-                    self.note(
-                        f"arm {arm!r}: no point of the grid trained to the end, so there is no winner to train on fresh seeds"
-                    )
-            return tuned + self._all(plan.final_runs(self.ablation, best))
+            with self._scheduled():
+                tuned = self._all(plan.tuning_runs(self.ablation))
+                best = plan.winners(self.ablation, tuned)
+                for arm in arms:
+                    if arm not in best:
+                        why = "no point of the grid trained to the end, so there is no winner to train on fresh seeds"
+                        self.note(f"arm {arm!r}: {why}")
+                return tuned + self._all(plan.final_runs(self.ablation, best))
 
     @contextlib.contextmanager
     def _scheduled(self) -> Iterator[None]:
-        """Has the folder for this process, or as one of its workers."""
+        """Trains what there is to train by itself, or with other workers."""
+        files = self.folder.shared_files
         if self.lease is None:
-            with self.folder.alone():
-                self.schedule = Alone(self.folder)
-                yield
-            return
-        if jax.process_count() > 1:
-            raise ConfigError(f"is for one process each, and JAX has {jax.process_count()} here: leave it out", "--worker")
-        versions = results.versions() | {"code": results.code()}
-        crew = Crew(self.folder.shared_files, lease=self.lease, versions=versions)
-        with self.folder.alone(workers=True), crew:
-            self.schedule = Workers(self.folder, crew, self.note)
+            clear(files, self.note)
+            self.schedule = Alone(self.folder)
             yield
+        else:
+            with Crew(files, lease=self.lease, versions=results.versions() | {"code": results.code()}) as crew:
+                self.schedule = Workers(self.folder, crew, self.note)
+                yield
 
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         self.schedule.finish(runs, self._grouped, self._train)

@@ -136,6 +136,20 @@ def test_a_worker_that_lapses_in_the_middle_of_training_goes_on_from_its_checkpo
     assert lapsed and sum("claims it next" in note for note in notes) == 1
 
 
+def test_a_worker_leaves_nothing_in_a_folder_of_something_else(declared, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ablation = load(declared).changed({"mesh.data": 1, "mesh.population": 8})
+    with pytest.raises(ConfigError, match="is not empty and holds no ablation"):
+        runner.Runner(ablation, WorkFolder(tmp_path), lease=60.0).run()
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_address_is_no_work_folder():
+    with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/w must be a folder"):
+        WorkFolder("gs://bucket/w")
+
+
 def test_a_folder_is_shared_by_workers_or_one_run_has_it(tmp_path):
     folder = WorkFolder(tmp_path)
     two = folder.alone(workers=True), folder.alone(workers=True)
