@@ -264,7 +264,7 @@ def clear(files: Shared, note: Callable[[str], None]) -> None:
     signs = Signs(files)
     signs.look()
     if signs.here():
-        note(f"{files.folder}: {len(signs.here())} workers did not say that they left; waiting to see whether they are alive")
+        note(f"{files.folder}: waiting for a sign of life of {', '.join(signs.here())}, which did not say that it left")
     found = signs.first(signs.here())
     if found is not None:
         raise ConfigError(f"is in use by a worker ({found}): let it end, or run with --worker", files.folder)

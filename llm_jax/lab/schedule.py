@@ -158,7 +158,7 @@ class Workers:
         names = self._groups[claim.name]
         members, others = [known[n] for n in names if n in known], [n for n in names if n not in known]
         if last is not None and last.outcome is None:
-            self.note(f"the group of {members[0].name} was {last.worker}'s, which gives no sign of life: taking it over")
+            self.note(f"the group of {members[0].name} was {last.worker}'s, which is gone: taking it over")
         self._place = f"group {ours.index(claim.name) + 1} of {len(ours)}"
         done = sum(len(self._groups[name]) for name in ours if name in self._ended)
         if others:  # of arms that this worker does not know
