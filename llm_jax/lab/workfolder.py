@@ -46,8 +46,9 @@ class WorkFolder:
                 try:
                     fcntl.flock(folder, (fcntl.LOCK_SH if workers else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    other = "a run that is no --worker" if workers else "another run"
-                    raise ConfigError(f"is in use by {other}: let it end, or choose another --workdir", str(self.path)) from None
+                    other, way = ("a run that is no --worker", "") if workers else ("another run", "join it if it is a --worker, ")
+                    said = f"is in use by {other}: let it end, {way}or choose another --workdir"
+                    raise ConfigError(said, str(self.path)) from None
             yield
         finally:
             os.close(folder)
