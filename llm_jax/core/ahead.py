@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
+
+from llm_jax.core import sharding
+from llm_jax.core.mesh import Mesh
 
 _Key = tuple[tuple[int, ...], ...]
 
@@ -19,8 +23,8 @@ class Ahead:
     were not expected are compiled for when they come. An error of the compiler is raised by the call.
     """
 
-    def __init__(self, function: jax.stages.Wrapped, mesh: jax.sharding.Mesh):
-        self._function, self._mesh = function, mesh
+    def __init__(self, function: jax.stages.Wrapped, devices: jax.sharding.Mesh, layout: Mesh | None = None):
+        self._function, self._where = function, partial(sharding.on, devices, layout)
         self._programs: dict[_Key, Future] = {}
 
     def expect(self, pool: ThreadPoolExecutor, *args: Any) -> None:
@@ -30,7 +34,7 @@ class Ahead:
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """The traced program, as of `jax.jit`."""
-        with jax.set_mesh(self._mesh):
+        with self._where():
             return self._function.lower(*args)
 
     def _compile(self, args: tuple) -> Callable:
@@ -39,7 +43,7 @@ class Ahead:
     def __call__(self, *args: Any) -> Any:
         ahead = self._programs.get(_key(args))
         program = self._function if ahead is None else ahead.result()
-        with jax.set_mesh(self._mesh):
+        with self._where():
             return program(*args)
 
 

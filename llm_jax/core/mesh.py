@@ -1,13 +1,27 @@
 """The named device mesh: which axis gets how many devices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
-from llm_jax.core.config import Config, ConfigError, require
+from llm_jax.core.config import Config, ConfigError, require, require_positive
+
+BATCH = "replica", "data", "fsdp", "expert", "stage"  # the axes whose devices have rows of their own
+# across slices, whose network is slow, go first the axes that say least to each other
+BETWEEN_SLICES = "population", "replica", "data", "stage", "fsdp", "expert", "sequence", "tensor"
+
+
+@dataclass(frozen=True)
+class Split(Config):
+    """A rule of one's own: a logical axis (`core.sharding.RULES` lists them) is split over these mesh axes; none: not at all."""
+
+    name: str
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -15,27 +29,52 @@ class Mesh(Config):
     """Devices along each axis; -1 (at most once) means "the rest".
 
     population: independent trials of an ablation (None: as many devices as there are trials for, before the rest goes to
-    the axis that takes it); data: copies of the model, each with its share of the batch;
-    fsdp: the batch *and* the parameters are split (ZeRO-3); tensor: heads and hidden units are split.
+    the axis that takes it); stage: layers are split, and micro-batches go from stage to stage, while what is before and after the
+    layers is split by rows; replica, data: copies of the model, each with its share of the batch, replicas as far from each other
+    as slices are; fsdp: the batch *and* the parameters are split (ZeRO-3, Rajbhandari et al. 2020); expert: the batch and the
+    experts are split, and tokens travel to theirs; sequence: tokens of a row are split, and keys and values travel; tensor: heads
+    and hidden units are split. Parameters are split over sequence and expert too, as over fsdp.
+
+    context: how keys reach the queries of other devices along sequence, all at once or round in a ring, which needs less memory and
+    more time. microbatches: that a device's rows go through the stages in, a multiple of stage (None: as many as stages); rounds:
+    how often they go through all of them, each time through fewer layers. rules: exceptions from what is split over what.
     """
 
     population: int | None = None
+    stage: int = 1
+    replica: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
     tensor: int = 1
+    context: Literal["gather", "ring"] = "gather"
+    microbatches: int | None = None
+    rounds: int = 1
+    rules: tuple[Split, ...] = ()
 
     def validate(self):
+        require_positive(self, "microbatches", "rounds")
         for axis, size in self.sizes.items():
             require(size == -1 or size > 0, axis, f"must be > 0, or -1 for the rest, got {size}")
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         require(
             len(rest) <= 1, rest[-1] if rest else "", f"is -1, but so is {rest[0] if rest else ''}: only one axis can take the rest"
         )
+        for rule in self.rules:
+            unknown = [axis for axis in rule.over if axis not in self.sizes or axis == "population"]
+            require(not unknown, "rules", f"splits {rule.name!r} over {unknown}: the axes are {', '.join(list(self.sizes)[1:])}")
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis → devices, in mesh order."""
-        return {"population": self.population or 1, "data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        """Axis → devices, in mesh order: neighbours along the last axis are the nearest."""
+        names = "stage", "replica", "data", "fsdp", "expert", "sequence", "tensor"
+        return {"population": self.population or 1} | {name: getattr(self, name) for name in names}
+
+    @property
+    def rows(self) -> int:
+        """Devices that have rows of their own, of a mesh whose axes are worked out."""
+        return math.prod(self.sizes[axis] for axis in BATCH)
 
     def for_population(self, members: int, devices: int, rows: int) -> "Mesh":
         """This mesh with every axis worked out for so many trials of `rows` rows a micro-batch.
@@ -46,16 +85,19 @@ class Mesh(Config):
         rest = next((axis for axis, size in self.sizes.items() if size == -1), None)
         fixed = math.prod(size for size in self.sizes.values() if size != -1)
         if self.population is not None or rest is None or devices % fixed:
-            return replace(self, **self.shape(devices))
-        free, shared = devices // fixed, {"data": self.fsdp, "fsdp": self.data}.get(rest)
+            return self._with(self.shape(devices))
+        free, shared = devices // fixed, math.prod(self.sizes[axis] for axis in BATCH if axis != rest)
         population = min(members, free)
 
         def most(room: int) -> int:  # devices of the open axis, at most `room`, that can share the rows
-            return max((n for n in range(1, room + 1) if shared is None or rows % (n * shared) == 0), default=1)
+            return max((n for n in range(1, room + 1) if rest not in BATCH or rows % (n * shared) == 0), default=1)
 
         alone = most(free)  # what one trial gets: the others' share divides it, and with it every batch that is scored
         share = max(n for n in range(1, free // population + 1) if alone % n == 0)
-        return replace(self, population=population, **{rest: share})
+        return self._with({"population": population, rest: share})
+
+    def _with(self, sizes: Mapping[str, int]) -> "Mesh":
+        return replace(self, **sizes)  # type: ignore[arg-type]
 
     def shape(self, devices: int) -> dict[str, int]:
         """Axis → devices with -1 worked out. Raises `ConfigError` where they do not multiply to `devices`."""
@@ -74,12 +116,36 @@ class Mesh(Config):
         return sizes
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh with compiler-propagated ("Auto") axes, over `devices` (default: all), or their first if all sizes are given."""
+        """The mesh with compiler-propagated ("Auto") axes, over `devices` (default: all), or their first if all sizes are given.
+
+        Devices are placed so that the last axes are nearest; of several slices each holds a block of the first axes that divide.
+        """
         devices = list(devices if devices is not None else jax.devices())
         if -1 not in self.sizes.values():
             devices = devices[: math.prod(self.sizes.values())]
         shape = self.shape(len(devices))
         types = (jax.sharding.AxisType.Auto,) * len(shape)
-        if len(devices) == len(jax.devices()):
-            return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
-        return jax.sharding.Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape), axis_types=types)
+        return jax.sharding.Mesh(_placed(shape, devices), tuple(shape), axis_types=types)
+
+
+def across_slices(shape: dict[str, int], slices: int) -> dict[str, int]:
+    """Axis → how many of its devices lie in different slices. Raises `ConfigError` where the axes do not divide into the slices."""
+    across, left = dict.fromkeys(shape, 1), slices
+    for axis in BETWEEN_SLICES:
+        across[axis] = math.gcd(shape[axis], left)
+        left //= across[axis]
+    if left > 1:
+        told = f"cannot be divided into {slices} slices, which must all be of one form: set replica or data to {slices}"
+        raise ConfigError(told, "mesh " + " × ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1))
+    return across
+
+
+def _placed(shape: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        across = across_slices(shape, slices)
+        within = [size // across[axis] for axis, size in shape.items()]
+        return mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(list(shape.values()), devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(list(shape.values()))

@@ -42,6 +42,7 @@ class Traits:
     fused_attention: str | None  # the platform's own kernel, tried first
     flat_gradient_sums: bool  # gradients of data-parallel devices added up as one array
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
+    ragged_exchange: bool  # messages of unequal lengths from every device to every other
     expert_blocks: bool  # products with experts' matrices by blocks of rows: XLA:CPU's ragged_dot does the work of all experts
 
 
@@ -60,6 +61,7 @@ CPU = Traits(
     fused_attention=None,
     flat_gradient_sums=True,
     population_in_turn=True,
+    ragged_exchange=False,
     expert_blocks=True,
 )
 ACCELERATOR = Traits(
@@ -77,6 +79,7 @@ ACCELERATOR = Traits(
     fused_attention=None,
     flat_gradient_sums=False,
     population_in_turn=False,
+    ragged_exchange=True,
     expert_blocks=False,
 )
 

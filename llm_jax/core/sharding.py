@@ -4,73 +4,135 @@ Weights and activations have names of their own, because they are split differen
 embedding dimension and gathered when used, while an activation is split by its batch.
 """
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_jax.core.config import nearest, require
+from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import traits
 
-# logical axis → mesh axes (a tuple splits one dimension over several)
-RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp")),
-    ("length", None),
-    ("embed_act", None),
-    ("heads_act", "tensor"),
-    ("kv_heads_act", "tensor"),
-    ("hidden_act", "tensor"),
-    ("vocab_act", "tensor"),
-    ("expert_act", None),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("head_dim", None),
-    ("latent", None),
-    ("embed_out", None),
-    ("gates", None),
-    ("hidden_in", None),
-    ("hidden", "tensor"),
-    # whole: an expert's hidden units take the tensor axis, its width fsdp; a mesh axis for experts goes here and in expert_act
-    ("expert", None),
-    ("vocab", "tensor"),
-    ("position", None),
-    ("norm", None),
-    ("buckets", None),
-    ("layers", None),
+Rules = Mapping[str, tuple[str, ...]]  # logical axis → the mesh axes that split it
+
+RULES: Rules = MappingProxyType(
+    {
+        "batch": BATCH,
+        "length": ("sequence",),
+        "embed_act": (),
+        "heads_act": ("tensor",),
+        "kv_heads_act": ("tensor",),
+        "hidden_act": ("tensor",),
+        "vocab_act": ("tensor",),
+        "stage": ("stage",),
+        "layers": ("stage",),
+        "expert": ("expert",),
+        "embed": ("fsdp", "sequence", "expert"),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "head_dim": (),
+        "latent": (),
+        "embed_out": (),
+        "gates": (),
+        "hidden_in": (),
+        "hidden": ("tensor",),
+        "vocab": ("tensor",),
+        "position": (),
+        "norm": (),
+        "buckets": (),
+    }
 )
 ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
-NAMES = frozenset(name for name, _ in RULES)
+
+_layout: contextvars.ContextVar[Mesh] = contextvars.ContextVar("layout", default=Mesh())  # noqa: B039 (it is frozen)
+
+
+@functools.cache
+def rules(mesh: Mesh) -> Rules:
+    """The rules, with the mesh's exceptions. Raises `ConfigError` for a name that no dimension has."""
+    for split in mesh.rules:
+        require(
+            split.name != "batch", "mesh.rules", f"splits 'batch', which is always split over {', '.join(BATCH)}: set those axes"
+        )
+        require(split.name in RULES, "mesh.rules", f"names {split.name!r}: did you mean {nearest(split.name, list(RULES))}?")
+    return {**RULES, **{split.name: split.over for split in mesh.rules}}
+
+
+@contextlib.contextmanager
+def on(devices: jax.sharding.Mesh, layout: Mesh | None = None) -> Iterator[None]:
+    """Programs that are traced within it lay their arrays out over the devices as `layout` says."""
+    token = _layout.set(layout or Mesh())
+    try:
+        with jax.set_mesh(devices):
+            yield
+    finally:
+        _layout.reset(token)
+
+
+def layout() -> Mesh:
+    """What `on` was given."""
+    return _layout.get()
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], rules: Rules = RULES) -> PartitionSpec:
+    """How an array of this shape, whose dimensions are called `axes`, is split over a mesh (axis → devices).
+
+    A dimension takes of its rule's mesh axes those that no dimension before it has taken, the first of them that divide its size
+    together: 257 bytes over two devices stay whole. Raises `ValueError` for an unknown name: silence would leave the array unsplit.
+    """
+    unknown = [a for a in axes if a is not None and a not in rules]
+    if unknown or len(axes) != len(shape):
+        raise ValueError(f"logical axes {tuple(axes)} for shape {tuple(shape)}; the names are {sorted(rules)}")
+    taken: set[str] = set()
+    entries: list[tuple[str, ...] | str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        free = [axis for axis in rules.get(name or "", ()) if axis not in taken and mesh.get(axis, 1) > 1]
+        own = dividing(free, size, mesh)
+        taken |= set(own)
+        entries.append(None if not own else own[0] if len(own) == 1 else own)
+    return PartitionSpec(*entries)
+
+
+def dividing(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The first of these mesh axes, as many as divide the size together."""
+    own: list[str] = []
+    for axis in axes:
+        if size % (math.prod(mesh[a] for a in own) * mesh[axis]):
+            break
+        own.append(axis)
+    return tuple(own)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` with its dimensions laid out as the logical `axes` say; the identity where no mesh is set.
-
-    Raises `ValueError` for an unknown name: silence would leave the array unsplit.
-    """
-    unknown = [a for a in axes if a is not None and a not in NAMES]
-    if unknown or len(axes) != x.ndim:
-        raise ValueError(f"constrain: axes {axes} for shape {x.shape}; the names are {sorted(NAMES)}")
-    if not split_axes():
-        return x
-    return nn.with_logical_constraint(x, axes, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+    """`x` with its dimensions laid out as the logical `axes` say; the identity where no mesh splits anything."""
+    where = spec(axes, x.shape, _splitting(), rules(layout()))
+    return jax.lax.with_sharding_constraint(x, where) if _splitting() else x
 
 
 def split_axes() -> set[str]:
     """The mesh axes that the compiler splits this code's arrays over: of more than one device, not taken by a `shard_map`."""
+    return set(_splitting())
+
+
+def _splitting() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
-    return {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in (*mesh.manual_axes, "population")}
+    manual = *mesh.manual_axes, "population"
+    return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in manual}
 
 
 def axes_over(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that the compiler splits a dimension of this logical name over; none where they do not divide its size."""
-    given = dict(RULES)[name]
-    axes = tuple(axis for axis in (given if isinstance(given, tuple) else (given,)) if axis in split_axes())
-    return () if size % parts(axes) else axes
+    """The mesh axes that the compiler splits a dimension of this logical name and size over."""
+    mesh = _splitting()
+    return dividing([axis for axis in rules(layout())[name] if axis in mesh], size, mesh)
 
 
 def parts(axes: tuple[str, ...]) -> int:
@@ -138,26 +200,21 @@ def _on_each_data_device(local: Callable, *specs: PartitionSpec) -> Callable:
 
 def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable:
     """The initializer `init` with its logical axes attached (Linen boxes the value; `nn.unbox` takes it out)."""
-    unknown = [a for a in axes if a is not None and a not in NAMES]
+    unknown = [a for a in axes if a is not None and a not in RULES]
     if unknown:
-        raise ValueError(f"unknown logical axes {unknown}; the names are {sorted(NAMES)}")
+        raise ValueError(f"unknown logical axes {unknown}; the names are {sorted(RULES)}")
     return nn.with_logical_partitioning(init, axes)
 
 
-def parameter_specs(boxed: Any, mesh: Mesh) -> Any:
-    """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`).
-
-    A dimension that its mesh axis does not divide, such as 257 bytes over 2 devices, stays whole.
-    """
-
-    def dividing(spec: PartitionSpec, leaf: Any) -> PartitionSpec:
-        def size(axis) -> int:
-            return math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
-
-        return PartitionSpec(*(None if axis is None or n % size(axis) else axis for axis, n in zip(spec, leaf.shape, strict=False)))
-
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-    return jax.tree.map(dividing, specs, unbox(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec))
+def parameter_specs(boxed: Any, devices: jax.sharding.Mesh, mesh: Mesh | None = None) -> Any:
+    """`PartitionSpec` of every leaf of an abstract, still boxed parameter tree (`jax.eval_shape(init, …)`)."""
+    names = nn.get_partition_spec(boxed)
+    return jax.tree.map(
+        lambda axes, leaf: spec((*axes, *[None] * (leaf.ndim - len(axes))), leaf.shape, devices.shape, rules(mesh or Mesh())),
+        names,
+        unbox(boxed),
+        is_leaf=lambda s: isinstance(s, PartitionSpec),
+    )
 
 
 def state_specs(params: Any, specs: Any, state: Any) -> Any:
@@ -182,7 +239,7 @@ def _names(path) -> tuple[str, ...]:
     return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
-def named(mesh: Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
+def named(mesh: jax.sharding.Mesh, specs: Any, *, leading: tuple[str | None, ...] = ()) -> Any:
     """`NamedSharding`s from specs, with `leading` mesh axes put in front of every dimension (a population axis)."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.mesh import BATCH
 from llm_jax.core.platform import traits
-from llm_jax.core.sharding import RULES
 from llm_jax.infer import forward
 from llm_jax.infer.rows import Ids, pad, rounded
 from llm_jax.models.model import Model, Params
@@ -137,7 +137,7 @@ def _mesh(params: Params) -> jax.sharding.Mesh | None:
 
 
 def _axes(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in dict(RULES)["batch"] if axis in mesh.axis_names)
+    return tuple(axis for axis in BATCH if axis in mesh.axis_names)
 
 
 def shards(params: Params) -> int:

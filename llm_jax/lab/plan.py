@@ -146,7 +146,7 @@ def largest_population(experiment: Experiment, each: Cost, *, memory: float, dev
     most = min(wanted, int(SHARE_OF_MEMORY * memory / each.memory))
     for members in range(most, 1, -1):
         mesh, room = layout(experiment, members, devices)
-        copies = mesh.sizes["population"] * mesh.sizes["data"]
+        copies = math.prod(mesh.sizes[axis] for axis in ("population", "replica", "data"))
         if room * each.memory + copies * each.shared <= SHARE_OF_MEMORY * memory:
             return members
     return 1

@@ -7,7 +7,7 @@ taken in turn where the platform prefers it (a CPU core is full with one). A cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core import sharding
 from llm_jax.core.ahead import Ahead
-from llm_jax.core.config import ConfigError, fingerprint, substitute, to_json, traced_values
-from llm_jax.core.mesh import Mesh
+from llm_jax.core.config import fingerprint, require, substitute, to_json, traced_values
+from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch, Probed
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.teachers import Found
+from llm_jax.models.split import check_split
 from llm_jax.train.loop import Program
 from llm_jax.train.pretrain import Trial, trial
 
@@ -107,11 +108,11 @@ class Compiled:
 
     @property
     def _rows(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec("population", None, ("data", "fsdp")))
+        return NamedSharding(self.mesh, PartitionSpec("population", None, BATCH))
 
     @property
     def _common(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH))
 
     def bind(self, experiments: Sequence[Experiment]) -> Program:
         """The program of these experiments, whose structure must be the one compiled; fewer than its size are padded."""
@@ -151,14 +152,18 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
     return mesh, -(-members // parts) * parts
 
 
-def check_rows(experiment: Experiment, axes: Mapping[str, int]) -> None:
-    """Raises `ConfigError` unless the rows of every micro-batch divide over the mesh axes (axis → devices)."""
-    parts = experiment.train.accumulate * axes["data"] * axes["fsdp"]
-    if experiment.data.batch_size % parts:
-        raise ConfigError(
-            f"must be a multiple of train.accumulate × data × fsdp = {parts} on this mesh, got {experiment.data.batch_size}",
-            "data.batch_size",
-        )
+def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless a mesh, whose axes are worked out, divides the rows of every micro-batch and the model."""
+    parts, rows = experiment.train.accumulate * mesh.rows, experiment.data.batch_size
+    axes = " × ".join(axis for axis in BATCH if axis in ("data", "fsdp") or mesh.sizes[axis] > 1)
+    require(
+        rows % parts == 0, "data.batch_size", f"must be a multiple of train.accumulate × {axes} = {parts} on this mesh, got {rows}"
+    )
+    micro, share = mesh.microbatches or mesh.stage, rows // parts * mesh.stage
+    fits = mesh.stage == 1 or (micro % mesh.stage == 0 and share % micro == 0)
+    problem = f"must be a multiple of stage={mesh.stage} that divides the {share} rows of each part of the mesh, got {micro}"
+    require(fits, "mesh.microbatches", problem)
+    check_split(experiment.model, mesh, length=experiment.data.sequence_length)
 
 
 def compile_population(
@@ -175,13 +180,13 @@ def compile_population(
     """
     devices = list(devices or jax.devices())
     axes, size = layout(experiment, members, len(devices))
+    check_mesh(experiment, axes)
     mesh = axes.build(devices)
-    check_rows(experiment, mesh.shape)
     one = trial(experiment, tokens, teacher.asked if teacher else None)
     values = stacked_values([experiment], size)
-    where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh)
+    where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh, axes)
     init = jax.jit(lift(one.init, mesh, size), out_shardings=where)
-    with jax.set_mesh(mesh):
+    with sharding.on(mesh, axes):
         shapes = jax.eval_shape(init, values)
     abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
     taught = (teacher.parameters(mesh),) if teacher else ()
@@ -192,14 +197,14 @@ def compile_population(
 
     steps = jax.jit(several, donate_argnums=1, out_shardings=(where, None))
     evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1))
-    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh) for f in (init, steps, evaluate)), taught)
+    return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh, axes) for f in (init, steps, evaluate)), taught)
 
 
 def _abstract(batches: Any, where: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batches)
 
 
-def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh) -> Any:
+def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh, axes: Mesh) -> Any:
     state = jax.eval_shape(one.init, values)
-    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh), state)
+    specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh, axes), state)
     return sharding.named(mesh, specs, leading=("population",))

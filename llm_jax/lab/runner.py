@@ -24,7 +24,7 @@ from llm_jax.lab import plan, results
 from llm_jax.lab.claims import Crew, Lapsed, check_lease, clear
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
-from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
+from llm_jax.lab.population import Compiled, check_mesh, compile_population, groups, layout, structure
 from llm_jax.lab.schedule import Alone, Schedule, Workers, group_name
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
@@ -63,7 +63,7 @@ class Runner:
         for arm in self.ablation.arms:
             experiment = self.ablation.experiment(arm)
             try:
-                check_rows(experiment, layout(experiment, 1, devices)[0].sizes)
+                check_mesh(experiment, layout(experiment, 1, devices)[0])
                 source = self.sources.of(experiment)
                 source.check()
                 self._check_metrics(experiment, source)

@@ -45,7 +45,7 @@ class Source:
         self.objective = experiment.objective
         self.corpus, self.workers = experiment.data.corpus, workers
         mesh, _ = layout(experiment, 1, jax.device_count())
-        self.parts = mesh.data * mesh.fsdp  # what a batch's rows are split over, at most
+        self.parts = mesh.rows  # what a batch's rows are split over, at most
         self.host = Host(jax.process_index(), jax.process_count())
         self.tokenizer = experiment.fitted(cache_dir())
         self._evaluated: dict[tuple[str, int], Batch] = {}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llm_jax.core.config import Config, require, require_positive, substitute, traced_values
 from llm_jax.core.platform import traits
 from llm_jax.models.block import Block, Layer
+from llm_jax.models.pipeline import Schedule, pipeline, schedule_of
 from llm_jax.nn.context import Context
 from llm_jax.nn.dropout import Dropout
 from llm_jax.nn.ffn import Dense, FeedForward
@@ -178,7 +179,16 @@ def layers(config: Stack, x_BLD: jax.Array, context: Context, *, cross: Attentio
 
 
 def _scan(config: Stack, x: jax.Array, context: Context, cross: Attention | None) -> jax.Array:
-    stack = nn.scan(
+    starts = len(config.first) + config.period * jnp.arange(config.repeats, dtype=jnp.int32)
+    schedule = schedule_of(len(x))
+    if schedule is None:
+        return _lifted(config)(config, cross, name="layers")(x, starts, context)[0]
+    return _Staged(config, cross, schedule, name="layers")(x, starts, context)
+
+
+def _lifted(config: Stack) -> Any:
+    """All periods of the pattern as one module, whose parameters are stacked."""
+    return nn.scan(
         _remat(config, _Period),
         variable_axes=dict.fromkeys(COLLECTIONS, 0),
         split_rngs={"params": True, "dropout": True},
@@ -186,8 +196,36 @@ def _scan(config: Stack, x: jax.Array, context: Context, cross: Attention | None
         length=config.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    starts = len(config.first) + config.period * jnp.arange(config.repeats, dtype=jnp.int32)
-    return stack(config, cross, name="layers")(x, starts, context)[0]
+
+
+class _Staged(nn.Module):
+    """The same, with the parameters where `_lifted` has them, where devices have the layers in stages."""
+
+    config: Stack
+    cross: Attention | None
+    schedule: Schedule
+
+    @nn.compact
+    def __call__(self, x: jax.Array, starts: jax.Array, context: Context) -> jax.Array:
+        whole = _lifted(self.config)(self.config, self.cross)
+        nn.share_scope(self, whole)
+        if self.is_initializing() or context.slots is not None or self.is_mutable_collection("intermediates"):
+            return whole(x, starts, context)[0]
+        period, key = _Period(self.config, self.cross, parent=None), self.make_rng("dropout") if self.has_rng("dropout") else None
+        counted = ["routing"] if self.is_mutable_collection("routing") else []
+
+        def layer(params, x, number, context, micro):
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(jax.random.fold_in(key, number), micro)}
+            start = len(self.config.first) + self.config.period * number
+            (x, _), left = period.apply({"params": params}, x, start, context, rngs=rngs, mutable=counted)
+            return x, left
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[self.config.remat])
+        y, left = pipeline(layer, self.variables["params"], x, context, self.schedule)
+        for name, value in left.get("routing", {}).items():
+            self.put_variable("routing", name, value)
+        return y
 
 
 def _remat(config: Stack, module: Any) -> Any:

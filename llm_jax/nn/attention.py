@@ -10,6 +10,8 @@ import jax
 
 from llm_jax.core.config import ConfigError
 from llm_jax.core.platform import traits
+from llm_jax.core.sharding import layout
+from llm_jax.nn.kernels import sequence
 from llm_jax.nn.kernels.blockwise import BLOCKWISE
 from llm_jax.nn.kernels.call import Bias, Call, Kernel
 from llm_jax.nn.kernels.cudnn import CUDNN
@@ -75,7 +77,12 @@ def attend(
         rate=rate,
         key=None if isinstance(rate, (int, float)) and rate == 0 else key,
     )
-    return _kernel(backend, call, strict).attend(call)
+    line, kernel = sequence.line_of(call), _kernel(backend, call, strict)
+    if line and layout().context == "ring" and backend in ("auto", "blockwise"):
+        return sequence.ring(call, line)
+    if line is None or kernel.shares_rows:
+        return kernel.attend(call)
+    return sequence.gather(call, line, lambda own: _kernel(backend, own, strict=False).attend(own))
 
 
 def _kernel(backend: str, call: Call, strict: bool = True) -> Kernel:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.platform import traits
-from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, spare
+from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, sort, spare
+from llm_jax.nn.travel import STAYING, Journey, Ways, by_expert, chained, in_equal_parts, in_parts, packing, within
 
 Over = Literal["batch", "row"]
 Products = Callable[[jax.Array, Sequence[jax.Array]], list[jax.Array]]  # (rows [M, D], kernels [E, D, F]) -> [M, F] of each
+
+
+class Away(NamedTuple):
+    """Slots whose experts other devices have: how rows travel, and what multiplies them there.
+
+    expert_M: whose each row is there, counted from the device's first expert. kept_M: slots of a device that were not left out.
+    """
+
+    journey: Journey
+    products: Products
+    expert_M: jax.Array
+    kept_M: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,16 @@ class Slots:
         """`[M, D] -> [T, D]`: every token's weighted sum of what its experts returned."""
         raise NotImplementedError
 
+    def served(self, kept_M: jax.Array | None) -> jax.Array:
+        """served_T where only these slots were; None: all."""
+        return self.served_T
+
+    def away(self, axis: str, devices: int) -> Away:
+        """The same slots where the devices along a mesh axis share the experts, inside a `shard_map`."""
+        experts = self.load_BE.shape[1]
+        journey, each = in_equal_parts(axis, devices, experts), len(self.expert_M) // (experts // devices)
+        return Away(journey, self.products, jnp.arange(len(self.expert_M)) // each)
+
 
 @dataclass(frozen=True)
 class Chosen(Slots):
@@ -59,6 +82,34 @@ class Chosen(Slots):
         choices = *self.slot_TK.shape, y_MD.shape[1]
         y_TKD = exchange(y_MD, self.slot_TK.reshape(-1), self.pair_M[:, None]).reshape(choices)
         return (y_TKD * self.weight_TK[:, :, None]).sum(1).astype(y_MD.dtype)
+
+
+@dataclass(frozen=True)
+class Sorted(Chosen):
+    """Of experts that take whatever chose them: sizes_E tokens each. block, room: as `Dropless` has them."""
+
+    sizes_E: jax.Array
+    block: int | None
+    room: float | None
+
+    def served(self, kept_M):
+        if kept_M is None:
+            return self.served_T
+        return jnp.take(kept_M, self.slot_TK, mode="fill", fill_value=False).sum(1).astype(jnp.float32)
+
+    def away(self, axis, devices):
+        pairs, experts = self.slot_TK.size, len(self.sizes_E)
+        own, most = experts // devices, len(self.slot_TK) * min(self.slot_TK.shape[1], experts // devices)
+        arriving = devices * most if self.room is None else min(devices * most, math.ceil(self.room * pairs))
+        sizes_nE = jax.lax.all_gather(self.sizes_E, axis)
+        kept_nE = sizes_nE if self.room is None else within(sizes_nE, arriving, devices)
+        here = jax.lax.axis_index(axis)
+        ways = Ways(kept_nE.reshape(devices, devices, own).sum(2), axis, most)
+        slots = len(self.expert_M)
+        packed, kept_M = packing(self.sizes_E, kept_nE[here], slots) if self.room is not None else (STAYING, None)
+        arrived = by_expert(jax.lax.dynamic_slice_in_dim(kept_nE, here * own, own, 1), arriving, self.block)
+        products = lambda x_MD, kernels: grouped_products(x_MD, kernels, arrived.sizes_E, block=self.block)  # noqa: E731
+        return Away(chained(packed, in_parts(ways, slots, arriving), arrived.journey), products, arrived.expert_M, kept_M)
 
 
 @dataclass(frozen=True)
@@ -93,6 +144,11 @@ class Dispatch(Config):
         """Whether rows can be dispatched apart, on the devices that hold them."""
         return True
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether tokens can."""
+        return False
+
     def plan(self, expert_TK: jax.Array, weight_TK: jax.Array, valid_T: jax.Array | None, *, experts: int, rows: int) -> Slots:
         """Slots for the experts that tokens of so many rows chose, first choice first; tokens that are not valid get none."""
         raise NotImplementedError
@@ -104,26 +160,33 @@ class Dropless(Dispatch):
 
     form: "ragged" is `jax.lax.ragged_dot`; "blocks" multiplies `block` rows of one expert at a time, then what is left of them by
     fewer; "auto" asks the platform. On NVIDIA GPUs `ragged_dot` too does the work of all experts unless
-    `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set.
+    `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set. room: where devices share the experts, each has memory for so many times
+    the tokens that it would get on average, and what is more is left out, the same part of all that it would get; None: of all
+    that may come.
     """
 
     form: Literal["auto", "blocks", "ragged"] = "auto"
     block: int = 512
+    room: float | None = None
+
+    @property
+    def tokenwise(self):
+        return True
 
     def validate(self):
-        require_positive(self, "block")
+        require_positive(self, "block", "room")
 
     def plan(self, expert_TK, weight_TK, valid_T, *, experts, rows):
         blocks = traits().expert_blocks if self.form == "auto" else self.form == "blocks"
         count = expert_TK.size
         block = min(self.block, count) if blocks else None
         segment_TK = expert_TK if valid_T is None else jnp.where(valid_T[:, None], expert_TK, experts)
-        order, place, sizes_E = _sort(segment_TK.reshape(-1), experts)
+        order, place, sizes_E = sort(segment_TK.reshape(-1), experts)
         ends_E = jnp.cumsum(sizes_E)
         slots = count + (spare(block) if block else 0)
         pair_M = jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order, (0, slots - count)), count)
         slot_TK = jnp.where(segment_TK < experts, place.reshape(expert_TK.shape), slots)
-        return Chosen(
+        return Sorted(
             loads(segment_TK, experts, rows),
             (segment_TK < experts).sum(1).astype(jnp.float32),
             lambda x_MD, kernels: grouped_products(x_MD, kernels, sizes_E, block=block),
@@ -131,6 +194,9 @@ class Dropless(Dispatch):
             pair_M,
             slot_TK,
             weight_TK,
+            sizes_E,
+            block,
+            self.room,
         )
 
 
@@ -169,7 +235,7 @@ class Capacity(Dispatch):
         if valid_T is not None:
             segment_TK = jnp.where(valid_T[:, None], segment_TK, segments)
         arranged = (lambda x_TK: x_TK.T) if self.priority == "choice" else (lambda x_TK: x_TK)
-        order, place, sizes_S = _sort(arranged(segment_TK).reshape(-1), segments)
+        order, place, sizes_S = sort(arranged(segment_TK).reshape(-1), segments)
         starts_S = jnp.cumsum(sizes_S) - sizes_S
         place_TK = arranged(place.reshape(arranged(segment_TK).shape))
         rank_TK = place_TK - starts_S[segment_TK.clip(max=segments - 1)]
@@ -229,18 +295,3 @@ def loads(expert_TK: jax.Array, experts: int, rows: int) -> jax.Array:
     row_T1 = (jnp.arange(len(expert_TK)) // (len(expert_TK) // rows))[:, None]
     index_TK = jnp.where(expert_TK < experts, row_T1 * experts + expert_TK, rows * experts)
     return jnp.bincount(index_TK.reshape(-1), length=rows * experts).reshape(rows, experts).astype(jnp.float32)
-
-
-def _sort(segment_N: jax.Array, segments: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The order that sorts by segment and keeps order within, the place of each entry in it, the size of each segment.
-
-    The number `segments` stands for none and comes last.
-    """
-    count = segment_N.size
-    if (segments + 1) * count < 1 << 31:
-        # plain integers: XLA:CPU takes 4× as long to sort if an index goes along
-        order_N = jnp.sort(segment_N * count + jnp.arange(count)) % count
-    else:
-        order_N = jnp.argsort(segment_N, stable=True)
-    place_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(count), unique_indices=True)
-    return order_N, place_N, jnp.bincount(segment_N, length=segments).astype(jnp.int32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jax.core.config import require, require_positive, traced
-from llm_jax.core.sharding import axes_over, constrain, partitioned
+from llm_jax.core.sharding import axes_over, constrain, partitioned, parts
 from llm_jax.core.types import Weighted
 from llm_jax.nn.activations import ACTIVATIONS
-from llm_jax.nn.dispatch import Dispatch, Dropless, Over, Slots
+from llm_jax.nn.dispatch import Away, Dispatch, Dropless, Over, Slots
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.ffn import MLP, Dense, FeedForward, Gated
 from llm_jax.nn.kernels.product import product
@@ -156,34 +157,26 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, rates: Mapping[str, Any], valid_BL: jax.Array | None = None) -> jax.Array:
         """valid: tokens that are no padding; the others take no room, are not counted, and no routed expert answers them."""
-        c, (rows, length, width) = self.config, x_BLD.shape
-        x_TD = x_BLD.reshape(-1, width)
-        valid_T = None if valid_BL is None else jnp.broadcast_to(valid_BL, (rows, length)).reshape(-1)
-        logits_TE, bias_E = self._logits(x_TD)
-        scores_TE = c.router.scores(logits_TE)
+        c, width = self.config, x_BLD.shape[2]
+        valid_BL = None if valid_BL is None else jnp.broadcast_to(valid_BL, x_BLD.shape[:2])
+        logits_BLE, bias_E = self._logits(x_BLD)
+        scores_BLE = c.router.scores(logits_BLE)
         weights = Kernels(c, width, self.gain, self.dtype, name="experts")()
         drop = self._dropout(rates)
-
-        def routed(x_TD, scores_TE, valid_T, bias_E, weights):
-            here = len(x_TD) // length
-            plan = c.router.plan(scores_TE, bias_E, valid_T, active=c.active, rows=here, dispatch=c.dispatch)
-            y_MD = network(c.expert, weights, plan.spread(x_TD), plan, drop)
-            return plan.collect(y_MD), plan.load_BE, plan.served_T
-
-        alone = c.router.rowwise and c.dispatch.rowwise and drop is None
-        if alone:
-            routed = on_each_devices_rows(routed, rows)
-        y_TD, load_BE, served_T = routed(x_TD.astype(self.dtype), scores_TE, valid_T, bias_E, weights)
-        self._sow(logits_TE, scores_TE, load_BE, served_T, valid_T)
-        y_BLD = constrain(y_TD.reshape(x_BLD.shape), "batch", "length", "embed_act")
+        where = NOWHERE if drop else split_of(c, x_BLD.shape)
+        routed = partial(_routed, c, drop, where)
+        given = x_BLD.astype(self.dtype), scores_BLE, valid_BL, bias_E, weights
+        y_BLD, load_BE, served_BL = (on_each_device(routed, where) if where.axes else routed)(*given)
+        self._sow(logits_BLE, scores_BLE, load_BE, served_BL, valid_BL)
+        y_BLD = constrain(y_BLD, "batch", "length", "embed_act")
         return y_BLD if c.shared is None else y_BLD + MLP(c.shared, self.gain, self.dtype, name="shared")(x_BLD, rates)
 
-    def _logits(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def _logits(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The router's logits and bias, in float32 whatever the compute dtype (float64 if that is)."""
         c, dtype = self.config, jnp.promote_types(self.dtype, jnp.float32)
         axes = ("embed", "expert")
-        kernel, bias = Linear((x_TD.shape[1],), (c.experts,), axes, bias=c.router.bias, dtype=dtype, name="router").weights()
-        return product(x_TD.astype(dtype), kernel), bias
+        kernel, bias = Linear((x_BLD.shape[2],), (c.experts,), axes, bias=c.router.bias, dtype=dtype, name="router").weights()
+        return product(x_BLD.astype(dtype), kernel), bias
 
     def _dropout(self, rates: Mapping[str, Any]):
         if "ffn" not in rates:
@@ -191,12 +184,14 @@ class Experts(nn.Module):
         key = self.make_rng("dropout")
         return lambda h: dropout(h, rates["ffn"], key)
 
-    def _sow(self, logits_TE, scores_TE, load_BE, served_T, valid_T) -> None:
+    def _sow(self, logits_BLE, scores_BLE, load_BE, served_BL, valid_BL) -> None:
         c = self.config
+        logits_TE, scores_TE = (x.reshape(-1, c.experts) for x in (logits_BLE, scores_BLE))
+        valid_T = None if valid_BL is None else valid_BL.reshape(-1)
         z = z_loss(logits_TE, valid_T)
-        chosen, served = load_BE.sum(), served_T.sum()
+        chosen, served = load_BE.sum(), served_BL.sum()
         if isinstance(c.router, ExpertChoice):
-            chosen, served = z.weight, (served_T > 0).sum()
+            chosen, served = z.weight, (served_BL > 0).sum()
         found = {
             "load": load_BE.sum(0),
             "dropped": Weighted(chosen - served, chosen),
@@ -207,7 +202,50 @@ class Experts(nn.Module):
             self.sow("routing", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slots, drop: Any) -> jax.Array:
+class Where(NamedTuple):
+    """How devices share the work: the mesh axes of rows and of tokens within a row, and along which, if any, they share experts."""
+
+    rows: tuple[str, ...] = ()
+    length: tuple[str, ...] = ()
+    experts: str | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes whose devices have tokens of their own."""
+        return self.rows + self.length
+
+
+NOWHERE = Where()
+
+
+def split_of(config: MoE, shape: tuple[int, ...]) -> Where:
+    """How a mesh splits `[B, L, D]`, where every device can sort its own tokens."""
+    if not (config.router.rowwise and config.dispatch.rowwise):
+        return NOWHERE
+    rows = axes_over("batch", shape[0])
+    length = axes_over("length", shape[1]) if config.router.tokenwise and config.dispatch.tokenwise else ()
+    shared = [axis for axis in axes_over("expert", config.experts) if axis in rows]
+    return Where(rows, length, shared[0] if shared else None)
+
+
+def _routed(config: MoE, drop: Any, where: Where, x_BLD, scores_BLE, valid_BL, bias_E, weights):
+    """What the experts make of tokens `[B, L, D]`; how often each row chose each, `[B, E]`; and how many took a token, `[B, L]`."""
+    rows, length, width = x_BLD.shape
+    x_TD, scores_TE = x_BLD.reshape(-1, width), scores_BLE.reshape(rows * length, -1)
+    valid_T = None if valid_BL is None else valid_BL.reshape(-1)
+    plan = config.router.plan(scores_TE, bias_E, valid_T, active=config.active, rows=rows, dispatch=config.dispatch)
+    served_T, x_MD = plan.served_T, plan.spread(x_TD)
+    if where.experts:
+        away = plan.away(where.experts, parts((where.experts,)))
+        y_MD = away.journey.back(network(config.expert, weights, away.journey.there(x_MD), away, drop))
+        served_T = plan.served(away.kept_M)
+    else:
+        y_MD = network(config.expert, weights, x_MD, plan, drop)
+    load_BE = jax.lax.psum(plan.load_BE, where.length) if where.length else plan.load_BE
+    return plan.collect(y_MD).reshape(x_BLD.shape), load_BE, served_T.reshape(rows, length)
+
+
+def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slots | Away, drop: Any) -> jax.Array:
     """Every slot's token through its expert, `[M, D] -> [M, D]`. drop: what is done to hidden units, or None."""
 
     def linear(x: jax.Array, *names: str) -> list[jax.Array]:
@@ -223,11 +261,9 @@ def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slot
     return linear(h_MF if drop is None else drop(h_MF), "down")[0]
 
 
-def on_each_devices_rows(routed: Any, rows: int) -> Any:
-    """`routed` on each device's rows, where a mesh splits the batch evenly: tokens are sorted where they are, and none travels."""
-    axes = axes_over("batch", rows)
-    if not axes:
-        return routed
-    split, whole = PartitionSpec(axes), PartitionSpec()
-    specs = (split, split, split, whole, whole)
-    return jax.shard_map(routed, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False)
+def on_each_device(routed: Any, where: Where) -> Any:
+    """`routed` on each device's tokens: they are sorted where they are, and travel only to experts of other devices."""
+    tokens, experts = PartitionSpec(where.rows or None, where.length or None), PartitionSpec(where.experts)
+    specs = (tokens, tokens, tokens, PartitionSpec(), experts)
+    outs = (tokens, PartitionSpec(where.rows or None), tokens)
+    return jax.shard_map(routed, in_specs=specs, out_specs=outs, axis_names=set(where.axes), check_vma=False)

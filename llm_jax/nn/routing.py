@@ -29,6 +29,11 @@ class Router(Config):
         """Whether each row's tokens are routed for themselves."""
         return True
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether each token is."""
+        return True
+
     def scores(self, logits_TE: jax.Array) -> jax.Array:
         """How well each expert suits each token, `[T, E]`, all positive."""
         return softmax(logits_TE)
@@ -143,6 +148,10 @@ class ExpertChoice(Router):
     @property
     def rowwise(self):
         return self.over == "row"
+
+    @property
+    def tokenwise(self):
+        return False
 
     def plan(self, scores_TE, bias_E, valid_T, *, active, rows, dispatch):
         share = self.capacity * active / scores_TE.shape[1]

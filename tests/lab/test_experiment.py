@@ -8,7 +8,7 @@ import pytest
 from llm_jax.core.config import ConfigError, fingerprint, from_json, to_json
 from llm_jax.lab import Ablation, Arms, Claim, Experiment, chain, log_grid, product, zipped
 from llm_jax.lab.experiment import load
-from llm_jax.lab.population import check_rows, layout
+from llm_jax.lab.population import check_mesh, layout
 from llm_jax.lab.workfolder import WorkFolder
 from llm_jax.nn.position import Alibi, NoPosition, Rope
 from llm_jax.optim.optimizers import SGD, AdamW, Lion
@@ -165,7 +165,7 @@ def test_every_scale_of_every_experiment_fits_any_machine(file):
             experiment = at.experiment(arm)
             for devices in (1, 2, 6, 8, 24, 64, 96, 256):
                 for members in (1, at.seeds, len(at.grid), 5):
-                    check_rows(experiment, layout(experiment, members, devices)[0].sizes)
+                    check_mesh(experiment, layout(experiment, members, devices)[0])
 
 
 @pytest.mark.parametrize(

@@ -240,4 +240,4 @@ def test_a_mesh_gives_the_same():
 
 def test_blocks_are_of_equal_length():
     size = platform.CPU.attention_block
-    assert [blockwise._block(n) for n in (1, size, size + 1, 2 * size + 1)] == [1, size, size // 2 + 1, (2 * size + 3) // 3]
+    assert [blockwise.block(n) for n in (1, size, size + 1, 2 * size + 1)] == [1, size, size // 2 + 1, (2 * size + 3) // 3]

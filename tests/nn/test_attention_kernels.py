@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core import platform
+from llm_jax.core.config import ConfigError
 from llm_jax.core.mesh import Mesh
 from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, Prefix, SlidingWindow, attend
 from llm_jax.nn.position import Alibi, T5Bias
@@ -186,18 +187,35 @@ def test_rows_past_the_last_key_see_nothing(backend):
     assert check(SlidingWindow(3), "none", backend, groups=2, dtype="float32", lengths=(13, 6), divided=False, indexed=False)
 
 
+SPLITS = {
+    "rows and heads": ({"data": 2, "fsdp": 2, "tensor": 2}, Causal(), 128),
+    "fewer keys than devices": ({"data": 1, "tensor": 4}, SlidingWindow(window=70), 128),
+    "tokens, dealt out": ({"data": 1, "sequence": 2, "tensor": 2}, Causal(), 512),
+    "tokens in order": ({"data": 1, "sequence": 2}, SlidingWindow(window=70), 256),
+}
+
+
 @pytest.mark.slow
-def test_splash_on_a_mesh_works_on_each_devices_rows_and_heads():
-    rng = np.random.default_rng(3)
-    q, k, v = (jnp.asarray(rng.normal(size=(4, 128, heads, 16)), jnp.float32) for heads in (4, 2, 2))
-    places = Places(segment=jnp.asarray(np.repeat([[0] * 70 + [1] * 50 + [-1] * 8], 4, 0), jnp.int32))
+@pytest.mark.parametrize("axes, mask, length", SPLITS.values(), ids=SPLITS)
+def test_splash_on_a_mesh_works_on_each_devices_rows_heads_and_tokens(axes, mask, length):
+    rng, rows = np.random.default_rng(3), 4 if axes["data"] > 1 else 1
+    q, k, v = (jnp.asarray(rng.normal(size=(rows, length, heads, 16)), jnp.float32) for heads in (4, 2, 2))
+    documents = np.repeat([0, 1, -1], [length // 2 + 6, length // 2 - 14, 8])
+    places = Places(segment=jnp.asarray(np.repeat([documents], rows, 0), jnp.int32))
 
     def summed(q, k, v, backend):
-        out = attend(q, k, v, queries=places, keys=places, backend=backend, sinks_H=jnp.ones(4))
+        out = attend(q, k, v, mask=mask, queries=places, keys=places, backend=backend, sinks_H=jnp.ones(4))
         return jnp.square(out).sum(), out
 
     differentiate = jax.grad(summed, argnums=(0, 1, 2), has_aux=True)
     wanted = differentiate(q, k, v, "dense")
-    with jax.set_mesh(Mesh(data=2, fsdp=2, tensor=2).build(jax.devices())):
+    with jax.set_mesh(Mesh(**axes).build(jax.devices())):
         got = jax.jit(lambda *arrays: differentiate(*arrays, "splash"))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)
+
+
+def test_splash_refuses_pieces_of_rows_that_fill_no_register():
+    x = jnp.zeros((1, 128, 1, 8))
+    sentence = "in pieces of a multiple of 128 tokens, got 128"
+    with jax.set_mesh(Mesh(data=1, sequence=2).build()), pytest.raises(ConfigError, match=sentence):
+        attend(x, x, x, backend="splash")

@@ -119,7 +119,7 @@ def test_no_array_holds_all_logits():
     assert not any(shape in text for shape in (f"{B}x{L}x{V}x", f"{B * L}x{V}x", f"6x5x{V}x"))
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"data": 1, "sequence": 7}], ids=str)
 def test_a_mesh_changes_no_number(axes):
     """The vocabulary over `tensor`, rows over `data` and `fsdp`; four rows do not divide over eight devices, and stay together."""
     expected, grads, nll_BL = written_out(LAYERS["all"])

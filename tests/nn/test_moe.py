@@ -468,13 +468,20 @@ def test_a_population_is_its_members(way):
         close(jax.tree.map(lambda leaf: leaf[i], got), differentiate(params, x[i]), 1e-3)
 
 
-MESHES = [{"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    {"data": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "expert": 4},
+    {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    {"data": 1, "sequence": 2, "expert": 2},
+]
 
 
 @pytest.mark.parametrize(
     "name, target", [("sigmoid", "cpu"), ("ragged", "tpu"), ("capacity of rows", "cpu"), ("expert choice", "cpu")]
 )
-def test_devices_together_compute_what_one_does(name, target):
+def test_devices_together_compute_what_one_does(name, target, monkeypatch):
+    monkeypatch.setattr(platform, "TPU", replace(platform.TPU, ragged_exchange=False))  # XLA:CPU has none
     config = small(**WAYS[name], shared=Gated(units=2))
     params, x, valid = parameters(config), tokens(), valid_mask()
 
@@ -493,6 +500,51 @@ def test_devices_together_compute_what_one_does(name, target):
                 split = jax.device_put(params, specs), jax.device_put(x, rows), jax.device_put(valid, rows)
                 got = jax.jit(jax.value_and_grad(lambda *given: value(*given), has_aux=True))(*split)
             close(got, expected, 1e-3)
+
+
+def ragged_by_definition(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all` as its documentation has it: everybody sees everything, and takes what is for him."""
+    here = jax.lax.axis_index(axis_name)
+    rows, starts, sizes, ends = (jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets))
+    place = jnp.arange(len(output))
+    for source in range(len(rows)):
+        rank = place - ends[source, here]
+        inside = (rank >= 0) & (rank < sizes[source, here])
+        taken = rows[source][(starts[source, here] + rank).clip(0, len(operand) - 1)]
+        output = jnp.where(inside[:, None], taken, output)
+    return output
+
+
+@pytest.mark.parametrize("room", [None, 10.0], ids=str)
+def test_messages_of_unequal_lengths_bring_what_equal_ones_do(room, monkeypatch):
+    config = small(dispatch=Dropless(form="ragged", room=room))
+    params, x = parameters(config), tokens()
+
+    def slope(params, x):
+        return jax.value_and_grad(lambda p: jnp.square(Experts(config, 1.0, jnp.float32).apply({"params": p}, x, {})).sum())(params)
+
+    expected = jax.jit(slope)(params, x)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_definition)
+    with platform.targeting("tpu"), jax.set_mesh(Mesh(data=1, expert=4).build()):
+        close(jax.jit(lambda *given: slope(*given))(params, x), expected, 1e-3)
+
+
+def test_what_a_device_has_no_room_for_is_left_out_and_counted():
+    config = small(dispatch=Dropless(form="ragged", room=1.0), active=1)
+    params, x = parameters(config), tokens()
+    params["router"]["kernel"] = jnp.zeros_like(params["router"]["kernel"])  # all choose the first expert
+
+    def routed(config):
+        return Experts(config, 1.0, jnp.float32).apply({"params": params}, x, {}, mutable=["routing"])
+
+    whole, _ = routed(config)
+    with jax.set_mesh(Mesh(data=1, expert=4).build()):
+        y, sown = jax.jit(lambda: routed(config))()
+    dropped = sown["routing"]["dropped"]
+    served = np.abs(y).sum(-1) > 0
+    assert (served.sum(1) == LENGTH // 4).all(), "the first device has room for a quarter, of every device's tokens alike"
+    assert dropped.weight == ROWS * LENGTH and dropped.total == (~served).sum()
+    np.testing.assert_allclose(y[served], whole[served], atol=1e-5)
 
 
 def test_trials_on_devices_of_their_own_share_rows_with_more():

@@ -20,6 +20,8 @@ from llm_jax.core.platform import traits
 from llm_jax.core.sharding import axes_over, constrain, parts
 from llm_jax.nn.kernels.unembedding import Unembedding
 
+WHOLE = PartitionSpec()
+
 # `(values, logits [N, V], targets, a tree of [N, ...]) -> a tree of [N]`, plain JAX and pure: numbers that are traced, and all else
 # that may be, go through `values` or `targets`
 Judge = Callable[[Mapping[str, Any], jax.Array, Any], Any]
@@ -42,11 +44,10 @@ def each(judge: Judge, unembedding: Unembedding, targets: Any, values: Mapping[s
     def local(unembedding, targets, values):
         return _mapped(judge, count, unembedding, targets, values)
 
-    axes = axes_over("batch", len(unembedding.hidden))
+    axes, tokens = _split(unembedding)
     if not axes:
         return local(unembedding, targets, values)
-    rows, whole = PartitionSpec(axes), PartitionSpec()
-    return _on_rows(local, axes, (_specs(unembedding, rows), rows, whole), rows)(unembedding, targets, values)
+    return _on_tokens(local, axes, (_specs(unembedding, tokens), tokens, WHOLE), tokens)(unembedding, targets, values)
 
 
 def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.Array, values: Mapping[str, Any]) -> jax.Array:
@@ -54,7 +55,7 @@ def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.
 
     A derivative forwards is refused; Hessian-vector products as the derivative of the gradient are not.
     """
-    count, axes = _blocks(unembedding), axes_over("batch", len(unembedding.hidden))
+    count, (axes, tokens) = _blocks(unembedding), _split(unembedding)
 
     @jax.custom_vjp
     def summed(unembedding, targets, weights_BL, values):
@@ -62,13 +63,12 @@ def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.
 
     def forward(unembedding, targets, weights_BL, values):
         def local(*given):
-            sums, rows = _differentiated(judge, count, *given)
-            return jax.lax.psum(sums, axes) if axes else sums, rows
+            sums, by_token = _differentiated(judge, count, *given)
+            return jax.lax.psum(sums, axes) if axes else sums, by_token
 
         if axes:
-            rows, whole = PartitionSpec(axes), PartitionSpec()
-            ins = (_specs(unembedding, rows), rows, rows, whole)
-            (result, grads), (loss_BL, hidden_BLD) = _on_rows(local, axes, ins, (whole, rows))(
+            ins = (_specs(unembedding, tokens), tokens, tokens, WHOLE)
+            (result, grads), (loss_BL, hidden_BLD) = _on_tokens(local, axes, ins, (WHOLE, tokens))(
                 unembedding, targets, weights_BL, values
             )
         else:
@@ -88,7 +88,7 @@ def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.
 def _blocks(unembedding: Unembedding) -> int:
     """How many blocks the tokens of a device are taken in."""
     rows, length = unembedding.hidden.shape[:2]
-    tokens = rows * length // parts(axes_over("batch", rows))
+    tokens = rows * length // parts(_split(unembedding)[0])
     ids = unembedding.vocabulary // parts(axes_over("vocab_act", unembedding.vocabulary))
     return block_count(tokens, ids)
 
@@ -147,10 +147,16 @@ def _differentiated(
 
 
 # ── a mesh ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _specs(unembedding: Unembedding, rows: PartitionSpec) -> Unembedding:
-    return replace(jax.tree.map(lambda _: PartitionSpec(), unembedding), hidden=rows)
+def _split(unembedding: Unembedding) -> tuple[tuple[str, ...], PartitionSpec]:
+    """The mesh axes that split the tokens, and how an array `[B, L, ...]` of tokens is split."""
+    rows, length = (axes_over(name, size) for name, size in zip(("batch", "length"), unembedding.hidden.shape, strict=False))
+    return rows + length, PartitionSpec(rows or None, length or None)
 
 
-def _on_rows(local: Callable, axes: tuple[str, ...], ins: Any, outs: Any) -> Callable:
-    """`local` on each device's rows, where sums stay until all are there; the vocabulary may be split further inside."""
+def _specs(unembedding: Unembedding, tokens: PartitionSpec) -> Unembedding:
+    return replace(jax.tree.map(lambda _: WHOLE, unembedding), hidden=tokens)
+
+
+def _on_tokens(local: Callable, axes: tuple[str, ...], ins: Any, outs: Any) -> Callable:
+    """`local` on each device's tokens, where sums stay until all are there; the vocabulary may be split further inside."""
     return jax.shard_map(local, in_specs=ins, out_specs=outs, axis_names=set(axes), check_vma=False)

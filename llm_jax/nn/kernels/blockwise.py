@@ -66,23 +66,35 @@ class Arrays(NamedTuple):
 # ── cutting into blocks ──────────────────────────────────────────────────────────────────────────────────────────────
 def attend(call: Call) -> jax.Array:
     """`[B, L, H, V]`. Scores, softmax and sums are float32."""
-    (B, L, H, _), G = call.q_BLHK.shape, call.k_BMGK.shape[2]
-    rows, columns = (_block(length) for length in call.lengths)
+    rows, columns = (block(length) for length in call.lengths)
+    return joined(_attend(rule(call), arrays(call, rows, columns), context(call, rows, columns)), call.lengths[0])
+
+
+def rule(call: Call) -> Rule:
+    """How the call's scores are made."""
+    return Rule(call.mask, None if call.bias is None else call.bias.function, call.soft_cap, call.dtype)
+
+
+def arrays(call: Call, rows: int, columns: int) -> Arrays:
+    """Queries in blocks of so many rows, keys and values in blocks of so many columns."""
     q_BGRLK, k_BGMK, v_BGMV = call.heads()
-    arrays = Arrays(
+    return Arrays(
         _cut(q_BGRLK, 3, rows),
         _cut(k_BGMK, 2, columns),
         _cut(v_BGMV, 2, columns),
         None if call.bias is None else call.bias.params,
-        None if call.sinks_H is None else call.sinks_H.reshape(G, H // G),
+        None if call.sinks_H is None else call.sinks_H.reshape(q_BGRLK.shape[1:3]),
     )
-    rule = Rule(call.mask, None if call.bias is None else call.bias.function, call.soft_cap, call.dtype)
-    out_nBGRrV = _attend(rule, arrays, _context(call, rows, columns))
-    out_BGRLV = _join(out_nBGRrV, 3)[:, :, :, :L]
-    return out_BGRLV.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
 
 
-def _block(length: int) -> int:
+def joined(out_nBGRrV: jax.Array, length: int) -> jax.Array:
+    """The result by blocks as `[B, L, H, V]`."""
+    out_BGRLV = _join(out_nBGRrV, 3)[:, :, :, :length]
+    B, G, R, L, V = out_BGRLV.shape
+    return out_BGRLV.transpose(0, 3, 1, 2, 4).reshape(B, L, G * R, V)
+
+
+def block(length: int) -> int:
     """Blocks of equal length, at most the platform's."""
     return -(-length // -(-length // traits().attention_block))
 
@@ -101,7 +113,8 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _context(call: Call, rows: int, columns: int) -> Context:
+def context(call: Call, rows: int, columns: int) -> Context:
+    """Where the call's tokens stand, and which blocks meet."""
     L, M = call.lengths
     meets, counts = _meetings(call, rows, columns)
     queries, keys = _side(call.queries, L, rows), _side(call.keys, M, columns)
@@ -150,16 +163,17 @@ def _extent(index: jax.Array | None, length: int, block: int) -> tuple[Any, Any]
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: Rule, arrays: Arrays, context: Context) -> jax.Array:
     """`[n, B, G, R, r, V]`."""
-    return _forward(rule, arrays, context)[0]
+    return _fwd(rule, arrays, context)[0]
 
 
 def _fwd(rule: Rule, arrays: Arrays, context: Context):
-    out, log_sum = _forward(rule, arrays, context)
+    out, log_sum = forward(rule, arrays, context)
+    out = out.astype(arrays.v.dtype)
     return out, (arrays, context, out, log_sum)
 
 
-def _forward(rule: Rule, arrays: Arrays, context: Context) -> tuple[jax.Array, jax.Array]:
-    """The result `[n, B, G, R, r, V]` and log Σ exp(s), `[n, B, G, R, r]`."""
+def forward(rule: Rule, arrays: Arrays, context: Context) -> tuple[jax.Array, jax.Array]:
+    """The result `[n, B, G, R, r, V]` and log Σ exp(s), `[n, B, G, R, r]`, in the dtype of sums."""
     start, width = _start(rule, arrays), arrays.v.shape[-1]
 
     def rows(_, i):
@@ -177,7 +191,7 @@ def _forward(rule: Rule, arrays: Arrays, context: Context) -> tuple[jax.Array, j
         zero = jnp.zeros((*q.shape[:-1], width), rule.dtype)
         m, total, sums = jax.lax.fori_loop(0, context.counts[i], meet, (*start, zero))
         total = jnp.where(total > 0, total, 1)  # a query that sees nothing
-        return None, ((sums / total[..., None]).astype(arrays.v.dtype), m + jnp.log(total))
+        return None, (sums / total[..., None], m + jnp.log(total))
 
     return jax.lax.scan(rows, None, jnp.arange(arrays.q.shape[0]))[1]
 
@@ -193,8 +207,16 @@ def _start(rule: Rule, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
 
 def _bwd(rule: Rule, saved, g):
-    """With D the kept weights / (1 - rate), δ = g·out: dv = (p⊙D)ᵀg, ds = p⊙(D⊙(g vᵀ) - δ), dsink = -Σ exp(sink - log Σ) δ."""
-    arrays, context, out, log_sum = saved
+    given, context, out, log_sum = saved
+    grads = backward(rule, given, context, out, log_sum, g)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), grads, given), None
+
+
+def backward(rule: Rule, arrays: Arrays, context: Context, out: jax.Array, log_sum: jax.Array, g: jax.Array) -> Arrays:
+    """The gradient of all arrays, in the dtype of sums. out and log_sum may be of more keys than these.
+
+    With D the kept weights / (1 - rate), δ = g·out: dv = (p⊙D)ᵀg, ds = p⊙(D⊙(g vᵀ) - δ).
+    """
     delta = (g.astype(rule.dtype) * out.astype(rule.dtype)).sum(-1)
 
     def rows(sums, i):
@@ -213,7 +235,7 @@ def _bwd(rule: Rule, saved, g):
             return dq + _weighted(rule, ds, k), (dk, dv, jax.tree.map(jnp.add, dparams, dparam))
 
         dq, sums = jax.lax.fori_loop(0, context.counts[i], meet, (jnp.zeros(q.shape, rule.dtype), sums))
-        return sums, dq.astype(q.dtype)
+        return sums, dq
 
     zeros = (
         jnp.zeros(arrays.k.shape, rule.dtype),
@@ -221,11 +243,16 @@ def _bwd(rule: Rule, saved, g):
         jax.tree.map(jnp.zeros_like, arrays.params),
     )
     (dk, dv, dparams), dq = jax.lax.scan(rows, zeros, jnp.arange(arrays.q.shape[0]))
-    dsinks = None
-    if arrays.sinks is not None:
-        share = jnp.exp(arrays.sinks.astype(rule.dtype)[None, None, :, :, None] - log_sum)
-        dsinks = -(share * delta).sum((0, 1, 4)).astype(arrays.sinks.dtype)
-    return Arrays(dq, dk.astype(arrays.k.dtype), dv.astype(arrays.v.dtype), dparams, dsinks), None
+    return Arrays(dq, dk, dv, dparams, sinks_gradient(rule, arrays, out, log_sum, g))
+
+
+def sinks_gradient(rule: Rule, arrays: Arrays, out: jax.Array, log_sum: jax.Array, g: jax.Array) -> jax.Array | None:
+    """-Σ exp(sink - log Σ) δ, `[G, R]`; None without sinks."""
+    if arrays.sinks is None:
+        return None
+    delta = (g.astype(rule.dtype) * out.astype(rule.dtype)).sum(-1)
+    share = jnp.exp(arrays.sinks.astype(rule.dtype)[None, None, :, :, None] - log_sum)
+    return -(share * delta).sum((0, 1, 4))
 
 
 _attend.defvjp(_fwd, _bwd)

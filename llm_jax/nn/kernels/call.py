@@ -85,8 +85,10 @@ class Kernel(NamedTuple):
     """A way to compute attention, `[B, L, H, V]` of a call.
 
     refusal: the end of a sentence that says what it cannot do, or None. quadratic: whether it writes a mask or a bias out.
+    shares_rows: whether it does by itself what `sequence` does for others, where a mesh splits rows along their length.
     """
 
     attend: Callable[[Call], jax.Array]
     refusal: Callable[[Call], str | None] = lambda call: None
     quadratic: Callable[[Call], bool] = lambda call: False
+    shares_rows: bool = False
