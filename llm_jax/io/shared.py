@@ -26,8 +26,10 @@ class Shared:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = os.fspath(folder)
-        self._system, self._root = fsspec.core.url_to_fs(self.folder)
-        self._local = isinstance(self._system, LocalFileSystem)
+        self._local = "://" not in self.folder
+        self._system, self._root = LocalFileSystem(), os.path.abspath(self.folder)
+        if not self._local:
+            self._system, self._root = fsspec.core.url_to_fs(self.folder)
 
     def create(self, name: str, data: Mapping[str, Any]) -> bool:
         """Writes a file unless there is one, and says whether it did: of all who try exactly one does.

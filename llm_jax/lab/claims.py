@@ -237,7 +237,7 @@ class Crew:
     def _leave(self) -> None:
         self._left.set()
         if hasattr(self, "_thread"):
-            self._thread.join()
+            self._thread.join(self.lease)
         with contextlib.suppress(Exception):  # a full disk, a network that is gone: the lease runs out
             self.files.write(self._file, self._sign() | {"left": True})
 

@@ -140,7 +140,7 @@ class Workers:
                     self._turn(claim, last.get(claim.name), runs, train)
                     continue
                 if not told:
-                    self.note("all groups that are left are other workers': waiting until they end, or give no sign of life")
+                    self.note("all groups that are left are other workers': waiting until they end or are gone (--population makes more, smaller ones)")
                 told = True
                 self.crew.pause()
             except Lapsed as error:

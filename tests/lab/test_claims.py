@@ -282,6 +282,12 @@ def test_a_request_that_was_repeated_is_known_for_its_own(tmp_path, monkeypatch)
     assert far.create("a.json", {"by": 1}) and not far.create("a.json", {"by": 2})
 
 
+def test_a_path_is_no_chain_of_addresses(tmp_path):
+    files = Shared(tmp_path / "a::b [1]")
+    assert files.create("claims/x.1.json", {"by": 1}) and not files.create("claims/x.1.json", {"by": 2})
+    assert files.names("claims") == ["x.1.json"] and (tmp_path / "a::b [1]" / "claims" / "x.1.json").is_file()
+
+
 def test_the_thread_gives_signs_of_life_by_itself(tmp_path):
     with Crew(Shared(tmp_path), lease=2.0) as one:
         stopped = threading.Event()
