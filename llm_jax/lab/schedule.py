@@ -21,6 +21,8 @@ DONE, FAILED, REPLACED = "done", "failed", "replaced"  # how a claimed group end
 
 SEEN_LATE = 90.0  # seconds after which a file that another host wrote is seen on NFS, at the latest, whose caches hold 60
 
+WAITING = "all groups that are left are other workers': waiting until they end or are gone (--population makes more, smaller ones)"
+
 
 class Schedule(Protocol):
     """Has runs trained in groups, and says what a group that is being trained must heed."""
@@ -140,7 +142,7 @@ class Workers:
                     self._turn(claim, last.get(claim.name), runs, train)
                     continue
                 if not told:
-                    self.note("all groups that are left are other workers': waiting until they end or are gone (--population makes more, smaller ones)")
+                    self.note(WAITING)
                 told = True
                 self.crew.pause()
             except Lapsed as error:
