@@ -289,9 +289,9 @@ def test_a_path_is_no_chain_of_addresses(tmp_path):
 
 
 def test_the_thread_gives_signs_of_life_by_itself(tmp_path):
-    with Crew(Shared(tmp_path), lease=2.0) as one:
+    with Crew(Shared(tmp_path), lease=3.0) as one:
         stopped = threading.Event()
-        for _ in range(40):
+        for _ in range(100):
             stopped.wait(0.1)
             sign = json.loads((tmp_path / "workers" / f"{one.worker}.json").read_text())
             if sign["beat"] >= 2:
