@@ -1,6 +1,8 @@
 """Train what an experiment file declares, tune every arm alike, and report the comparison.
 
 python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --workdir=runs/c06
+
+With `--worker` the same command, started any number of times on any machines that share the work folder, is one ablation.
 """
 
 from __future__ import annotations
@@ -38,8 +40,21 @@ flags.DEFINE_integer(
     lower_bound=0,
     flag_values=FLAGS,
 )
+flags.DEFINE_boolean(
+    "worker",
+    False,
+    "Be one of any number of processes, on any machines that share the folder, that finish the ablation together.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float(
+    "lease",
+    None,
+    "Seconds without a sign of life after which a worker's group is another's (default: 60).",
+    flag_values=FLAGS,
+)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
+LEASE = 60.0  # seconds
 EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
 
 
@@ -55,12 +70,22 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.lab.workfolder import WorkFolder
     from llm_jax.train.loop import Interrupted
 
+    lease = (LEASE if FLAGS.lease is None else FLAGS.lease) if FLAGS.worker else None
+    if FLAGS.lease is not None and lease is None:
+        raise ConfigError("is how long a worker may be silent: give --worker too", f"--lease={FLAGS.lease:g}")
     if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
-    given = {"command": command, "scale": scale, "largest": FLAGS.population, "sources": Sources(workers=FLAGS.data_workers)}
-    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), **given)
+    runner = Runner(
+        ablation,
+        WorkFolder(FLAGS.workdir or "."),
+        command=command,
+        scale=scale,
+        largest=FLAGS.population,
+        sources=Sources(workers=FLAGS.data_workers),
+        lease=lease,
+    )
     if FLAGS.plan:
         runner.check()
         rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()

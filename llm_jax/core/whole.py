@@ -14,6 +14,8 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
+NO_LINKS = errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP  # what file systems without hard links say
+
 
 @contextlib.contextmanager
 def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -56,6 +58,25 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
     """Writes a small file, text as UTF-8."""
     with whole_file(file) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_new(file: pathlib.Path, content: str | bytes) -> bool:
+    """Writes a small file unless there is one, and says whether it did: of several processes on any hosts exactly one does.
+
+    Raises `OSError` with one of `NO_LINKS` where there are no hard links, by which alone a name is given whole and only once.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(file)
+    try:
+        with _naming(partial, file):
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            try:
+                os.link(partial, file)
+            except FileExistsError:
+                return os.path.samefile(partial, file)  # NFS may repeat a request that it has carried out
+            return True
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def try_file(file: pathlib.Path) -> None:

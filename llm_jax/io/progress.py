@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import IO
 
 from rich.console import Console
@@ -15,8 +16,8 @@ from rich.progress import Progress as Bars
 class Progress:
     """A context that shows steps, loss, tokens/s, model FLOP/s, its share of the peak (MFU) and the time left.
 
-    flops_per_step, tokens_per_step: of the whole program; overall: (runs done, all runs); plain lines come at most every
-    `interval` seconds. Everything goes to standard error.
+    flops_per_step, tokens_per_step: of the whole program; overall: (runs done, all runs); beside: says what changes meanwhile, to
+    stand beside the title; plain lines come at most every `interval` seconds. Everything goes to standard error.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class Progress:
         tokens_per_step: float,
         peak_flops: float,
         overall: tuple[int, int] = (0, 1),
+        beside: Callable[[], str] = lambda: "",
         interval: float = 10.0,
         file: IO[str] | None = None,
     ):
         self.total, self.title, self.overall, self.interval = total_steps, title, overall, interval
+        self.beside = beside
         self.flops, self.tokens, self.peak = flops_per_step, tokens_per_step, peak_flops
         self.console = Console(file=file or sys.stderr)
         self.live: Live | None = None
@@ -49,7 +52,9 @@ class Progress:
                 TextColumn("{task.fields[numbers]}"),
                 console=self.console,
             )
-            self.bars.add_task(f"runs · {self.title}", total=self.overall[1], completed=self.overall[0], numbers="")
+            self.runs = self.bars.add_task(
+                f"runs · {self._heading()}", total=self.overall[1], completed=self.overall[0], numbers=""
+            )
             self.task = self.bars.add_task("compiling", total=self.total, numbers="")
             self.live = Live(self.bars, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
@@ -66,11 +71,12 @@ class Progress:
             self.first_step, self.started = step, now
         numbers = self._numbers(step, now, metrics)
         if self.live is not None:
+            self.bars.update(self.runs, description=f"runs · {self._heading()}")
             self.bars.update(self.task, completed=step, description="training", numbers=numbers)
         elif now - self.last_line >= self.interval or step >= self.total:
             self.last_line = now
             self.console.print(
-                f"[{self.overall[0]}/{self.overall[1]} runs] {self.title} · step {step}/{self.total} · {numbers}",
+                f"[{self.overall[0]}/{self.overall[1]} runs] {self._heading()} · step {step}/{self.total} · {numbers}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -79,6 +85,9 @@ class Progress:
     def note(self, text: str) -> None:
         """A sentence worth keeping on the screen."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _heading(self) -> str:
+        return " · ".join(filter(None, (self.title, self.beside())))
 
     def _numbers(self, step: int, now: float, metrics: dict[str, float]) -> str:
         parts = [

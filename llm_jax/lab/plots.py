@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from llm_jax.core.whole import write_whole
 from llm_jax.lab.experiment import sign
 from llm_jax.lab.summary import Summary, finite_mean, measured_at
 
@@ -69,8 +70,7 @@ def svg(draw: Draw, summary: Summary) -> str:
 
 def png(draw: Draw, summary: Summary, file: pathlib.Path) -> None:
     """The picture as a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(_render(draw, summary, "png"))
+    write_whole(file, _render(draw, summary, "png"))
 
 
 def _render(draw: Draw, summary: Summary, kind: str) -> bytes:

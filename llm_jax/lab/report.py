@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from llm_jax.core.whole import write_whole
 from llm_jax.lab import page, plots
 from llm_jax.lab.summary import Summary, summarize
 from llm_jax.lab.workfolder import write as write_json
 
 
 def write(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> Summary:
-    """Writes report.html, report.md, results.json and plots/*.png into `output`.
+    """Writes report.html, report.md, results.json and plots/*.png into `output`, each whole: several processes may do it at once.
 
     Raises `ConfigError` where there is nothing to report.
     """
@@ -23,8 +24,8 @@ def write(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) ->
     drawn = plots.pictures(summary)
     for name, draw in drawn.items():
         plots.png(draw, summary, output / "plots" / f"{name}.png")
-    (output / "report.md").write_text(page.markdown(summary, list(drawn)))
-    (output / "report.html").write_text(page.html(summary, {name: plots.svg(draw, summary) for name, draw in drawn.items()}))
+    write_whole(output / "report.md", page.markdown(summary, list(drawn)))
+    write_whole(output / "report.html", page.html(summary, {name: plots.svg(draw, summary) for name, draw in drawn.items()}))
     return summary
 
 

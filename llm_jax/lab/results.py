@@ -24,7 +24,7 @@ LIBRARIES = ("llm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 class Provenance:
     """Where a group's numbers come from. corpus, tokenizer: fingerprints; population: trials trained together.
 
-    teacher: who was asked in training, if anybody was.
+    teacher: who was asked in training, if anybody was; worker: which of several trained it.
     """
 
     ablation: Mapping[str, Any]
@@ -34,6 +34,7 @@ class Provenance:
     population: int
     group: str
     teacher: str | None = None
+    worker: str | None = None
 
     def described(self) -> dict[str, Any]:
         """As JSON, with the machine and the versions of the libraries that numbers depend on."""
@@ -51,6 +52,7 @@ class Provenance:
             "corpus": self.corpus,
             "tokenizer": self.tokenizer,
             "teacher": self.teacher,
+            "worker": self.worker,
         }
 
 

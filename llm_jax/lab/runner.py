@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import math
 import pathlib
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
+from llm_jax.core.config import ConfigError, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
+from llm_jax.lab.claims import Crew, Lapsed, check_lease, clear
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_mesh, compile_population, groups, layout, structure
+from llm_jax.lab.schedule import Alone, Schedule, Workers, group_name
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
 from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
@@ -35,7 +37,8 @@ class Runner:
     """Trains what an ablation declares into a work folder, in groups of at most `largest` trials (None: what memory holds).
 
     command and scale are written down with every result. note: called with a sentence worth telling. failures: trials
-    that raised an error; they are written down too, and tried again by the next run.
+    that raised an error; they are written down too, and tried again by the next run. lease: seconds, of one of many workers
+    that share the folder; None: this process has it for itself.
     """
 
     ablation: Ablation
@@ -46,11 +49,17 @@ class Runner:
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
     failures: int = 0
     sources: Sources = field(default_factory=Sources)
+    lease: float | None = None
+    schedule: Schedule = field(init=False, repr=False)
     _compiled: dict[tuple[str, Mesh, int], Compiled] = field(default_factory=dict)
 
     def check(self) -> None:
         """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
         devices, traced = len(jax.devices()), set()
+        if self.lease is not None:
+            check_lease(self.lease)
+            if jax.process_count() > 1:
+                raise ConfigError(f"is one process, and this is one of {jax.process_count()} that train together", "--worker")
         for arm in self.ablation.arms:
             experiment = self.ablation.experiment(arm)
             try:
@@ -104,42 +113,47 @@ class Runner:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
         self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        with self.folder.alone():
+        with self.folder.alone(workers=self.lease is not None):
             corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
             tokenizers = {arm: self.sources.of(e).tokenizer.fingerprint for arm, e in arms.items()}
             self.folder.claim(self.ablation, corpora=corpora, tokenizers=tokenizers, scale=self.scale)
-            tuned = self._all(plan.tuning_runs(self.ablation))
-            best = plan.winners(self.ablation, tuned)
-            for arm in arms:
-                if arm not in best:
-                    self.note(
-                        f"arm {arm!r}: no point of the grid trained to the end, so there is no winner to train on fresh seeds"
-                    )
-            return tuned + self._all(plan.final_runs(self.ablation, best))
+            with self._scheduled():
+                tuned = self._all(plan.tuning_runs(self.ablation))
+                best = plan.winners(self.ablation, tuned)
+                for arm in arms:
+                    if arm not in best:
+                        why = "no point of the grid trained to the end, so there is no winner to train on fresh seeds"
+                        self.note(f"arm {arm!r}: {why}")
+                return tuned + self._all(plan.final_runs(self.ablation, best))
+
+    @contextlib.contextmanager
+    def _scheduled(self) -> Iterator[None]:
+        """Trains what there is to train by itself, or with other workers."""
+        files = self.folder.shared_files
+        if self.lease is None:
+            clear(files, self.note)
+            self.schedule = Alone(self.folder)
+            yield
+        else:
+            with Crew(files, lease=self.lease, versions=results.versions() | {"code": results.code()}) as crew:
+                self.schedule = Workers(self.folder, crew, self.note)
+                yield
 
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        waiting = [run for run in runs if self.folder.result(run.name) is None]
-        left = {run.name for run in waiting}
-        stack = self._grouped(runs, waiting)[::-1]
-        while stack:
-            members = stack.pop()
-            if self._train(members, overall=(len(runs) - len(left), len(runs))):
-                left -= {run.name for run in members}
-            else:
-                gc.collect()  # what the attempt allocated, before half of it is tried
-                half = len(members) // 2
-                stack += [members[half:], members[:half]]
-        finished = [self.folder.result(run.name) for run in runs]
-        return [result for result in finished if result is not None]
+        self.schedule.finish(runs, self._grouped, self._train)
+        finished = [result for run in runs if (result := self.folder.result(run.name)) is not None]
+        self.failures += len(runs) - len(finished)
+        return finished
 
     def _train(self, members: Sequence[Run], overall: tuple[int, int]) -> bool:
         """Trains a group and writes down how it ended; False, and nothing written, if it is to be tried in halves."""
         group = Group(self, members)
         try:
             group.train(overall=overall)
-        except (Interrupted, ConfigError):
+        except (Interrupted, ConfigError, Lapsed):
             raise
         except Exception as error:  # one broken group must not lose the others
+            self.schedule.confirm()  # who trains it now may have taken away what it needed
             if is_full(error):
                 raise  # nothing could be written down about any of them
             if len(members) > 1 and platform.is_exhausted(error):
@@ -187,7 +201,7 @@ class Group:
 
     def __init__(self, runner: Runner, runs: Sequence[Run]):
         self.runner, self.runs = runner, runs
-        self.name = fingerprint([run.name for run in runs])
+        self.name = group_name(runs)
         self.source = runner.sources.of(runs[0].experiment)
         self.cost = plan.cost(runs[0].experiment, self.source.vocabulary, teacher=self.source.asked)
         arms = list(dict.fromkeys(run.arm for run in runs))
@@ -216,6 +230,7 @@ class Group:
             ],
             fresh=not self._checkpoints.is_dir(),
         )
+        self.runner.schedule.confirm()
         self.runner.folder.begin(self.name, [run.name for run in self.runs])
         trackers = [Tracker(self.runner.folder.trial(run.name)) for run in self.runs]
         for run in self.runs:
@@ -228,6 +243,7 @@ class Group:
             tokens_per_step=scale * self.cost.tokens,
             peak_flops=peak,
             overall=overall,
+            beside=self.runner.schedule.beside,
         ) as progress:
             checkpointer = self._checkpointer(progress)
             session = self._session(trackers, checkpointer, progress, rhythm)
@@ -238,10 +254,10 @@ class Group:
                 for tracker in trackers:
                     tracker.close()
         for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
-            if self.runner.folder.result(run.name) is not None:
-                continue
+            self.runner.schedule.confirm()
             result = results.finished(run, self._origin(), self.cost, metrics=metrics, curve=tracker.read(tracker.folder))
-            write(self.runner.folder.trial(run.name) / "results.json", result)
+            if not self.runner.folder.finish(run.name, result):
+                continue
             if result["status"] == "diverged":
                 self.runner.note(f"{run.arm}, {run.phase}, {dict(run.nuisance)}, seed {run.seed}: diverged")
         if self.runs[0].phase == "tune":  # nobody asks for the parameters of a trial that only chose a learning rate
@@ -254,7 +270,6 @@ class Group:
             f"{self.title} failed: {type(error).__name__}: {message[0] if message else ''} (see error.txt in the trials' folders)"
         )
         lost = [run for run in self.runs if self.runner.folder.result(run.name) is None]
-        self.runner.failures += len(lost)
         self.runner.folder.forget(self.name)  # another try may group them otherwise: fewer of them may fit
         for run in lost:
             folder = self.runner.folder.trial(run.name)
@@ -270,6 +285,7 @@ class Group:
             len(self.runs),
             self.name,
             None if self.source.teacher is None else self.source.teacher.identity,
+            self.runner.schedule.worker,
         )
 
     @property
@@ -295,6 +311,7 @@ class Group:
                 tracker.log(row)
 
         def rewind(step: int) -> None:
+            self.runner.schedule.confirm()
             if step:
                 progress.note(f"{self.title}: going on after step {step}")
             for tracker in trackers:
@@ -309,4 +326,5 @@ class Group:
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
+            proceed=self.runner.schedule.check,
         )

@@ -257,7 +257,7 @@ def _provenance(trials) -> list[dict[str, Any]]:
     """One record for each way the trials were made, newest first."""
     unique: dict[str, dict[str, Any]] = {}
     for trial in sorted(trials, key=lambda t: t["provenance"]["date"], reverse=True):
-        kept = {k: v for k, v in trial["provenance"].items() if k not in ("date", "group", "population", "index")}
+        kept = {k: v for k, v in trial["provenance"].items() if k not in ("date", "group", "population", "worker")}
         unique.setdefault(json.dumps(kept, sort_keys=True), trial["provenance"])
     return list(unique.values())
 

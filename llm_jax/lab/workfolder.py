@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.core.config import ConfigError, to_json
-from llm_jax.core.whole import write_whole
+from llm_jax.core.whole import NO_LINKS, write_new, write_whole
+from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
 
 MEMBERS = "members.json"
+ENDED = "done", "diverged"
 SHOWN = 6  # differences named in an error
+OWN = ("shared", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
 FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
 
 
@@ -24,11 +27,16 @@ class WorkFolder:
     """A folder that holds one ablation. Opening it for another is refused, with what differs; nothing is overwritten."""
 
     def __init__(self, path: str | os.PathLike):
+        if "://" in os.fspath(path):
+            raise ConfigError("must be a folder of this machine, which may be mounted (NFS), and no address", f"--workdir={path}")
         self.path = pathlib.Path(path)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps other processes from training into the folder meanwhile. Raises `ConfigError` if one already is."""
+    def alone(self, *, workers: bool = False) -> Iterator[None]:
+        """Keeps other processes from training into the folder meanwhile; workers: but other workers.
+
+        Raises `ConfigError` if one already is, on this machine or on another whose file system tells of locks.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("is a file: choose another --workdir", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -36,9 +44,11 @@ class WorkFolder:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(folder, (fcntl.LOCK_SH if workers else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ConfigError("is in use by another run: let it end, or choose another --workdir", str(self.path)) from None
+                    other, way = ("a run that is no --worker", "") if workers else ("another run", "join it if it is a --worker, ")
+                    said = f"is in use by {other}: let it end, {way}or choose another --workdir"
+                    raise ConfigError(said, str(self.path)) from None
             yield
         finally:
             os.close(folder)
@@ -62,6 +72,8 @@ class WorkFolder:
             "tokenizers": tokenizers or {},
         }
         file, described = self.path / "ablation.json", ablation.described(scale)
+        present = [found.name for found in self.path.glob("*")]
+        others = [name for name in present if name not in OWN and not name.startswith(f".{file.name}.")]
         if file.exists():
             known = _read(file)
             known["identity"].setdefault("tokenizers", {})
@@ -74,14 +86,21 @@ class WorkFolder:
             for part in FOR_ARMS:
                 identity[part] = known["identity"][part] | identity[part]
             described = merged(known["ablation"], described)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif others:
             raise ConfigError("is not empty and holds no ablation.json: choose another --workdir", str(self.path))
-        write(file, {"identity": identity, "ablation": described})
+        content = {"identity": identity, "ablation": described}
+        if not file.exists() or _read(file) != json.loads(json.dumps(finite(content))):
+            write(file, content)
 
     def declared(self) -> dict[str, Any] | None:
         """The ablation as described by all runs into the folder, or None if none has claimed it."""
         file = self.path / "ablation.json"
         return _read(file)["ablation"] if file.exists() else None
+
+    @property
+    def shared_files(self) -> Shared:
+        """By which the workers that share the folder agree."""
+        return Shared(self.path / "shared")
 
     def trial(self, name: str) -> pathlib.Path:
         """The folder of a trial."""
@@ -103,11 +122,28 @@ class WorkFolder:
         """The members of every group whose folder is still there."""
         return [_read(file) for file in sorted((self.path / "groups").glob(f"*/{MEMBERS}"))]
 
+    def finish(self, name: str, result: Mapping[str, Any]) -> bool:
+        """Writes down how a trial ended, unless that is written (and not that it failed); whether it did."""
+        file, before = self.trial(name) / "results.json", self._written(name)
+        if before is None:
+            try:
+                return write_new(file, _text(result))
+            except OSError as error:
+                if error.errno not in NO_LINKS:  # where there are none, there are no workers either
+                    raise
+        elif before["status"] in ENDED:
+            return False
+        write(file, result)
+        return True
+
     def result(self, name: str) -> dict[str, Any] | None:
         """The results of a finished trial (done or diverged), or None: a failed one is to be tried again."""
+        result = self._written(name)
+        return result if result is not None and result["status"] in ENDED else None
+
+    def _written(self, name: str) -> dict[str, Any] | None:
         file = self.trial(name) / "results.json"
-        result = _read(file) if file.exists() else None
-        return result if result is not None and result["status"] in ("done", "diverged") else None
+        return _read(file) if file.exists() else None
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +181,11 @@ def _short(value: Any) -> str:
 
 def write(file: pathlib.Path, data: Any) -> None:
     """Writes JSON whole or not at all; numbers that are not finite become null."""
-    write_whole(file, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    write_whole(file, _text(data))
+
+
+def _text(data: Any) -> str:
+    return json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

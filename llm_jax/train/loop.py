@@ -67,6 +67,7 @@ class Session:
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
     rewind: called with the restored step before anything is recorded. flops_per_step, tokens_per_step: of one member.
+    proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
     """
 
     record: Callable[[int, list[Row]], None]
@@ -77,6 +78,7 @@ class Session:
     tokens_per_step: float
     flops_per_step: float
     checkpointer: Checkpointer | None = None
+    proceed: Callable[[], None] = lambda: None
 
 
 class Interrupted(Exception):
@@ -108,6 +110,7 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
             if len(pending) >= RUN_AHEAD:
                 jax.block_until_ready(pending[-RUN_AHEAD])
             step += rhythm.dispatch
+            session.proceed()
             row: Row = {}
             if rhythm.at(step, rhythm.log_every):
                 sums = _settle(sums, pending)

@@ -33,6 +33,8 @@ ERRORS = {
         ["--set=evaluation.every=13"],
         "evaluation.every must be a multiple of train.log_every=6, got 13",
     ),
+    "a lease of no worker": (["--lease=30"], "--lease=30 is how long a worker may be silent: give --worker too"),
+    "a lease too short": (["--worker", "--lease=0.5"], "--lease must be at least 2 seconds"),
     "unknown flag": (["--sett=1"], "sett"),
     "stray word": (["train.steps=5"], "takes flags only"),
 }

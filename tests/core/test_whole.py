@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llm_jax.core import whole
-from llm_jax.core.whole import left, remove_left, whole_file, whole_folder, write_whole
+from llm_jax.core.whole import left, remove_left, whole_file, whole_folder, write_new, write_whole
 
 stands = pathlib.Path.is_dir
 
@@ -85,3 +85,8 @@ def test_what_was_killed_is_found_and_removed(tmp_path):
     other.mkdir()
     remove_left(tmp_path, ["a.json", "b-*"])
     assert names(tmp_path) == ["a.json", "b-1"]
+
+
+def test_a_new_file_is_written_by_the_first_alone(tmp_path):
+    assert write_new(tmp_path / "in" / "a", "one") and not write_new(tmp_path / "in" / "a", "two")
+    assert (tmp_path / "in" / "a").read_text() == "one" and [f.name for f in (tmp_path / "in").iterdir()] == ["a"]

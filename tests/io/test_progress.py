@@ -15,10 +15,10 @@ def clock(monkeypatch):
     return now
 
 
-def shown(clock, *, interval=0.0, every=4.0) -> list[str]:
+def shown(clock, *, interval=0.0, every=4.0, **more) -> list[str]:
     """The lines of 40 steps reported by tens, ten of them every `every` seconds."""
     file = io.StringIO()
-    given = {"flops_per_step": 2e9, "tokens_per_step": 512, "peak_flops": 1e10, "overall": (3, 8)}
+    given = {"flops_per_step": 2e9, "tokens_per_step": 512, "peak_flops": 1e10, "overall": (3, 8), **more}
     with Progress(40, "2 arms", interval=interval, file=file, **given) as display:
         for step in (10, 20, 30, 40):
             clock[0] += 50.0 if step == 10 else every  # compilation first
@@ -34,6 +34,16 @@ def test_rates_are_taken_from_the_first_report_on(clock):
         "[3/8 runs] 2 arms · step 20/40 · loss 3.142 · valid/bits_per_byte 2.5 · 1.28 k tokens/s · 5 GFLOP/s · MFU 50% · ETA 8 s"
     )
     assert last.endswith("ETA 0 s") and note == "a sentence [worth] keeping"
+
+
+def test_what_changes_meanwhile_stands_beside_the_title(clock):
+    said = iter(["1 other worker", "", "2 other workers", ""])
+    first, second, third, _, _ = shown(clock, beside=lambda: next(said))
+    assert [line.split(" · step")[0] for line in (first, second, third)] == [
+        "[3/8 runs] 2 arms · 1 other worker",
+        "[3/8 runs] 2 arms",
+        "[3/8 runs] 2 arms · 2 other workers",
+    ]
 
 
 def test_plain_lines_come_no_oftener_than_asked_and_the_end_is_told(clock):

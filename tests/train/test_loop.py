@@ -143,3 +143,17 @@ def test_the_rhythm_dispatches_what_divides_every_interval():
     assert Rhythm.fitting(steps=100, log_every=50, evaluate_every=50, checkpoint_every=25, dispatch=10).dispatch == 5
     assert Rhythm.fitting(steps=7, log_every=7, evaluate_every=7, checkpoint_every=7, dispatch=4).dispatch == 1
     assert replace(RHYTHM, steps=13).at(13, 4), "what happens every so often also happens at the end"
+
+
+def test_training_that_may_not_proceed_ends_with_nothing_recorded_or_saved(tmp_path):
+    records, calls, checkpointer = [], [], Checkpointer(tmp_path, asynchronous=False)
+
+    def proceed():
+        if len(calls) == 4:  # after step 8, where a record and a score are due
+            raise PermissionError("another's")
+
+    stopped = replace(session(records, checkpointer), proceed=proceed)
+    with pytest.raises(PermissionError):
+        fit(program(calls=calls), feed, replace(RHYTHM, checkpoint_every=8), stopped)
+    checkpointer.close()
+    assert [step for step, _ in records[1:]] == [4] and [c[0] for c in calls] == ["steps"] * 4 and not list(tmp_path.iterdir())
