@@ -16,6 +16,7 @@ from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import override_text
+from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)
@@ -44,8 +45,19 @@ EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product p
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
+    """Runs the command; returns the exit code: 0, 1 if a trial failed, and if stopped `Interrupted.code`. Raises `ConfigError`."""
     parse(FLAGS, argv)
+    try:
+        with interruptions():
+            return _run(argv)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr, flush=True)
+        if interrupted.step is None:
+            leave_at_once(interrupted.code)  # threads may be compiling, for minutes
+        return interrupted.code
+
+
+def _run(argv: Sequence[str]) -> int:
     platform.setup()
     platform.require_devices()
     from llm_jax.io.tracker import is_full
@@ -53,7 +65,6 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.sources import Sources
     from llm_jax.lab.workfolder import WorkFolder
-    from llm_jax.train.loop import Interrupted
 
     if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
@@ -70,9 +81,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         results = runner.run()
         summary = report.write([FLAGS.workdir], FLAGS.workdir)
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        return 130
     except OSError as error:
         if not is_full(error) or not within(error.filename or FLAGS.workdir, FLAGS.workdir):
             raise

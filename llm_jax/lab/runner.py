@@ -26,7 +26,8 @@ from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
-from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
+from llm_jax.train.interruption import Interrupted
+from llm_jax.train.loop import Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
 
 
@@ -294,11 +295,11 @@ class Group:
             for tracker, row in zip(trackers, rows, strict=True):
                 tracker.log(row)
 
-        def rewind(step: int) -> None:
+        def rewind(step: int, recorded: int) -> None:
             if step:
                 progress.note(f"{self.title}: going on after step {step}")
             for tracker in trackers:
-                tracker.truncate_after(step)
+                tracker.truncate_after(recorded)
 
         return Session(
             record=record,

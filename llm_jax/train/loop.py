@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.train.interruption import Stop, interruptions
 
 # dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
 RUN_AHEAD = 4
@@ -66,11 +66,12 @@ class Session:
 
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
-    rewind: called with the restored step before anything is recorded. flops_per_step, tokens_per_step: of one member.
+    rewind: called with the restored step, and that of the last record that stays, before anything is recorded.
+    flops_per_step, tokens_per_step: of one member.
     """
 
     record: Callable[[int, list[Row]], None]
-    rewind: Callable[[int], None]
+    rewind: Callable[[int, int], None]
     report: Callable[..., None]
     evaluations: Mapping[str, Batch]
     final: Mapping[str, Batch | Probed]
@@ -79,63 +80,83 @@ class Session:
     checkpointer: Checkpointer | None = None
 
 
-class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved, unless that failed."""
-
-    def __init__(self, step: int, saved: bool):
-        where = "from there" if saved else "from the last checkpoint that could be saved"
-        super().__init__(f"stopped at step {step}; the same command again goes on {where}")
-        self.step = step
-
-
 def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> list[Row]:
     """Trains to `rhythm.steps` and returns the final scores, a row a member; resumes from the newest good checkpoint, if any.
 
     feed: `start_step -> iterator of host batches [members, dispatch, B, L]`. Raises `Interrupted` after saving.
     """
-    state, step, elapsed, sums = _start(program, session)
-    session.rewind(step)
-    clock = _Clock(elapsed)  # goes from the first dispatch on: what was compiled for it is not training
-    batches = feed(step)
-    pending: list[Metrics] = []
-    saved, scored = False, None
-    with _interruptions() as asked_to_stop:
-        while step < rhythm.steps:
-            state, metrics = program.steps(state, next(batches))
-            if not clock.running:
-                clock.go()
-            pending.append(metrics)
-            if len(pending) >= RUN_AHEAD:
-                jax.block_until_ready(pending[-RUN_AHEAD])
-            step += rhythm.dispatch
-            row: Row = {}
-            if rhythm.at(step, rhythm.log_every):
-                sums = _settle(sums, pending)
-                rows = _rows(sums, program.members)
-                sums = {}
-                if rhythm.at(step, rhythm.evaluate_every):
-                    clock.pause()
-                    scored = scores(program, state, session.final if step == rhythm.steps else session.evaluations)
-                    rows = [a | b for a, b in zip(rows, scored, strict=True)]
-                    clock.go()
-                row = _publish(step, rows, clock, session, program.members)
-            if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
-                sums = _settle(sums, pending)
-                saved = _save(state, step, clock, sums, row, session)
-            if asked_to_stop():
-                raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
-    return scores(program, state, session.final) if scored is None else scored  # None: restored at the end
+    with interruptions(together=jax.process_count() > 1) as stop:
+        return _Training(program, feed, rhythm, session, stop).finish()
 
 
-def scores(program: Program, state: Any, evaluations: Mapping[str, Batch | Probed]) -> list[Row]:
+class _Training:
+    """What `fit` does, from one dispatch to the next."""
+
+    def __init__(self, program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session, stop: Stop):
+        self.program, self.rhythm, self.session, self.stop = program, rhythm, session, stop
+        self.state, self.step, elapsed, self.sums = _start(program, session)
+        self.due = bool(self.sums) and rhythm.at(self.step, rhythm.log_every)  # it was stopped while it was scored
+        session.rewind(self.step, self.step - self.due)
+        self.clock = _Clock(elapsed)  # goes from the first dispatch on: what was compiled for it is not training
+        self.batches = feed(self.step)
+        self.pending: list[Metrics] = []
+        self.scored: list[Row] | None = None
+
+    def finish(self) -> list[Row]:
+        if self.due:
+            self._record()
+        while self.step < self.rhythm.steps:
+            self._dispatch()
+            row = self._record() if self.rhythm.at(self.step, self.rhythm.log_every) else {}
+            stopping, saved = self.stop.asked(), False
+            if stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every):
+                self.sums = _settle(self.sums, self.pending)
+                saved = _save(self.state, self.step, self.clock, self.sums, row, self.session)
+            if stopping:
+                checkpointer = self.session.checkpointer
+                raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
+        # None: restored at the end
+        return scores(self.program, self.state, self.session.final) if self.scored is None else self.scored
+
+    def _dispatch(self) -> None:
+        self.state, metrics = self.program.steps(self.state, next(self.batches))
+        self.stop.at_stake = True
+        if not self.clock.running:
+            self.clock.go()
+        self.pending.append(metrics)
+        if len(self.pending) >= RUN_AHEAD:
+            jax.block_until_ready(self.pending[-RUN_AHEAD])
+        self.step += self.rhythm.dispatch
+
+    def _record(self) -> Row:
+        """Publishes what is new since the last record; nothing, for now, if it is asked to stop before all is scored."""
+        self.sums = _settle(self.sums, self.pending)
+        rows = _rows(self.sums, self.program.members)
+        if self.rhythm.at(self.step, self.rhythm.evaluate_every):
+            sets = self.session.final if self.step == self.rhythm.steps else self.session.evaluations
+            with self.clock.paused():
+                scored = scores(self.program, self.state, sets, unless=self.stop.asked)
+            if len(scored) < len(rows):
+                return {}
+            self.scored, rows = scored, [a | b for a, b in zip(rows, scored, strict=True)]
+        self.sums = {}
+        return _publish(self.step, rows, self.clock, self.session, self.program.members)
+
+
+def scores(
+    program: Program, state: Any, evaluations: Mapping[str, Batch | Probed], *, unless: Callable[[], bool] = lambda: False
+) -> list[Row]:
     """The mean of every metric of every evaluation set, one row a member; "valid" gives "valid/loss", ….
 
-    A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once.
+    A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once. unless: asked before
+    each set; no row at all where it was true.
     """
     rows: list[Row] = [{} for _ in range(program.members)]
     known: dict[int, list[Row]] = {}
     for name, batches in evaluations.items():
         split, at, length = name.partition("@")
+        if unless():
+            return []
         if id(batches) not in known:
             known[id(batches)] = _rows(_settle({}, [program.evaluate(state, batches)]), program.members)
         for row, values in zip(rows, known[id(batches)], strict=True):
@@ -151,8 +172,12 @@ class _Clock:
     since: float = 0.0
     running: bool = False
 
-    def pause(self) -> None:
-        self.elapsed, self.running = self.read(), False
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running, self.elapsed, self.running = self.running, self.read(), False
+        yield
+        if running:
+            self.go()
 
     def go(self) -> None:
         self.since, self.running = time.perf_counter(), True
@@ -208,28 +233,3 @@ def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: S
         "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()},
     }
     return session.checkpointer.save(step, state, extra, row)
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM (a preempted machine) and the first Ctrl-C into a question the loop asks between dispatches.
-
-    The second time a signal does what it did before: who does not want to wait for the save presses Ctrl-C again.
-    """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def first(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, first)
-    except ValueError:  # not the main thread: the caller's signals are not ours to take
-        pass
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
