@@ -26,6 +26,7 @@ from llm_jax.lab.plan import Cost, Run
 from llm_jax.lab.population import Compiled, check_rows, compile_population, groups, layout, structure
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
+from llm_jax.train import incidents
 from llm_jax.train.interruption import Interrupted
 from llm_jax.train.loop import Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
@@ -98,7 +99,7 @@ class Runner:
         source = self.sources.of(experiment)
         each = plan.cost(experiment, source.vocabulary, teacher=source.asked)
         most = max(len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds) * len(self.ablation.arms)
-        wanted = min(self.largest or most, most)
+        wanted = 1 if experiment.train.guard.alone else min(self.largest or most, most)
         return plan.largest_population(experiment, each, memory=platform.memory(), devices=jax.device_count(), wanted=wanted)
 
     def run(self) -> list[dict[str, Any]]:
@@ -241,7 +242,8 @@ class Group:
         for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
             if self.runner.folder.result(run.name) is not None:
                 continue
-            result = results.finished(run, self._origin(), self.cost, metrics=metrics, curve=tracker.read(tracker.folder))
+            found = {"curve": tracker.read(tracker.folder), "incidents": incidents.read(tracker.folder)}
+            result = results.finished(run, self._origin(), self.cost, metrics=metrics, **found)
             write(self.runner.folder.trial(run.name) / "results.json", result)
             if result["status"] == "diverged":
                 self.runner.note(f"{run.arm}, {run.phase}, {dict(run.nuisance)}, seed {run.seed}: diverged")
@@ -301,6 +303,8 @@ class Group:
             for tracker in trackers:
                 tracker.truncate_after(recorded)
 
+        folders, seeds = [tracker.folder for tracker in trackers], [run.seed for run in self.runs]
+        told = lambda text: progress.note(f"{self.title}: {text}")  # noqa: E731
         return Session(
             record=record,
             rewind=rewind,
@@ -310,4 +314,5 @@ class Group:
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
+            watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),
         )

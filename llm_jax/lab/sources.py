@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 
@@ -95,6 +96,19 @@ class Source:
     def example(self, steps: int) -> Batch:
         """A host batch `[1, steps, B, L]` like those of `feed`."""
         return self._dispatches([0], steps)[0]
+
+    def origin(self, seed: int, step: int) -> list[dict[str, Any]]:
+        """Where the batch of a step (from 0) comes from, for each of its rows: corpus, row, documents by number, and an excerpt."""
+        names = [member.name for member in self.corpus.members("train")]
+        return [
+            {
+                "corpus": names[one.source],
+                "row": one.row,
+                "documents": list(one.documents),
+                "begins": self.tokenizer.decode(one.ids),
+            }
+            for one in self._dispatches([seed], 1).origins(step, seed)
+        ]
 
     def _dispatches(self, seeds: Sequence[int], steps: int) -> Dispatches:
         given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": self.host}

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+_open: list[Stop] = []  # of this process's main thread, the innermost last
 _POLLS = itertools.count()  # how often processes have asked each other: all as often, whatever they train
 
 
-class Interrupted(BaseException):
+class Interrupted(KeyboardInterrupt):
     """Training was asked to stop by a signal; what it did up to `step` is saved, unless that failed.
 
-    step: None where nothing had been done that could be lost. Like `KeyboardInterrupt` no `Exception`: it may come at any moment.
+    step: None where nothing had been done that could be lost. It may come at any moment, and what lets Ctrl-C pass lets it pass.
     """
 
     def __init__(self, number: int, step: int | None = None, saved: bool = True):
@@ -65,26 +66,31 @@ def interruptions(*, together: bool = False) -> Iterator[Stop]:
 
     The second Ctrl-C does what it did before, for who does not want to wait; SIGTERM again changes nothing: schedulers send it
     twice, and SIGKILL when the time of grace is over. together: of several processes, whose SIGTERM JAX listens to, and has them
-    agree. One that came too late to be asked for is passed on at the end.
+    agree. One that came too late to be asked for is passed on at the end, and one whose exception somebody swallowed, as garbage
+    collection does, is obeyed by the next who asks.
     """
+    if _open and (missed := _open[-1].number) is not None:
+        raise Interrupted(missed)
     stop, previous = Stop(together=together), dict[int, Any]()
 
     def handle(number: int, _) -> None:
         if stop.number is None:
             stop.number = number
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
-            if not stop.at_stake:
-                raise Interrupted(number)
+        if not stop.at_stake:
+            raise Interrupted(number)
 
+    _open.append(stop)
     try:
         for number in () if together else (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are not ours to take
                 previous[number] = signal.signal(number, handle)
         yield stop
     finally:
+        _open.remove(stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stop.number is not None and previous:
+    if stop.number is not None and stop.at_stake and previous:
         signal.raise_signal(stop.number)
 
 

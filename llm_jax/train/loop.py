@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.train.guard import Watch
 from llm_jax.train.interruption import Stop, interruptions
 
 # dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
@@ -66,7 +67,7 @@ class Session:
 
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
-    rewind: called with the restored step, and that of the last record that stays, before anything is recorded.
+    rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's.
     flops_per_step, tokens_per_step: of one member.
     """
 
@@ -78,6 +79,7 @@ class Session:
     tokens_per_step: float
     flops_per_step: float
     checkpointer: Checkpointer | None = None
+    watch: Watch = field(default_factory=Watch)
 
 
 def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> list[Row]:
@@ -94,24 +96,33 @@ class _Training:
 
     def __init__(self, program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session, stop: Stop):
         self.program, self.rhythm, self.session, self.stop = program, rhythm, session, stop
-        self.state, self.step, elapsed, self.sums = _start(program, session)
-        self.due = bool(self.sums) and rhythm.at(self.step, rhythm.log_every)  # it was stopped while it was scored
-        session.rewind(self.step, self.step - self.due)
-        self.clock = _Clock(elapsed)  # goes from the first dispatch on: what was compiled for it is not training
-        self.batches = feed(self.step)
-        self.pending: list[Metrics] = []
-        self.scored: list[Row] | None = None
+        self.feed, self.pending, self.losses, self.scored = feed, list[Metrics](), list[np.ndarray](), None
+        self.clock = _Clock()  # goes from the first dispatch on: what was compiled for it is not training
+        self.clock.elapsed = self._begin()
+
+    def _begin(self, at_most: int | None = None) -> float:
+        """From the newest checkpoint, at `at_most` or before, where there is one; the seconds that it had taken."""
+        self.state = None  # so that there is room for the other
+        self.state, self.step, seconds, self.sums = _start(self.program, self.session, at_most)
+        self.due = bool(self.sums) and self.rhythm.at(self.step, self.rhythm.log_every)  # it was stopped while it was scored
+        self.session.rewind(self.step, self.step - self.due)
+        self.session.watch.rewind(self.step)
+        self.batches = self.session.watch.feed(self.feed, self.step, self.rhythm.dispatch)
+        self.losses = []
+        return seconds
 
     def finish(self) -> list[Row]:
-        if self.due:
-            self._record()
-        while self.step < self.rhythm.steps:
-            self._dispatch()
+        while self.step < self.rhythm.steps or self.due:
+            restored = self.due
+            if not restored:
+                self._dispatch()
             row = self._record() if self.rhythm.at(self.step, self.rhythm.log_every) else {}
-            stopping, saved = self.stop.asked(), False
-            if stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every):
-                self.sums = _settle(self.sums, self.pending)
-                saved = _save(self.state, self.step, self.clock, self.sums, row, self.session)
+            if row is None:
+                continue
+            stopping = self.stop.asked()
+            saved = restored
+            if not restored and (stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every)):
+                saved = self._save(row)
             if stopping:
                 checkpointer = self.session.checkpointer
                 raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
@@ -128,10 +139,28 @@ class _Training:
             jax.block_until_ready(self.pending[-RUN_AHEAD])
         self.step += self.rhythm.dispatch
 
-    def _record(self) -> Row:
-        """Publishes what is new since the last record; nothing, for now, if it is asked to stop before all is scored."""
-        self.sums = _settle(self.sums, self.pending)
+    def _settle(self) -> None:
+        """Fetches all pending metrics from the device and adds them to the sums, in float64 in the order of the steps."""
+        for metrics in jax.device_get(self.pending):
+            for name, value in metrics.items():
+                old = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (old[0] + np.asarray(value.total, np.float64), old[1] + np.asarray(value.weight, np.float64))
+            if "train/loss" in metrics:
+                self.losses.append(metrics["train/loss"].mean)
+        self.pending.clear()
+
+    def _record(self) -> Row | None:
+        """Publishes what is new since the last record, or nothing, for now, if it is asked to stop before all is scored.
+
+        None: it was so bad that training has gone back.
+        """
+        self.due = False
+        self._settle()
         rows = _rows(self.sums, self.program.members)
+        back = self.session.watch.look(self.step, rows, self.state, self.losses, self._saved)
+        if back is not None:
+            self._begin(back)
+            return None
         if self.rhythm.at(self.step, self.rhythm.evaluate_every):
             sets = self.session.final if self.step == self.rhythm.steps else self.session.evaluations
             with self.clock.paused():
@@ -139,8 +168,18 @@ class _Training:
             if len(scored) < len(rows):
                 return {}
             self.scored, rows = scored, [a | b for a, b in zip(rows, scored, strict=True)]
-        self.sums = {}
+        self.sums, self.losses = {}, []
         return _publish(self.step, rows, self.clock, self.session, self.program.members)
+
+    def _saved(self) -> list[int]:
+        return [] if self.session.checkpointer is None else self.session.checkpointer.steps()
+
+    def _save(self, row: Row) -> bool:
+        self._settle()
+        if self.session.checkpointer is None:
+            return False
+        sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
+        return self.session.checkpointer.save(self.step, self.state, {"seconds": self.clock.read(), "sums": sums}, row)
 
 
 def scores(
@@ -158,7 +197,8 @@ def scores(
         if unless():
             return []
         if id(batches) not in known:
-            known[id(batches)] = _rows(_settle({}, [program.evaluate(state, batches)]), program.members)
+            found = jax.device_get(program.evaluate(state, batches))
+            known[id(batches)] = _rows({name: (value.total, value.weight) for name, value in found.items()}, program.members)
         for row, values in zip(rows, known[id(batches)], strict=True):
             row.update({f"{split}/{metric}{at}{length}": value for metric, value in values.items()})
     return rows
@@ -168,7 +208,7 @@ def scores(
 class _Clock:
     """Seconds spent training, over interruptions, without compilation and evaluations."""
 
-    elapsed: float
+    elapsed: float = 0.0
     since: float = 0.0
     running: bool = False
 
@@ -189,19 +229,8 @@ class _Clock:
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _settle(sums: Sums, pending: list[Metrics]) -> Sums:
-    """`sums` plus all pending metrics, fetched from the device and added in float64 in the order of the steps."""
-    sums = dict(sums)
-    for metrics in jax.device_get(pending):
-        for name, value in metrics.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + np.asarray(value.total, np.float64), old[1] + np.asarray(value.weight, np.float64))
-    pending.clear()
-    return sums
-
-
 def _rows(sums: Sums, members: int) -> list[Row]:
-    means = {name: total / np.maximum(weight, 1e-30) for name, (total, weight) in sums.items()}
+    means = {name: np.asarray(total, np.float64) / np.maximum(weight, 1e-30) for name, (total, weight) in sums.items()}
     return [{name: float(values[i]) for name, values in means.items()} for i in range(members)]
 
 
@@ -216,20 +245,11 @@ def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, member
     return mean
 
 
-def _start(program: Program, session: Session) -> tuple[Any, int, float, Sums]:
-    restored = session.checkpointer.restore(program.abstract) if session.checkpointer is not None else None
+def _start(program: Program, session: Session, at_most: int | None) -> tuple[Any, int, float, Sums]:
+    checkpointer = session.checkpointer
+    restored = checkpointer.restore(program.abstract, at_most=at_most) if checkpointer is not None else None
     if restored is None:
         return program.init(), 0, 0.0, {}
     step, state, extra = restored
     sums = {name: (np.asarray(t, np.float64), np.asarray(w, np.float64)) for name, (t, w) in extra["sums"].items()}
     return state, step, extra["seconds"], sums
-
-
-def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> bool:
-    if session.checkpointer is None:
-        return False
-    extra = {
-        "seconds": clock.read(),
-        "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()},
-    }
-    return session.checkpointer.save(step, state, extra, row)

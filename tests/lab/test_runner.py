@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -246,3 +247,30 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(declared, finished,
     assert "make room and run the same command again" in done.stderr, done.stderr
     assert f"{os.sep}llm_jax{os.sep}" not in done.stderr, "a traceback through our own code"  # Orbax's threads print theirs
     assert outcomes(tmp_path / "work") == outcomes(finished[0])
+
+
+@pytest.mark.parametrize(
+    "guard, kind",
+    [
+        ("SkipBad(deviations=0.5, decay=0.8, after=4)", "skipped"),
+        ("RollBack(deviations=0.01, window=4, before=0, after=0, times=50)", "rolled back"),
+    ],
+)
+def test_what_a_guard_left_out_is_told_with_its_text_and_reported(declared, tmp_path, monkeypatch, guard, kind):
+    from llm_jax.core.written import override_text
+    from llm_jax.lab import report, runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    short = {"nuisance": {}, "seeds": 1, "train.steps": 24, "train.log_every": 2, "checkpoints.every": 2}
+    ablation = load(declared).only(["rope"]).changed(short)
+    ablation = replace(ablation, base=override_text(ablation.base, [f"train.guard={guard}", "optimizer.learning_rate=0.03"]))
+    (result,) = runner.Runner(ablation, WorkFolder(tmp_path / "w")).run()
+    (file,) = (tmp_path / "w").glob("trials/*/incidents.jsonl")
+    lines, text = [json.loads(line) for line in file.read_text().splitlines()], (declared.parent / "text.txt").read_text()
+    assert {line["kind"] for line in lines} == {kind} and len(result["incidents"]) == len(lines)
+    for row in (row for line in lines for batch in line["batches"] for row in batch["of"]):
+        assert row["begins"].split("\x00")[0] in text and len(row["begins"]) == 16
+    report.write([tmp_path / "w"], tmp_path / "w")
+    assert "rope: the guard left out" in (tmp_path / "w" / "report.md").read_text()

@@ -1,5 +1,6 @@
 """The loop by itself, around a program that only counts: when things happen, what is added up, what a stop leaves behind."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -174,6 +175,18 @@ def test_a_signal_that_nobody_asked_for_is_passed_on():
     with pytest.raises(Interrupted) as outer, interruptions():
         late()
     assert outer.value.step is None
+
+
+def test_one_that_was_swallowed_is_obeyed_by_the_next():
+    """As by garbage collection, which only prints what is raised in it."""
+
+    def swallowed():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        fit(program(), feed, RHYTHM, session([]))
+
+    with pytest.raises(Interrupted), interruptions():
+        swallowed()
 
 
 @pytest.mark.parametrize(
