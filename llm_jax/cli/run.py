@@ -5,6 +5,7 @@ python -m llm_jax run --experiment=experiments/c06_positional_encoding.py --work
 
 from __future__ import annotations
 
+import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,15 @@ flags.DEFINE_integer(
     lower_bound=0,
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "watchdog",
+    600.0,
+    "Seconds without a sign of life after which the stacks of all threads are written down, or 20 usual dispatches; 0 for never.",
+    lower_bound=0.0,
+    flag_values=FLAGS,
+)
+flags.DEFINE_boolean("watchdog_exits", False, "And end with code 75, for a scheduler that starts it again.", flag_values=FLAGS)
+flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps of each arm, for the report and XProf.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
@@ -65,13 +75,15 @@ def _run(argv: Sequence[str]) -> int:
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.sources import Sources
     from llm_jax.lab.workfolder import WorkFolder
+    from llm_jax.train.watchdog import Watchdog
 
     if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
+    watchdog = Watchdog(pathlib.Path(FLAGS.workdir or "."), FLAGS.watchdog, FLAGS.watchdog_exits)
     given = {"command": command, "scale": scale, "largest": FLAGS.population, "sources": Sources(workers=FLAGS.data_workers)}
-    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), **given)
+    runner = Runner(ablation, WorkFolder(FLAGS.workdir or "."), watchdog=watchdog, profiled=_steps(FLAGS.profile), **given)
     if FLAGS.plan:
         runner.check()
         rate = EXPECTED_SHARE_OF_PEAK * platform.peak_flops()
@@ -92,6 +104,16 @@ def _run(argv: Sequence[str]) -> int:
     console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """The two numbers of FIRST:LAST. Raises `ConfigError`."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ConfigError(f"must be FIRST:LAST, steps counted from 0, as in 10:15, got {text!r}", "--profile")
+    return int(first), int(last)
 
 
 def _declared():

@@ -17,7 +17,9 @@ import jax
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
+from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.profile import Profiler
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
@@ -30,6 +32,7 @@ from llm_jax.train import incidents
 from llm_jax.train.interruption import Interrupted
 from llm_jax.train.loop import Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
+from llm_jax.train.watchdog import Watchdog
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Runner:
     """Trains what an ablation declares into a work folder, in groups of at most `largest` trials (None: what memory holds).
 
     command and scale are written down with every result. note: called with a sentence worth telling. failures: trials
-    that raised an error; they are written down too, and tried again by the next run.
+    that raised an error; they are written down too, and tried again by the next run. profiled: steps, from and to, that are traced
+    of the first group of each arm.
     """
 
     ablation: Ablation
@@ -48,6 +52,8 @@ class Runner:
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
     failures: int = 0
     sources: Sources = field(default_factory=Sources)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    profiled: tuple[int, int] | None = None
     _compiled: dict[tuple[str, Mesh, int], Compiled] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -292,6 +298,14 @@ class Group:
             warn=progress.note,
         )
 
+    def _profiler(self) -> Profiler:
+        arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
+        safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
+        folder = self.runner.folder.path / profile.FOLDER / safe
+        if self.runner.profiled is None or folder.exists():
+            return Profiler()
+        return Profiler(folder, *self.runner.profiled, label=arms)
+
     def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
             for tracker, row in zip(trackers, rows, strict=True):
@@ -314,5 +328,7 @@ class Group:
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
+            watchdog=self.runner.watchdog,
+            profiler=self._profiler(),
             watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),
         )

@@ -14,8 +14,10 @@ import numpy as np
 
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.profile import Profiler
 from llm_jax.train.guard import Watch
 from llm_jax.train.interruption import Stop, interruptions
+from llm_jax.train.watchdog import Watchdog
 
 # dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
 RUN_AHEAD = 4
@@ -80,6 +82,8 @@ class Session:
     flops_per_step: float
     checkpointer: Checkpointer | None = None
     watch: Watch = field(default_factory=Watch)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    profiler: Profiler = field(default_factory=Profiler)
 
 
 def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> list[Row]:
@@ -87,7 +91,11 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
 
     feed: `start_step -> iterator of host batches [members, dispatch, B, L]`. Raises `Interrupted` after saving.
     """
-    with interruptions(together=jax.process_count() > 1) as stop:
+    with (
+        interruptions(together=jax.process_count() > 1) as stop,
+        session.watchdog.watching(),
+        contextlib.closing(session.profiler),
+    ):
         return _Training(program, feed, rhythm, session, stop).finish()
 
 
@@ -130,14 +138,18 @@ class _Training:
         return scores(self.program, self.state, self.session.final) if self.scored is None else self.scored
 
     def _dispatch(self) -> None:
+        after = self.step + self.rhythm.dispatch
+        self.session.profiler.before(self.step, after, self.pending)
         self.state, metrics = self.program.steps(self.state, next(self.batches))
         self.stop.at_stake = True
         if not self.clock.running:
             self.clock.go()
         self.pending.append(metrics)
+        self.step = after
+        self.session.watchdog.alive(after)  # what was compiled for the first is over
         if len(self.pending) >= RUN_AHEAD:
             jax.block_until_ready(self.pending[-RUN_AHEAD])
-        self.step += self.rhythm.dispatch
+        self.session.profiler.after(after, self.pending)
 
     def _settle(self) -> None:
         """Fetches all pending metrics from the device and adds them to the sums, in float64 in the order of the steps."""
@@ -159,11 +171,12 @@ class _Training:
         rows = _rows(self.sums, self.program.members)
         back = self.session.watch.look(self.step, rows, self.state, self.losses, self._saved)
         if back is not None:
-            self._begin(back)
+            with self.session.watchdog.resting():
+                self._begin(back)
             return None
         if self.rhythm.at(self.step, self.rhythm.evaluate_every):
             sets = self.session.final if self.step == self.rhythm.steps else self.session.evaluations
-            with self.clock.paused():
+            with self.clock.paused(), self.session.watchdog.resting():
                 scored = scores(self.program, self.state, sets, unless=self.stop.asked)
             if len(scored) < len(rows):
                 return {}
