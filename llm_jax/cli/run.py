@@ -48,6 +48,9 @@ flags.DEFINE_float(
     flag_values=FLAGS,
 )
 flags.DEFINE_boolean("watchdog_exits", False, "And end with code 75, for a scheduler that starts it again.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "deterministic", False, "The same command on the same devices gives the same bits (CPU, TPU: always).", flag_values=FLAGS
+)
 flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps of each arm, for the report and XProf.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    platform.setup()
+    platform.setup(deterministic=FLAGS.deterministic)
     platform.require_devices()
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report

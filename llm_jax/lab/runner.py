@@ -302,7 +302,7 @@ class Group:
         arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
         safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
         folder = self.runner.folder.path / profile.FOLDER / safe
-        if self.runner.profiled is None or folder.exists():
+        if self.runner.profiled is None or (folder / profile.SUMMARY).exists():
             return Profiler()
         return Profiler(folder, *self.runner.profiled, label=arms)
 

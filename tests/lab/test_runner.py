@@ -11,7 +11,11 @@ import sys
 import time
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
+
+from llm_jax.io import checkpoint
 
 EXPERIMENT = """
 from llm_jax.data.corpora import TextFiles
@@ -266,11 +270,30 @@ def test_what_a_guard_left_out_is_told_with_its_text_and_reported(declared, tmp_
     short = {"nuisance": {}, "seeds": 1, "train.steps": 24, "train.log_every": 2, "checkpoints.every": 2}
     ablation = load(declared).only(["rope"]).changed(short)
     ablation = replace(ablation, base=override_text(ablation.base, [f"train.guard={guard}", "optimizer.learning_rate=0.03"]))
-    (result,) = runner.Runner(ablation, WorkFolder(tmp_path / "w")).run()
+    (result,) = runner.Runner(ablation, WorkFolder(tmp_path / "w"), profiled=(2, 4)).run()
     (file,) = (tmp_path / "w").glob("trials/*/incidents.jsonl")
     lines, text = [json.loads(line) for line in file.read_text().splitlines()], (declared.parent / "text.txt").read_text()
     assert {line["kind"] for line in lines} == {kind} and len(result["incidents"]) == len(lines)
     for row in (row for line in lines for batch in line["batches"] for row in batch["of"]):
         assert row["begins"].split("\x00")[0] in text and len(row["begins"]) == 16
     report.write([tmp_path / "w"], tmp_path / "w")
-    assert "rope: the guard left out" in (tmp_path / "w" / "report.md").read_text()
+    told = (tmp_path / "w" / "report.md").read_text()
+    assert "rope: the guard left out" in told
+    assert "## Where the time goes" in told and "| rope | 2–4 |" in told and (tmp_path / "w/profiles/rope/summary.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2], ids=["devices of one thread", "one device of several threads"])
+def test_two_runs_give_the_same_bits(declared, tmp_path, threads):
+    """Each compiles for itself: nothing is shared but the text."""
+    finals = []
+    for number in range(2):
+        given = environment(declared) | {"LLM_JAX_CACHE": str(tmp_path / f"cache{number}")}
+        given |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} if threads > 1 else {}
+        line = command(declared, tmp_path / f"w{number}", "--deterministic", "--arms=rope", "--seeds=1", "--set=model.width=64")
+        done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"w{number}" / "groups").glob("*/checkpoints")
+        finals.append(checkpoint.read(folder, {"params": None, "opt_state": None})[1])
+    jax.tree.map(np.testing.assert_array_equal, *finals)
+    assert outcomes(tmp_path / "w0") == outcomes(tmp_path / "w1")
