@@ -135,7 +135,7 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
     1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
 
     deterministic: the same command on the same devices gives the same bits. CPUs and TPUs do so anyway; a GPU adds up by atomics,
-    and takes whichever kernel was quickest when it tried them, unless told not to, at the cost of some speed. Random numbers are the
+    and takes whichever kernel was quickest when it tried them, unless told not to, which costs some speed. Random numbers are the
     same however arrays are split (`jax_threefry_partitionable`, JAX's default). Raises `ConfigError` where `XLA_FLAGS` has the
     opposite.
     """

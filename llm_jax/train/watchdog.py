@@ -73,12 +73,15 @@ class Watchdog:
 
     def _watch(self, ended: threading.Event) -> None:
         told = None  # the sign that was the last of one that hangs
-        while not ended.wait(min(1.0, self.seconds / 4)):
+        while True:
+            over = ended.wait(min(1.0, self.seconds / 4))
             step, since = self._step, self._since
-            late = time.monotonic() - since
             if told is not None and since != told:
                 self.tell("watchdog: training goes on")
                 told = None
+            if over:
+                return
+            late = time.monotonic() - since
             if step is not None and told is None and late > self.limit:
                 told = since
                 self._stuck(step, late)
