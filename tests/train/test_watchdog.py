@@ -14,8 +14,11 @@ from llm_jax.train.watchdog import STUCK, USUAL, Watchdog
 from tests.train.test_loop import RHYTHM, feed, program, session
 
 
-def hangs_for_a_while():
-    time.sleep(1.0)
+def hangs_for_a_while(said=None):
+    """Until something was said, or for a second."""
+    until = time.monotonic() + (1.0 if said is None else 60.0)
+    while time.monotonic() < until and not said:
+        time.sleep(0.05)
 
 
 def watched(folder, said, *, at, seconds=0.2):
@@ -24,7 +27,7 @@ def watched(folder, said, *, at, seconds=0.2):
 
     def steps(state, batches):
         if int(state["step"][0]) + 1 == at:
-            hangs_for_a_while()
+            hangs_for_a_while(said if at > 1 else None)
         return counted.steps(state, batches)
 
     def evaluate(state, batches):
