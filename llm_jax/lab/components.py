@@ -34,17 +34,15 @@ from llm_jax.objectives.masked import MaskedLM
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.objectives.prefix_lm import PrefixLM
 from llm_jax.objectives.spans import Denoiser
-from llm_jax.train.guard import NoGuard, SkipBad
-from llm_jax.train.rollback import RollBack
 
 __all__ = [
     "LSTM", "MLA", "UL2", "Alibi", "Attention", "Bidirectional", "Brier", "Capacity", "Causal", "Chunked", "Continuation",
     "CrossEntropy", "Decoder", "Denoiser", "Dense", "Distillation", "Dropless", "Dropout", "DynamicScaling", "Embed", "Encoder",
     "EncoderDecoder", "ExpertChoice", "FillInTheMiddle", "Focal", "Gated", "HyperConnections", "LanguageModel", "Layer",
     "LayerNorm", "Learned", "LinearScaling", "Llama3Scaling", "MaskedLM", "MoE", "MuP", "MultiToken", "NextToken",
-    "NoFeedForward", "NoGuard", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM",
-    "RMSNorm", "ReZero", "Residual", "RollBack", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal",
-    "SkipBad", "SlidingWindow", "Softmax", "SpanCorruption", "SquaredError", "Stack", "T5Bias", "TokenClassifier", "YarnScaling",
+    "NoFeedForward", "NoMixing", "NoNorm", "NoPosition", "NoResidual", "NtkScaling", "Precision", "Prefix", "PrefixLM",
+    "RMSNorm", "ReZero", "Residual", "Rope", "Scalar", "Scaled", "SequenceClassifier", "Sigmoid", "Sinusoidal",
+    "SlidingWindow", "Softmax", "SpanCorruption", "SquaredError", "Stack", "T5Bias", "TokenClassifier", "YarnScaling",
 ]  # fmt: skip
 
 TOKENIZERS = (ByteLevelBPE, Bytes, Characters, HuggingFace, SentencePiece, WordPiece)

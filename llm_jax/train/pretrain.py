@@ -23,6 +23,7 @@ from llm_jax.objectives.objective import Apply, Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
+from llm_jax.train import rollback  # noqa: F401  so that all guards are known
 from llm_jax.train.guard import Guard, NoGuard
 from llm_jax.train.probe import linear_probe
 from llm_jax.train.step import TrainState, make_train_step, many_steps

@@ -4,6 +4,9 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -236,3 +239,27 @@ def test_the_rhythm_dispatches_what_divides_every_interval():
     assert Rhythm.fitting(steps=100, log_every=50, evaluate_every=50, checkpoint_every=25, dispatch=10).dispatch == 5
     assert Rhythm.fitting(steps=7, log_every=7, evaluate_every=7, checkpoint_every=7, dispatch=4).dispatch == 1
     assert replace(RHYTHM, steps=13).at(13, 4), "what happens every so often also happens at the end"
+
+
+@pytest.mark.slow
+def test_processes_stop_together_whichever_was_asked_to(tmp_path):
+    def both(folder, stop_at):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        line = [sys.executable, "-m", "tests.train.stopped_host"]
+        given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        pair = [
+            subprocess.Popen([*line, *map(str, (index, port, folder, stop_at))], env=given, stdout=subprocess.PIPE, text=True)
+            for index in range(2)
+        ]
+        said = [process.communicate(timeout=120)[0].splitlines() for process in pair]
+        assert [process.returncode for process in pair] == [0, 0]
+        return [[text for text in lines if not text.startswith("[Gloo]")] for lines in said]
+
+    begun, stopped = zip(*both(tmp_path / "a", 20), strict=True)
+    assert begun[0] == "begins after 0" and stopped[0] == stopped[1] and stopped[0].startswith("stopped after")
+    step = int(stopped[0].split()[-1])
+    assert 20 <= step < 120
+    again, whole = both(tmp_path / "a", -1), both(tmp_path / "b", -1)
+    assert again[0] == again[1] == [f"begins after {step}", whole[0][1]]
