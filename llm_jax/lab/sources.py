@@ -21,6 +21,8 @@ from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import layout
 from llm_jax.train.pretrain import Teacher
 
+EXCERPTS = 4  # of a corpus in a batch that went wrong
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -97,18 +99,19 @@ class Source:
         """A host batch `[1, steps, B, L]` like those of `feed`."""
         return self._dispatches([0], steps)[0]
 
-    def origin(self, seed: int, step: int) -> list[dict[str, Any]]:
-        """Where the batch of a step (from 0) comes from, for each of its rows: corpus, row, documents by number, and an excerpt."""
-        names = [member.name for member in self.corpus.members("train")]
-        return [
-            {
-                "corpus": names[one.source],
-                "row": one.row,
-                "documents": list(one.documents),
-                "begins": self.tokenizer.decode(one.ids),
-            }
-            for one in self._dispatches([seed], 1).origins(step, seed)
-        ]
+    def origin(self, seed: int, step: int) -> dict[str, dict[str, Any]]:
+        """Where the batch of a step (from 0) comes from, as JSON.
+
+        Corpus → "rows" by number, for each of these "documents" by number in the split, and what the first of them say.
+        """
+        names, found = [member.name for member in self.corpus.members("train")], dict[str, dict[str, Any]]()
+        for one in self._dispatches([seed], 1).origins(step, seed):
+            told = found.setdefault(names[one.source], {"rows": [], "documents": [], "begin": []})
+            told["rows"].append(one.row)
+            told["documents"].append(list(one.documents))
+            if len(told["begin"]) < EXCERPTS:
+                told["begin"].append(self.tokenizer.decode(one.ids))
+        return found
 
     def _dispatches(self, seeds: Sequence[int], steps: int) -> Dispatches:
         given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": self.host}

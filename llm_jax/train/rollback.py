@@ -74,6 +74,7 @@ class _GoingBack(Watch):
         self.waiting: dict[str, Any] | None = None  # to be written down once later checkpoints are gone: they know nothing of it
 
     def rewind(self, step):
+        self.incidents.drop_from(math.inf)
         if self.waiting is not None:
             self.incidents.write(0, "rolled back", **self.waiting)
             self.waiting = None

@@ -274,8 +274,10 @@ def test_what_a_guard_left_out_is_told_with_its_text_and_reported(declared, tmp_
     (file,) = (tmp_path / "w").glob("trials/*/incidents.jsonl")
     lines, text = [json.loads(line) for line in file.read_text().splitlines()], (declared.parent / "text.txt").read_text()
     assert {line["kind"] for line in lines} == {kind} and len(result["incidents"]) == len(lines)
-    for row in (row for line in lines for batch in line["batches"] for row in batch["of"]):
-        assert row["begins"].split("\x00")[0] in text and len(row["begins"]) == 16
+    for batch in (batch for line in lines for batch in line["batches"]):
+        (corpus,) = batch["of"].values()
+        assert len(corpus["rows"]) == len(corpus["documents"]) == 4
+        assert all(len(begin) == 16 and begin.split("\x00")[0] in text for begin in corpus["begin"])
     report.write([tmp_path / "w"], tmp_path / "w")
     told = (tmp_path / "w" / "report.md").read_text()
     assert "rope: the guard left out" in told

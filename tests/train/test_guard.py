@@ -127,6 +127,19 @@ def test_which_batch_it_was_is_written_down(tmp_path):
     assert [line["step"] for line in incidents.read(1)] == [2], "those after it are found again"
 
 
+def test_a_line_that_was_cut_short_is_dropped_and_too_many_say_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_jax.train.incidents.MOST", 2)
+    incidents = Incidents([tmp_path], [0], lambda seed, number: number, lambda text: None)
+    for step in range(3):
+        incidents.write(0, "skipped", step, loss=math.inf)
+    assert [line["batches"][0]["of"] for line in incidents.read(0)] == [0, 1, None]
+    file = tmp_path / "incidents.jsonl"
+    file.write_text(file.read_text()[:-9])
+    incidents.drop_from(math.inf)
+    incidents.write(0, "skipped", 7)
+    assert [line["step"] for line in incidents.read(0)] == [0, 1, 7]
+
+
 def test_an_interval_without_a_single_update_has_no_loss(tmp_path):
     watch = GUARD.watch(Incidents([tmp_path], [0], lambda seed, number: None, lambda text: None))
     after, metrics = many_steps(step(GUARD), state(GUARD), batches(3, (0, 1, 2)))
