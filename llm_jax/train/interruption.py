@@ -86,6 +86,10 @@ def interruptions(*, together: bool = False) -> Iterator[Stop]:
             with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are not ours to take
                 previous[number] = signal.signal(number, handle)
         yield stop
+    except Exception as error:
+        if stop.number is None or stop.at_stake:
+            raise
+        raise Interrupted(stop.number) from error  # which is what a library made of it
     finally:
         _open.remove(stop)
         for number, handler in previous.items():

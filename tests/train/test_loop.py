@@ -192,6 +192,17 @@ def test_one_that_was_swallowed_is_obeyed_by_the_next():
         swallowed()
 
 
+def test_one_that_a_library_made_an_error_of_is_still_one():
+    def translated():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("the callback failed") from interrupt
+
+    with pytest.raises(Interrupted), interruptions():
+        translated()
+
+
 @pytest.mark.parametrize(
     "number, saved, code", [(signal.SIGTERM, True, 0), (signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)]
 )
