@@ -7,6 +7,7 @@ With `--worker` the same command, started any number of times on any machines th
 
 from __future__ import annotations
 
+import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.written import override_text
+from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)
@@ -52,6 +54,18 @@ flags.DEFINE_float(
     "Seconds without a sign of life after which a worker's group is another's (default: 60).",
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "watchdog",
+    600.0,
+    "Seconds without a sign of life after which the stacks of all threads are written down, or 20 usual dispatches; 0 for never.",
+    lower_bound=0.0,
+    flag_values=FLAGS,
+)
+flags.DEFINE_boolean("watchdog_exits", False, "And end with code 75, for a scheduler that starts it again.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "deterministic", False, "The same command on the same devices gives the same bits (CPU, TPU: always).", flag_values=FLAGS
+)
+flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps of each arm, for the report and XProf.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 LEASE = 60.0  # seconds
@@ -59,16 +73,27 @@ EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product p
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code: 0, 1 if a trial failed, 130 if interrupted. Raises `ConfigError`."""
+    """Runs the command; returns the exit code: 0, 1 if a trial failed, and if stopped `Interrupted.code`. Raises `ConfigError`."""
     parse(FLAGS, argv)
-    platform.setup()
+    try:
+        with interruptions():
+            return _run(argv)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr, flush=True)
+        if interrupted.step is None:
+            leave_at_once(interrupted.code)  # threads may be compiling, for minutes
+        return interrupted.code
+
+
+def _run(argv: Sequence[str]) -> int:
+    platform.setup(deterministic=FLAGS.deterministic)
     platform.require_devices()
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report
     from llm_jax.lab.runner import Runner
     from llm_jax.lab.sources import Sources
     from llm_jax.lab.workfolder import WorkFolder
-    from llm_jax.train.loop import Interrupted
+    from llm_jax.train.watchdog import Watchdog
 
     lease = (LEASE if FLAGS.lease is None else FLAGS.lease) if FLAGS.worker else None
     if FLAGS.lease is not None and lease is None:
@@ -77,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
+    watchdog = Watchdog(pathlib.Path(FLAGS.workdir or "."), FLAGS.watchdog, FLAGS.watchdog_exits)
     runner = Runner(
         ablation,
         WorkFolder(FLAGS.workdir or "."),
@@ -85,6 +111,8 @@ def main(argv: Sequence[str]) -> int:
         largest=FLAGS.population,
         sources=Sources(workers=FLAGS.data_workers),
         lease=lease,
+        watchdog=watchdog,
+        profiled=_steps(FLAGS.profile),
     )
     if FLAGS.plan:
         runner.check()
@@ -95,9 +123,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         results = runner.run()
         summary = report.write([FLAGS.workdir], FLAGS.workdir)
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        return 130
     except OSError as error:
         if not is_full(error) or not within(error.filename or FLAGS.workdir, FLAGS.workdir):
             raise
@@ -109,6 +134,16 @@ def main(argv: Sequence[str]) -> int:
     console().print(report.table(summary))
     print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """The two numbers of FIRST:LAST. Raises `ConfigError`."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ConfigError(f"must be FIRST:LAST, steps counted from 0, as in 10:15, got {text!r}", "--profile")
+    return int(first), int(last)
 
 
 def _declared():

@@ -131,13 +131,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def setup(*, devices: int | None = None, cache: bool = True) -> None:
+def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool = False) -> None:
     """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
 
     A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
     1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
+
+    deterministic: the same command on the same devices gives the same bits. CPUs and TPUs do so anyway; a GPU adds up by atomics,
+    and takes whichever kernel was quickest when it tried them, unless told not to, which costs some speed. Random numbers are the
+    same however arrays are split (`jax_threefry_partitionable`, JAX's default). Raises `ConfigError` where `XLA_FLAGS` has the
+    opposite.
     """
     flags = os.environ.get("XLA_FLAGS", "")
+    if deterministic and os.environ.get("JAX_PLATFORMS") not in ("cpu", "tpu"):
+        if "xla_gpu_deterministic_ops=false" in flags:
+            raise ConfigError("contradicts XLA_FLAGS with its xla_gpu_deterministic_ops=false: leave one out", "--deterministic")
+        os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     if "xla_force_host_platform_device_count" not in flags:
         count = devices or cores()
         flags += f" --xla_force_host_platform_device_count={count}"

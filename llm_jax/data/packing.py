@@ -37,6 +37,10 @@ class Rows:
         """The rows with the given numbers `[…]` as a batch `[…, length]` of int32."""
         raise NotImplementedError
 
+    def stretches(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of what a row is made: where each stretch of the token store begins, and its size, `[n]`."""
+        raise NotImplementedError
+
 
 class First(Rows):
     """The first `count` rows of others, or all where there are fewer."""
@@ -50,6 +54,9 @@ class First(Rows):
 
     def gather(self, numbers):
         return self.rows.gather(numbers)
+
+    def stretches(self, number):
+        return self.rows.stretches(number)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,9 @@ class Windows(Rows):
 
     def __len__(self):
         return max(len(self.tokens) - 1, 0) // self.length
+
+    def stretches(self, number):
+        return np.array([number * self.length]), np.array([self.length])
 
     def gather(self, numbers):
         begins, starts = np.ravel(numbers).astype(np.int64) * self.length, self.tokens.starts
@@ -168,6 +178,10 @@ class Packed(Rows):
 
     def __len__(self):
         return len(self.plan.first) - 1
+
+    def stretches(self, number):
+        pieces = slice(int(self.plan.first[number]), int(self.plan.first[number + 1]))
+        return np.asarray(self.plan.begins[pieces]), np.asarray(self.plan.sizes[pieces])
 
     def gather(self, numbers):
         flat = np.ravel(numbers)

@@ -20,10 +20,13 @@ from llm_jax.core.config import Config, ConfigError, require_positive
 from llm_jax.core.types import Batch
 from llm_jax.data.apportion import Apportionment
 from llm_jax.data.corpora import Corpus, Split, StandardLibrary
+from llm_jax.data.first_fit import ranges
 from llm_jax.data.packing import ConcatThenSplit, First, Packing, Rows
 from llm_jax.data.shuffle import shuffled
 from llm_jax.data.tokenized import tokenize
 from llm_jax.data.tokenizers import Fitted
+
+SHOWN = 32  # ids of a row that an excerpt is made of
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,19 @@ class Host:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a row of a batch comes from: number of the source, its row, the documents (by number in the split) it is of.
+
+    ids `[SHOWN]`, at most: those it begins with.
+    """
+
+    source: int
+    row: int
+    documents: tuple[int, ...]
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
 class Dispatches:
     """A random-access source whose item i is everything that dispatch `first + i` of the program eats: `[seeds, steps, B, L]`.
 
@@ -111,6 +127,19 @@ class Dispatches:
             return found
 
         return jax.tree.map(woven, *parts)
+
+    def origins(self, step: int, seed: int) -> list[Origin]:
+        """Where the rows of the batch of a step (from 0) come from, in their order, on all hosts."""
+        whose, which = self.turns.turns(step * self.batch, (step + 1) * self.batch)
+        return [self._origin(int(number), int(one), seed) for number, one in zip(whose, which, strict=True)]
+
+    def _origin(self, number: int, one: int, seed: int) -> Origin:
+        rows = self.sources[number]
+        row = int(shuffled(np.array([one]), len(rows), seed + (number << 32))[0])
+        begins, sizes = rows.stretches(row)
+        first, last = (np.searchsorted(rows.tokens.starts, at, side="right") - 1 for at in (begins, begins + sizes - 1))
+        documents = ranges(first, last - first + 1)[0]
+        return Origin(number, row, tuple(documents.tolist()), rows.tokens.runs(begins[:1], np.minimum(sizes[:1], SHOWN)))
 
     def _rows(self, number: int, which: np.ndarray) -> Batch:
         """`[seeds, n, L]`: rows of a source, the examples `which` `[n]` of each seed's own order."""

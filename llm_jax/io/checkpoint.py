@@ -99,12 +99,21 @@ class Checkpointer:
             self._lost(step, error)
             return False
 
-    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are on disk, the oldest first."""
+        self.wait()
+        return sorted(self._open().all_steps()) if self.folder.is_dir() else []
+
+    def restore(self, abstract: Any, *, at_most: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
 
         A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros.
-        One whose checksums are wrong, or that has none and cannot be read, is set aside. Raises what Orbax raises on a whole one.
+        One whose checksums are wrong, or that has none and cannot be read, is set aside. at_most: those of later steps are removed.
+        Raises what Orbax raises on a whole one.
         """
+        for step in self.steps() if at_most is not None else []:
+            if at_most is not None and step > at_most:
+                self._open().delete(step)
         if not self.folder.is_dir():
             return None
         for step in distributed.agreed("checkpoints", sorted(self._open().all_steps(), reverse=True)):

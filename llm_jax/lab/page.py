@@ -16,6 +16,10 @@ METHOD = (
     "tested by Student's paired t, Holm-corrected over arms (and, apart, over claims) at 5%. With one seed nothing is tested. An arm with a "
     "diverged final run gets no verdict."
 )
+PROFILE = (
+    "Shares of all devices' time in the traced steps; idle is waiting for the host, for data or for each other, and for what was done "
+    "between dispatches. The traces lie in profiles/, for XProf or TensorBoard."
+)
 TITLES = {
     "arms": "Arms: mean, its interval, and every seed",
     "length": "Beyond the trained length",
@@ -122,6 +126,8 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
         parts += ["## Claims", _grid(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]])]
     parts += ["## Pictures", "\n\n".join(f"![{title(name)}](plots/{name}.png)" for name in drawn)]
     parts += ["## All metrics", _grid(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))]
+    if data["profiles"]:
+        parts += ["## Where the time goes", _grid(_profile_headings(data), _profile_rows(data)), PROFILE]
     parts += [
         "## Arms",
         _grid(("arm", "differs from the base in"), [(arm, _changes(changes)) for arm, changes in data["scientific"].items()]),
@@ -139,6 +145,25 @@ def _metric_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(name, *[_number(values[row["arm"]]) for row in data["arms"]]) for name, values in data["metrics"].items()]
 
 
+def _profile_headings(data: Mapping[str, Any]) -> tuple[str, ...]:
+    kinds = dict.fromkeys(kind for found in data["profiles"] for kind in found["shares"])
+    return "program of", "steps", *kinds, "most of it"
+
+
+def _profile_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of each traced program the share of its devices' time that each kind of operation took, and the operations that took most."""
+    kinds = _profile_headings(data)[2:-1]
+    return [
+        (
+            found["label"],
+            "{}–{}".format(*found["steps"]),
+            *(f"{found['shares'].get(kind, 0.0):.1%}" for kind in kinds),
+            ", ".join(f"{one['operation']} {one['share']:.1%}" for one in found["top"][:4]),
+        )
+        for found in data["profiles"]
+    ]
+
+
 def _changes(changes: Mapping[str, str]) -> str:
     return "; ".join(f"{path} = {value}" for path, value in changes.items()) or "nothing"
 
@@ -151,6 +176,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
     figures = "".join(f"<figure><figcaption>{text(title(name))}</figcaption>{svg}</figure>" for name, svg in pictures.items())
     claims = table(("claim", "metric", "difference", "verdict"), [_claim(c) for c in data["claims"]], verdicts=True)
     metrics = table(("metric", *[r["arm"] for r in data["arms"]]), _metric_rows(data))
+    profiles = table(_profile_headings(data), _profile_rows(data))
     better = "lower" if data["mode"] == "min" else "higher"
     parts = [
         f"<h1>{text(data['question'])}</h1><p class=answer>{text(data['answer'])}</p>",
@@ -163,6 +189,7 @@ def html(summary: Summary, pictures: Mapping[str, str]) -> str:
         f"<h2>Claims</h2>{claims}" if data["claims"] else "",
         f"<h2>Pictures</h2><div class=grid>{figures}</div>",
         f"<h2>All metrics, mean over seeds</h2><div class=numbers>{metrics}</div>",
+        f"<h2>Where the time goes</h2>{profiles}<p class=soft>{PROFILE}</p>" if data["profiles"] else "",
         "<h2>What the arms change</h2>",
         table(("arm", "differs from the base in"), [(a, _changes(c)) for a, c in data["scientific"].items()]),
         f"<details><summary>One arm's whole configuration</summary><pre>{text(json.dumps(data['base'], indent=1))}</pre></details>",

@@ -17,6 +17,7 @@ def problems(trials: Sequence[Trial], ablation: Mapping[str, Any]) -> list[str]:
             own = [t for t in trials if t["arm"] == arm and t["status"] == status]
             detail = f" ({own[0]['error']})" if own[0]["error"] else f" at {'; '.join(_point(t) for t in own[:4])}"
             found.append(f"{arm}: {len(own)} run{'s' * (len(own) > 1)} {status}{detail}")
+    found += _left_out(trials)
     for arm in ablation["arms"]:
         done = sum(t["own_arm"] == arm and t["phase"] == "final" and t["status"] != "failed" for t in trials)
         if done < ablation["seeds"] and not several:
@@ -29,6 +30,20 @@ def problems(trials: Sequence[Trial], ablation: Mapping[str, Any]) -> list[str]:
     if len({t["provenance"].get("code") for t in trials}) > 1:
         found.append("not all runs were made by the same version of the code")
     return found + _other_settings(trials)
+
+
+def _left_out(trials: Sequence[Trial]) -> list[str]:
+    """What guards left out of trials that ended, which were trained on other batches than those they are compared with."""
+    found = []
+    for arm in dict.fromkeys(t["arm"] for t in trials):
+        lines = [line for t in trials if t["arm"] == arm for line in t.get("incidents", [])]
+        updates = sum(line["kind"] == "skipped" for line in lines)
+        batches = sum(line["left_out"][1] - line["left_out"][0] for line in lines if "left_out" in line)
+        parts = [f"{updates} single updates"] * (updates > 0) + [f"{batches} batches by going back"] * (batches > 0)
+        if parts:
+            runs = len({line["seed"] for line in lines})
+            found.append(f"{arm}: the guard left out {' and '.join(parts)}, in runs of {runs} seed{'s' * (runs > 1)}")
+    return found
 
 
 def settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:

@@ -57,9 +57,18 @@ class Provenance:
 
 
 def finished(
-    run: Run, origin: Provenance, cost: Cost, *, metrics: Mapping[str, float], curve: Sequence[Mapping[str, float]]
+    run: Run,
+    origin: Provenance,
+    cost: Cost,
+    *,
+    metrics: Mapping[str, float],
+    curve: Sequence[Mapping[str, float]],
+    incidents: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The results of a trial that ran to its end: "done", or "diverged" where a final metric is not finite."""
+    """The results of a trial that ran to its end: "done", or "diverged" where a final metric is not finite.
+
+    incidents: what its guard did, of which the batches' texts stay in the file.
+    """
     names = dict.fromkeys(name for row in curve for name in row)
     well = bool(metrics) and all(math.isfinite(v) for v in metrics.values())
     return _described(run, origin) | {
@@ -67,6 +76,7 @@ def finished(
         "error": None,
         "metrics": dict(metrics),
         "curve": {name: [row.get(name) for row in curve] for name in names},
+        "incidents": [{k: v for k, v in line.items() if k != "batches"} for line in incidents],
         "parameters": cost.parameters,
         "tokens": cost.tokens,
         "flops": cost.flops,

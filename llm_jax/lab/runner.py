@@ -17,7 +17,9 @@ import jax
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError, nearest, to_json
 from llm_jax.core.mesh import Mesh
+from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.profile import Profiler
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
@@ -28,8 +30,11 @@ from llm_jax.lab.population import Compiled, check_mesh, compile_population, gro
 from llm_jax.lab.schedule import Alone, Schedule, Workers, group_name
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
-from llm_jax.train.loop import Interrupted, Rhythm, Session, fit
+from llm_jax.train import incidents
+from llm_jax.train.interruption import Interrupted
+from llm_jax.train.loop import Rhythm, Session, fit
 from llm_jax.train.pretrain import trial
+from llm_jax.train.watchdog import Watchdog
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Runner:
 
     command and scale are written down with every result. note: called with a sentence worth telling. failures: trials
     that raised an error; they are written down too, and tried again by the next run. lease: seconds, of one of many workers
-    that share the folder; None: this process has it for itself.
+    that share the folder; None: this process has it for itself. profiled: steps, from and to, that are traced of the first group of
+    each arm.
     """
 
     ablation: Ablation
@@ -49,6 +55,8 @@ class Runner:
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
     failures: int = 0
     sources: Sources = field(default_factory=Sources)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    profiled: tuple[int, int] | None = None
     lease: float | None = None
     schedule: Schedule = field(init=False, repr=False)
     _compiled: dict[tuple[str, Mesh, int], Compiled] = field(default_factory=dict)
@@ -106,7 +114,7 @@ class Runner:
         source = self.sources.of(experiment)
         each = plan.cost(experiment, source.vocabulary, teacher=source.asked)
         most = max(len(self.ablation.grid) * self.ablation.tuning_seeds, self.ablation.seeds) * len(self.ablation.arms)
-        wanted = min(self.largest or most, most)
+        wanted = 1 if experiment.train.guard.alone else min(self.largest or most, most)
         return plan.largest_population(experiment, each, memory=platform.memory(), devices=jax.device_count(), wanted=wanted)
 
     def run(self) -> list[dict[str, Any]]:
@@ -255,7 +263,8 @@ class Group:
                     tracker.close()
         for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
             self.runner.schedule.confirm()
-            result = results.finished(run, self._origin(), self.cost, metrics=metrics, curve=tracker.read(tracker.folder))
+            found = {"curve": tracker.read(tracker.folder), "incidents": incidents.read(tracker.folder)}
+            result = results.finished(run, self._origin(), self.cost, metrics=metrics, **found)
             if not self.runner.folder.finish(run.name, result):
                 continue
             if result["status"] == "diverged":
@@ -305,18 +314,28 @@ class Group:
             warn=progress.note,
         )
 
+    def _profiler(self) -> Profiler:
+        arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
+        safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
+        folder = self.runner.folder.path / profile.FOLDER / safe
+        if self.runner.profiled is None or (folder / profile.SUMMARY).exists():
+            return Profiler()
+        return Profiler(folder, *self.runner.profiled, label=arms)
+
     def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
             for tracker, row in zip(trackers, rows, strict=True):
                 tracker.log(row)
 
-        def rewind(step: int) -> None:
+        def rewind(step: int, recorded: int) -> None:
             self.runner.schedule.confirm()
             if step:
                 progress.note(f"{self.title}: going on after step {step}")
             for tracker in trackers:
-                tracker.truncate_after(step)
+                tracker.truncate_after(recorded)
 
+        folders, seeds = [tracker.folder for tracker in trackers], [run.seed for run in self.runs]
+        told = lambda text: progress.note(f"{self.title}: {text}")  # noqa: E731
         return Session(
             record=record,
             rewind=rewind,
@@ -327,4 +346,7 @@ class Group:
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
             proceed=self.runner.schedule.check,
+            watchdog=self.runner.watchdog,
+            profiler=self._profiler(),
+            watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),
         )

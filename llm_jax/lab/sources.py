@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 
@@ -21,6 +22,7 @@ from llm_jax.lab.population import layout
 from llm_jax.train.pretrain import Teacher
 
 EVERYTHING = Host()
+EXCERPTS = 4  # of a corpus in a batch that went wrong
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,20 @@ class Source:
     def example(self, steps: int) -> Batch:
         """A host batch `[1, steps, B, L]` like those of `feed`."""
         return self._dispatches([0], steps)[0]
+
+    def origin(self, seed: int, step: int) -> dict[str, dict[str, Any]]:
+        """Where the batch of a step (from 0) comes from, as JSON.
+
+        Corpus → "rows" by number, for each of these "documents" by number in the split, and what the first of them say.
+        """
+        names, found = [member.name for member in self.corpus.members("train")], dict[str, dict[str, Any]]()
+        for one in self._dispatches([seed], 1).origins(step, seed):
+            told = found.setdefault(names[one.source], {"rows": [], "documents": [], "begin": []})
+            told["rows"].append(one.row)
+            told["documents"].append(list(one.documents))
+            if len(told["begin"]) < EXCERPTS:
+                told["begin"].append(self.tokenizer.decode(one.ids))
+        return found
 
     def _dispatches(self, seeds: Sequence[int], steps: int, host: Host = EVERYTHING) -> Dispatches:
         given = {"seeds": seeds, "steps_per_item": steps, "steps": self.steps, "host": host}

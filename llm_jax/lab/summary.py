@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.io import profile
 from llm_jax.lab import statistics
 from llm_jax.lab.experiment import sign as direction
 from llm_jax.lab.problems import Trial, problems, settings
@@ -98,6 +99,7 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
         "problems": problems(trials, ablation),
         "provenance": _provenance(trials),
         "base": trials[0]["config"],
+        "profiles": [found for workdir in workdirs for found in profile.summaries(pathlib.Path(workdir))],
     }
     return Summary(data, trials)
 

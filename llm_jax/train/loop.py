@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,6 +14,10 @@ import numpy as np
 
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.profile import Profiler
+from llm_jax.train.guard import Watch
+from llm_jax.train.interruption import Stop, interruptions
+from llm_jax.train.watchdog import Watchdog
 
 # dispatches under way at once: enough to keep a device fed; with many, XLA's CPU devices can wait for each other without end
 RUN_AHEAD = 4
@@ -66,12 +69,13 @@ class Session:
 
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
-    rewind: called with the restored step before anything is recorded. flops_per_step, tokens_per_step: of one member.
+    rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's.
     proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
+    flops_per_step, tokens_per_step: of one member.
     """
 
     record: Callable[[int, list[Row]], None]
-    rewind: Callable[[int], None]
+    rewind: Callable[[int, int], None]
     report: Callable[..., None]
     evaluations: Mapping[str, Batch]
     final: Mapping[str, Batch | Probed]
@@ -79,15 +83,9 @@ class Session:
     flops_per_step: float
     checkpointer: Checkpointer | None = None
     proceed: Callable[[], None] = lambda: None
-
-
-class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM); everything up to `step` is saved, unless that failed."""
-
-    def __init__(self, step: int, saved: bool):
-        where = "from there" if saved else "from the last checkpoint that could be saved"
-        super().__init__(f"stopped at step {step}; the same command again goes on {where}")
-        self.step = step
+    watch: Watch = field(default_factory=Watch)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    profiler: Profiler = field(default_factory=Profiler)
 
 
 def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session) -> list[Row]:
@@ -95,52 +93,128 @@ def fit(program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm
 
     feed: `start_step -> iterator of host batches [members, dispatch, B, L]`. Raises `Interrupted` after saving.
     """
-    state, step, elapsed, sums = _start(program, session)
-    session.rewind(step)
-    clock = _Clock(elapsed)  # goes from the first dispatch on: what was compiled for it is not training
-    batches = feed(step)
-    pending: list[Metrics] = []
-    saved, scored = False, None
-    with _interruptions() as asked_to_stop:
-        while step < rhythm.steps:
-            state, metrics = program.steps(state, next(batches))
-            if not clock.running:
-                clock.go()
-            pending.append(metrics)
-            if len(pending) >= RUN_AHEAD:
-                jax.block_until_ready(pending[-RUN_AHEAD])
-            step += rhythm.dispatch
-            session.proceed()
-            row: Row = {}
-            if rhythm.at(step, rhythm.log_every):
-                sums = _settle(sums, pending)
-                rows = _rows(sums, program.members)
-                sums = {}
-                if rhythm.at(step, rhythm.evaluate_every):
-                    clock.pause()
-                    scored = scores(program, state, session.final if step == rhythm.steps else session.evaluations)
-                    rows = [a | b for a, b in zip(rows, scored, strict=True)]
-                    clock.go()
-                row = _publish(step, rows, clock, session, program.members)
-            if rhythm.at(step, rhythm.checkpoint_every) or asked_to_stop():
-                sums = _settle(sums, pending)
-                saved = _save(state, step, clock, sums, row, session)
-            if asked_to_stop():
-                raise Interrupted(step, saved and session.checkpointer is not None and session.checkpointer.wait())
-    return scores(program, state, session.final) if scored is None else scored  # None: restored at the end
+    with (
+        interruptions(together=jax.process_count() > 1) as stop,
+        session.watchdog.watching(),
+        contextlib.closing(session.profiler),
+    ):
+        return _Training(program, feed, rhythm, session, stop).finish()
 
 
-def scores(program: Program, state: Any, evaluations: Mapping[str, Batch | Probed]) -> list[Row]:
+class _Training:
+    """What `fit` does, from one dispatch to the next."""
+
+    def __init__(self, program: Program, feed: Callable[[int], Iterator[Batch]], rhythm: Rhythm, session: Session, stop: Stop):
+        self.program, self.rhythm, self.session, self.stop = program, rhythm, session, stop
+        self.feed, self.pending, self.losses, self.scored = feed, list[Metrics](), list[np.ndarray](), None
+        self.clock = _Clock()  # goes from the first dispatch on: what was compiled for it is not training
+        self.clock.elapsed = self._begin()
+
+    def _begin(self, at_most: int | None = None) -> float:
+        """From the newest checkpoint, at `at_most` or before, where there is one; the seconds that it had taken."""
+        self.state = None  # so that there is room for the other
+        self.state, self.step, seconds, self.sums = _start(self.program, self.session, at_most)
+        self.due = bool(self.sums) and self.rhythm.at(self.step, self.rhythm.log_every)  # it was stopped while it was scored
+        self.session.rewind(self.step, self.step - self.due)
+        self.session.watch.rewind(self.step)
+        self.batches = self.session.watch.feed(self.feed, self.step, self.rhythm.dispatch)
+        self.losses = []
+        return seconds
+
+    def finish(self) -> list[Row]:
+        while self.step < self.rhythm.steps or self.due:
+            restored = self.due
+            if not restored:
+                self._dispatch()
+            row = self._record() if self.rhythm.at(self.step, self.rhythm.log_every) else {}
+            if row is None:
+                continue
+            stopping = self.stop.asked()
+            saved = restored
+            if not restored and (stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every)):
+                saved = self._save(row)
+            if stopping:
+                checkpointer = self.session.checkpointer
+                raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
+        # None: restored at the end
+        return scores(self.program, self.state, self.session.final) if self.scored is None else self.scored
+
+    def _dispatch(self) -> None:
+        after = self.step + self.rhythm.dispatch
+        self.session.profiler.before(self.step, after, self.pending)
+        self.state, metrics = self.program.steps(self.state, next(self.batches))
+        self.stop.at_stake = True
+        if not self.clock.running:
+            self.clock.go()
+        self.pending.append(metrics)
+        self.step = after
+        self.session.proceed()
+        self.session.watchdog.alive(after)  # what was compiled for the first is over
+        if len(self.pending) >= RUN_AHEAD:
+            jax.block_until_ready(self.pending[-RUN_AHEAD])
+        self.session.profiler.after(after, self.pending)
+
+    def _settle(self) -> None:
+        """Fetches all pending metrics from the device and adds them to the sums, in float64 in the order of the steps."""
+        for metrics in jax.device_get(self.pending):
+            for name, value in metrics.items():
+                old = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (old[0] + np.asarray(value.total, np.float64), old[1] + np.asarray(value.weight, np.float64))
+            if "train/loss" in metrics:
+                self.losses.append(metrics["train/loss"].mean)
+        self.pending.clear()
+
+    def _record(self) -> Row | None:
+        """Publishes what is new since the last record, or nothing, for now, if it is asked to stop before all is scored.
+
+        None: it was so bad that training has gone back.
+        """
+        self.due = False
+        self._settle()
+        rows = _rows(self.sums, self.program.members)
+        back = self.session.watch.look(self.step, rows, self.state, self.losses, self._saved)
+        if back is not None:
+            with self.session.watchdog.resting():
+                self._begin(back)
+            return None
+        if self.rhythm.at(self.step, self.rhythm.evaluate_every):
+            sets = self.session.final if self.step == self.rhythm.steps else self.session.evaluations
+            with self.clock.paused(), self.session.watchdog.resting():
+                scored = scores(self.program, self.state, sets, unless=self.stop.asked)
+            if len(scored) < len(rows):
+                return {}
+            self.scored, rows = scored, [a | b for a, b in zip(rows, scored, strict=True)]
+        self.sums, self.losses = {}, []
+        return _publish(self.step, rows, self.clock, self.session, self.program.members)
+
+    def _saved(self) -> list[int]:
+        return [] if self.session.checkpointer is None else self.session.checkpointer.steps()
+
+    def _save(self, row: Row) -> bool:
+        self._settle()
+        if self.session.checkpointer is None:
+            return False
+        sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
+        return self.session.checkpointer.save(self.step, self.state, {"seconds": self.clock.read(), "sums": sums}, row)
+
+
+def scores(
+    program: Program, state: Any, evaluations: Mapping[str, Batch | Probed], *, unless: Callable[[], bool] = lambda: False
+) -> list[Row]:
     """The mean of every metric of every evaluation set, one row a member; "valid" gives "valid/loss", ….
 
-    A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once.
+    A name such as "valid@4x" puts its suffix last: "valid/loss@4x". Batches with two names are scored once. unless: asked before
+    each set; no row at all where it was true.
     """
     rows: list[Row] = [{} for _ in range(program.members)]
     known: dict[int, list[Row]] = {}
     for name, batches in evaluations.items():
         split, at, length = name.partition("@")
+        if unless():
+            return []
         if id(batches) not in known:
-            known[id(batches)] = _rows(_settle({}, [program.evaluate(state, batches)]), program.members)
+            found = jax.device_get(program.evaluate(state, batches))
+            known[id(batches)] = _rows({name: (value.total, value.weight) for name, value in found.items()}, program.members)
         for row, values in zip(rows, known[id(batches)], strict=True):
             row.update({f"{split}/{metric}{at}{length}": value for metric, value in values.items()})
     return rows
@@ -150,12 +224,16 @@ def scores(program: Program, state: Any, evaluations: Mapping[str, Batch | Probe
 class _Clock:
     """Seconds spent training, over interruptions, without compilation and evaluations."""
 
-    elapsed: float
+    elapsed: float = 0.0
     since: float = 0.0
     running: bool = False
 
-    def pause(self) -> None:
-        self.elapsed, self.running = self.read(), False
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running, self.elapsed, self.running = self.running, self.read(), False
+        yield
+        if running:
+            self.go()
 
     def go(self) -> None:
         self.since, self.running = time.perf_counter(), True
@@ -167,19 +245,8 @@ class _Clock:
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _settle(sums: Sums, pending: list[Metrics]) -> Sums:
-    """`sums` plus all pending metrics, fetched from the device and added in float64 in the order of the steps."""
-    sums = dict(sums)
-    for metrics in jax.device_get(pending):
-        for name, value in metrics.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + np.asarray(value.total, np.float64), old[1] + np.asarray(value.weight, np.float64))
-    pending.clear()
-    return sums
-
-
 def _rows(sums: Sums, members: int) -> list[Row]:
-    means = {name: total / np.maximum(weight, 1e-30) for name, (total, weight) in sums.items()}
+    means = {name: np.asarray(total, np.float64) / np.maximum(weight, 1e-30) for name, (total, weight) in sums.items()}
     return [{name: float(values[i]) for name, values in means.items()} for i in range(members)]
 
 
@@ -194,45 +261,11 @@ def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, member
     return mean
 
 
-def _start(program: Program, session: Session) -> tuple[Any, int, float, Sums]:
-    restored = session.checkpointer.restore(program.abstract) if session.checkpointer is not None else None
+def _start(program: Program, session: Session, at_most: int | None) -> tuple[Any, int, float, Sums]:
+    checkpointer = session.checkpointer
+    restored = checkpointer.restore(program.abstract, at_most=at_most) if checkpointer is not None else None
     if restored is None:
         return program.init(), 0, 0.0, {}
     step, state, extra = restored
     sums = {name: (np.asarray(t, np.float64), np.asarray(w, np.float64)) for name, (t, w) in extra["sums"].items()}
     return state, step, extra["seconds"], sums
-
-
-def _save(state: Any, step: int, clock: _Clock, sums: Sums, row: Row, session: Session) -> bool:
-    if session.checkpointer is None:
-        return False
-    extra = {
-        "seconds": clock.read(),
-        "sums": {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in sums.items()},
-    }
-    return session.checkpointer.save(step, state, extra, row)
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM (a preempted machine) and the first Ctrl-C into a question the loop asks between dispatches.
-
-    The second time a signal does what it did before: who does not want to wait for the save presses Ctrl-C again.
-    """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def first(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, first)
-    except ValueError:  # not the main thread: the caller's signals are not ours to take
-        pass
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

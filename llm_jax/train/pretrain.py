@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +23,8 @@ from llm_jax.objectives.objective import Apply, Objective
 from llm_jax.optim.gradients import clip_by_global_norm
 from llm_jax.optim.optimizers import Optimizer
 from llm_jax.optim.schedules import Schedule
+from llm_jax.train import rollback  # noqa: F401  so that all guards are known
+from llm_jax.train.guard import Guard, NoGuard
 from llm_jax.train.probe import linear_probe
 from llm_jax.train.step import TrainState, make_train_step, many_steps
 
@@ -36,6 +38,7 @@ class Train(Config):
     steps: optimizer updates. accumulate: micro-batches an update. clip: largest global gradient norm, None for no clipping.
     average: decay of the parameters' moving average, which is then what evaluation sees; None for none.
     log_every: steps between records. steps_per_dispatch: updates in one call of the program; None lets the platform choose.
+    guard: what is done about updates that would do harm.
     """
 
     steps: int = 1000
@@ -44,6 +47,7 @@ class Train(Config):
     average: float | None = None
     log_every: int = 50
     steps_per_dispatch: int | None = None
+    guard: Guard = field(default_factory=NoGuard)
 
     def validate(self):
         require_positive(self, "steps", "accumulate", "clip", "log_every", "steps_per_dispatch")
@@ -173,7 +177,8 @@ def trial(recipe: Any, tokens: Fitted, teacher: Teacher | None = None) -> Trial:
         key = jax.random.key(given.seed)
         params = initial_parameters(recipe.model, vocabulary, jax.random.fold_in(key, 0))
         average = params if recipe.train.average is not None else None
-        return TrainState(jnp.zeros((), jnp.int32), params, chained(given).init(params), average, jax.random.fold_in(key, 1))
+        zero, own_key, guard = jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1), recipe.train.guard.start()
+        return TrainState(zero, params, chained(given).init(params), average, own_key, guard)
 
     def steps(values: Values, state: TrainState, batches: Batch, taught: Any = None):
         given = substitute(recipe, values)
@@ -192,6 +197,7 @@ def trial(recipe: Any, tokens: Fitted, teacher: Teacher | None = None) -> Trial:
             settle=partial(experts.settle, given.model),
             pose=pose,
             frozen=(values, taught),
+            guarded=recipe.train.guard.guarded,
         )
         return many_steps(step, state, batches)
 

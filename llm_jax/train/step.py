@@ -21,13 +21,17 @@ Loss = Callable[..., tuple[Weighted, Metrics]]  # (params, batch, rng, and what 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything training carries from step to step; `average` is the running mean of the parameters, or None."""
+    """Everything training carries from step to step.
+
+    average: the running mean of the parameters, or None; guard: what `train.guard` has seen, or None.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
     average: Any
     key: jax.Array
+    guard: Any = None
 
 
 def make_train_step(
@@ -41,6 +45,7 @@ def make_train_step(
     settle: Callable[[Any, Any], tuple[Any, Metrics]] = lambda params, routing: (params, {}),
     pose: Callable[[Batch, jax.Array], Batch] = lambda batch, rng: batch,
     frozen: tuple[Any, ...] = (),
+    guarded: Callable[..., tuple[TrainState, Metrics]] = lambda old, new, metrics, **seen: (new, metrics),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A step that descends the token-weighted mean of `loss` over the whole batch.
 
@@ -52,7 +57,8 @@ def make_train_step(
     many devices share the rows. averaged:
     `(opt_state, params) -> parameters` that the average is of. settle: `(params, routing) -> (params, metrics)` after the update,
     where the loss reports "routing", which it has summed over the batch. pose: `(batch, rng) -> batch` that the loss is of; it sees
-    the whole batch, so that it may draw random numbers however micro-batches and devices share the rows.
+    the whole batch, so that it may draw random numbers however micro-batches and devices share the rows. guarded: `(old state, new
+    state, metrics, loss, norm) -> (state, metrics)`, the last word on each update.
     The metrics are Weighted sums: "loss", "grad_norm" and whatever `loss` reports, as "train/…".
     """
 
@@ -79,8 +85,10 @@ def make_train_step(
         if average is not None:
             mean = gradients.average(mean, averaged(opt_state, params), average)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
-        metrics["train/grad_norm"] = Weighted.of(optax.tree.norm(grads))
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=mean), metrics
+        norm = optax.tree.norm(grads)
+        metrics["train/grad_norm"] = Weighted.of(norm)
+        new = replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=mean)
+        return guarded(state, new, metrics, loss=total.mean, norm=norm)
 
     return step
 

@@ -83,7 +83,7 @@ def main(size: str, *changes: str) -> None:
         ) as progress:
             session = Session(
                 record=record,
-                rewind=lambda step: None,
+                rewind=lambda step, recorded: None,
                 report=progress.update,
                 evaluations={},
                 final={},

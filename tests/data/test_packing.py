@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jax.data.apportion import apportion
 from llm_jax.data.corpora import StandardLibrary
 from llm_jax.data.first_fit import first_fit
 from llm_jax.data.packing import PADDING, ConcatThenSplit, FirstFit, Padded
+from llm_jax.data.pipeline import Dispatches
 from llm_jax.data.store import Tokens
 from llm_jax.data.tokenized import tokenize
 from llm_jax.data.tokenizers import Bytes
@@ -119,3 +121,20 @@ def test_a_plan_that_is_not_whole_is_made_anew(name, tmp_path):
     file.write_bytes(file.read_bytes()[:-4])
     again = FirstFit().rows(tokens, 10, tmp_path).gather(np.arange(4))
     np.testing.assert_array_equal(again.tokens, fresh.tokens)
+
+
+@pytest.mark.parametrize("packing", [ConcatThenSplit(), FirstFit(), Padded()], ids=lambda p: type(p).__name__)
+def test_where_a_batch_comes_from_is_told_of_each_of_its_rows(packing):
+    stores = [store([5, 30, 3, 14, 9, 2, 2, 25] * 5), store([11, 8] * 20)]
+    rows = tuple(packing.rows(tokens, 12, "") for tokens in stores)
+    turns = apportion([lambda _: 0.6, lambda _: 0.4], [np.inf] * 2, 1000, changing=False)
+    fed = Dispatches(rows, turns, batch=6, seeds=(4, 9), steps=3)
+    for step in range(6):
+        for member, seed in enumerate(fed.seeds):
+            batch = fed[step // 3].tokens[member, step % 3]
+            for row, origin in zip(batch, fed.origins(step, seed), strict=True):
+                tokens = stores[origin.source]
+                np.testing.assert_array_equal(origin.ids, row[: len(origin.ids)])
+                np.testing.assert_array_equal(rows[origin.source].gather(np.array([origin.row])).tokens[0], row)
+                of = np.repeat(np.arange(len(tokens.starts)), tokens.sizes())[row[row > 0] - 1]  # ids are places, from 1
+                assert list(origin.documents) == list(dict.fromkeys(of.tolist()))

@@ -19,6 +19,7 @@ from llm_jax.nn.losses import Focal
 from llm_jax.nn.multihead import Attention
 from llm_jax.objectives.next_token import NextToken
 from llm_jax.optim import optimizers
+from llm_jax.train.guard import SkipBad
 from llm_jax.train.pretrain import Train
 
 VOCABULARY, STEPS, ROWS, LENGTH = 17, 20, 4, 8
@@ -131,6 +132,20 @@ def test_trials_on_a_mesh_lose_by_blocks_what_each_loses_at_once(monkeypatch, in
     split = [override(experiment, {"mesh": Mesh(population=2, data=2, fsdp=2)}) for experiment in single]
     assert len(population.groups(split)) == 1
     assert_same(together(split, devices=8), expected, 1e-4)
+
+
+def test_each_trial_of_a_population_leaves_out_its_own_updates():
+    guard = SkipBad(deviations=1.0, decay=0.8, after=4)
+    experiments = [
+        tiny(**{"train.guard": guard, "seed": s, "optimizer.learning_rate": rate}) for s, rate in enumerate((1e-3, 3e-3))
+    ]
+    program = compiled(experiments[0], 2, jax.devices()[:1]).bind(experiments)
+    feed = jax.tree.map(lambda *rows: np.stack(rows), *[batches(e.seed) for e in experiments])
+    state, metrics = program.steps(program.init(), feed)
+    skipped = np.asarray(state.guard.skipped)
+    assert skipped[0] != skipped[1] and skipped.max() > 0, skipped
+    np.testing.assert_allclose(metrics["train/skipped"].total, skipped)
+    assert_same(together(experiments), alone(experiments))
 
 
 def test_groups_split_by_structure_and_size():

@@ -9,8 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
+
+from llm_jax.io import checkpoint
 
 EXPERIMENT = """
 from llm_jax.data.corpora import TextFiles
@@ -246,3 +251,51 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(declared, finished,
     assert "make room and run the same command again" in done.stderr, done.stderr
     assert f"{os.sep}llm_jax{os.sep}" not in done.stderr, "a traceback through our own code"  # Orbax's threads print theirs
     assert outcomes(tmp_path / "work") == outcomes(finished[0])
+
+
+@pytest.mark.parametrize(
+    "guard, kind",
+    [
+        ("SkipBad(deviations=0.5, decay=0.8, after=4)", "skipped"),
+        ("RollBack(deviations=0.01, window=4, before=0, after=0, times=50)", "rolled back"),
+    ],
+)
+def test_what_a_guard_left_out_is_told_with_its_text_and_reported(declared, tmp_path, monkeypatch, guard, kind):
+    from llm_jax.core.written import override_text
+    from llm_jax.lab import report, runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    short = {"nuisance": {}, "seeds": 1, "train.steps": 24, "train.log_every": 2, "checkpoints.every": 2}
+    ablation = load(declared).only(["rope"]).changed(short)
+    ablation = replace(ablation, base=override_text(ablation.base, [f"train.guard={guard}", "optimizer.learning_rate=0.03"]))
+    (result,) = runner.Runner(ablation, WorkFolder(tmp_path / "w"), profiled=(2, 4)).run()
+    (file,) = (tmp_path / "w").glob("trials/*/incidents.jsonl")
+    lines, text = [json.loads(line) for line in file.read_text().splitlines()], (declared.parent / "text.txt").read_text()
+    assert {line["kind"] for line in lines} == {kind} and len(result["incidents"]) == len(lines)
+    for batch in (batch for line in lines for batch in line["batches"]):
+        (corpus,) = batch["of"].values()
+        assert len(corpus["rows"]) == len(corpus["documents"]) == 4
+        assert all(len(begin) == 16 and begin.split("\x00")[0] in text for begin in corpus["begin"])
+    report.write([tmp_path / "w"], tmp_path / "w")
+    told = (tmp_path / "w" / "report.md").read_text()
+    assert "rope: the guard left out" in told
+    assert "## Where the time goes" in told and "| rope | 2–4 |" in told and (tmp_path / "w/profiles/rope/summary.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2], ids=["devices of one thread", "one device of several threads"])
+def test_two_runs_give_the_same_bits(declared, tmp_path, threads):
+    """Each compiles for itself: nothing is shared but the text."""
+    finals = []
+    for number in range(2):
+        given = environment(declared) | {"LLM_JAX_CACHE": str(tmp_path / f"cache{number}")}
+        given |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} if threads > 1 else {}
+        line = command(declared, tmp_path / f"w{number}", "--deterministic", "--arms=rope", "--seeds=1", "--set=model.width=64")
+        done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"w{number}" / "groups").glob("*/checkpoints")
+        finals.append(checkpoint.read(folder, {"params": None, "opt_state": None})[1])
+    jax.tree.map(np.testing.assert_array_equal, *finals)
+    assert outcomes(tmp_path / "w0") == outcomes(tmp_path / "w1")

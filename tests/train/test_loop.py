@@ -1,7 +1,15 @@
 """The loop by itself, around a program that only counts: when things happen, what is added up, what a stop leaves behind."""
 
+import contextlib
 import itertools
+import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
@@ -12,7 +20,8 @@ import pytest
 from llm_jax.core.types import Batch, Weighted
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.train import loop
-from llm_jax.train.loop import Interrupted, Program, Rhythm, Session, fit
+from llm_jax.train.interruption import Interrupted, interruptions
+from llm_jax.train.loop import Program, Rhythm, Session, fit
 
 MEMBERS = 2
 RHYTHM = Rhythm(steps=12, dispatch=2, log_every=4, evaluate_every=8, checkpoint_every=6)
@@ -52,7 +61,7 @@ def session(records, checkpointer=None) -> Session:
     at_end = batch(100)
     return Session(
         record=lambda step, rows: records.append((step, rows)),
-        rewind=lambda step: records.append(("rewind", step)),
+        rewind=lambda step, recorded: records.append(("rewind", step, recorded)),
         report=lambda step, **numbers: None,
         evaluations={"valid": batch(50)},
         final={"valid@1x": at_end, "valid": at_end, "test": batch(200)},
@@ -65,7 +74,7 @@ def session(records, checkpointer=None) -> Session:
 def test_records_hold_the_mean_over_their_steps_and_what_was_scored_then():
     records, calls = [], []
     final = fit(program(calls=calls), feed, RHYTHM, session(records))
-    assert records.pop(0) == ("rewind", 0)
+    assert records.pop(0) == ("rewind", 0, 0)
     assert [step for step, _ in records] == [4, 8, 12]
     assert [rows[1]["train/loss"] for _, rows in records] == [25.0, 65.0, 105.0]
     assert [rows[0]["step"] for _, rows in records] == [4, 8, 12] and records[0][1][0]["tokens"] == 12
@@ -77,7 +86,7 @@ def test_records_hold_the_mean_over_their_steps_and_what_was_scored_then():
 FINAL = [("valid", "@1x", 100), ("valid", "", 100), ("test", "", 200)]
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 7, 12])
+@pytest.mark.parametrize("stop_at", [3, 5, 7, 12])
 def test_a_stop_is_saved_and_goes_on_with_the_same_numbers(tmp_path, stop_at):
     whole, calls, parts = [], [], []
     expected = fit(program(calls=calls), feed, RHYTHM, session(whole))
@@ -95,12 +104,110 @@ def test_a_stop_is_saved_and_goes_on_with_the_same_numbers(tmp_path, stop_at):
     assert stopped.step == stop_at + stop_at % 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert "goes on from there" in str(stopped)
     final, second = run(calls=parts)
-    assert final == expected and second[0] == ("rewind", stopped.step)
+    due = stopped.step in (8, 12)  # when it was to be scored
+    assert final == expected and second[0] == ("rewind", stopped.step, stopped.step - due)
     assert [call for call in parts if call[0] == "steps"] == [call for call in calls if call[0] == "steps"], (
         "each step once, in order"
     )
     timeless = [(step, [row | {"seconds": 0} for row in rows]) for step, rows in first[1:] + second[1:]]
     assert timeless == [(step, [row | {"seconds": 0} for row in rows]) for step, rows in whole[1:]]
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second set"])
+def test_a_stop_while_it_is_scored_leaves_scoring_for_later(tmp_path, second):
+    def run(evaluate=lambda *args: args):
+        checkpointer, records, calls = Checkpointer(tmp_path), [], []
+        counted = program(calls=calls)
+
+        def asked(state, batches):
+            evaluate(state, batches)
+            return counted.evaluate(state, batches)
+
+        try:
+            fit(replace(counted, evaluate=asked), feed, RHYTHM, session(records, checkpointer))
+        except Interrupted as stopped:
+            return stopped, records, calls
+        finally:
+            checkpointer.close()
+        return None, records, calls
+
+    def stops(state, batches):
+        if batches.tokens.flat[0] == (200 if second else 100):
+            signal.raise_signal(signal.SIGTERM)
+
+    whole = []
+    fit(program(), feed, RHYTHM, session(whole))
+    stopped, first, _ = run(stops)
+    if second:  # the last one: it was scored, so nothing is left
+        assert stopped.step == 12 and [step for step, _ in first[1:]] == [4, 8, 12]
+        return
+    assert stopped.step == 12 and stopped.saved and [step for step, _ in first[1:]] == [4, 8]
+    none, again, calls = run()
+    assert none is None and again[0] == ("rewind", 12, 11) and not [call for call in calls if call[0] == "steps"]
+    assert [row["train/loss"] for row in again[1][1]] == [row["train/loss"] for row in whole[3][1]] and "test/loss" in again[1][1][
+        0
+    ]
+
+
+def test_before_the_first_step_ends_there_is_nothing_to_save(tmp_path):
+    checkpointer, records = Checkpointer(tmp_path / "none"), []
+    with pytest.raises(Interrupted) as stopped:
+        fit(program(stop_at=1), feed, RHYTHM, session(records, checkpointer))
+    checkpointer.close()
+    assert stopped.value.step is None and stopped.value.code == 0 and not (tmp_path / "none").exists()
+    assert "before anything could be lost" in str(stopped.value) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_waiting_thread_is_interrupted_at_once():
+    """As the one that waits for a program to be compiled."""
+    began = time.monotonic()
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with pytest.raises(Interrupted), interruptions():
+        Future().result(timeout=30)
+    assert time.monotonic() - began < 10
+
+
+def test_a_signal_that_nobody_asked_for_is_passed_on():
+    def late():
+        with interruptions() as stop:
+            stop.at_stake = True
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # schedulers send it twice
+            assert stop.asked()
+
+    with pytest.raises(Interrupted) as outer, interruptions():
+        late()
+    assert outer.value.step is None
+
+
+def test_one_that_was_swallowed_is_obeyed_by_the_next():
+    """As by garbage collection, which only prints what is raised in it."""
+
+    def swallowed():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        fit(program(), feed, RHYTHM, session([]))
+
+    with pytest.raises(Interrupted), interruptions():
+        swallowed()
+
+
+def test_one_that_a_library_made_an_error_of_is_still_one():
+    def translated():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("the callback failed") from interrupt
+
+    with pytest.raises(Interrupted), interruptions():
+        translated()
+
+
+@pytest.mark.parametrize(
+    "number, saved, code", [(signal.SIGTERM, True, 0), (signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)]
+)
+def test_a_preemption_that_lost_nothing_is_no_failure(number, saved, code):
+    assert Interrupted(number, 7, saved).code == code
 
 
 def test_the_second_interruption_does_not_wait_for_the_save(tmp_path):
@@ -157,3 +264,27 @@ def test_training_that_may_not_proceed_ends_with_nothing_recorded_or_saved(tmp_p
         fit(program(calls=calls), feed, replace(RHYTHM, checkpoint_every=8), stopped)
     checkpointer.close()
     assert [step for step, _ in records[1:]] == [4] and [c[0] for c in calls] == ["steps"] * 4 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_processes_stop_together_whichever_was_asked_to(tmp_path):
+    def both(folder, stop_at):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        line = [sys.executable, "-m", "tests.train.stopped_host"]
+        given = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+        pair = [
+            subprocess.Popen([*line, *map(str, (index, port, folder, stop_at))], env=given, stdout=subprocess.PIPE, text=True)
+            for index in range(2)
+        ]
+        said = [process.communicate(timeout=120)[0].splitlines() for process in pair]
+        assert [process.returncode for process in pair] == [0, 0]
+        return [[text for text in lines if not text.startswith("[Gloo]")] for lines in said]
+
+    begun, stopped = zip(*both(tmp_path / "a", 20), strict=True)
+    assert begun[0] == "begins after 0" and stopped[0] == stopped[1] and stopped[0].startswith("stopped after")
+    step = int(stopped[0].split()[-1])
+    assert 20 <= step < 120
+    again, whole = both(tmp_path / "a", -1), both(tmp_path / "b", -1)
+    assert again[0] == again[1] == [f"begins after {step}", whole[0][1]]

@@ -1,0 +1,37 @@
+"""Settings of the process: what is asked for is in `XLA_FLAGS`, and what the user wrote there stays."""
+
+import os
+
+import pytest
+
+from llm_jax.core import platform
+from llm_jax.core.config import ConfigError
+
+WANTED = "--xla_gpu_deterministic_ops=true"
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    def given(text="", platforms="", **settings):
+        monkeypatch.setenv("XLA_FLAGS", text)
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        platform.setup(cache=False, **settings)
+        return os.environ["XLA_FLAGS"].split()
+
+    return given
+
+
+def test_what_makes_a_gpu_deterministic_is_set_where_there_may_be_one(flags):
+    assert WANTED in flags(deterministic=True) and WANTED in flags("", "cuda", deterministic=True)
+    assert WANTED not in flags() and all(WANTED not in flags("", kind, deterministic=True) for kind in ("cpu", "tpu"))
+    assert {"--xla_a=1", WANTED} <= set(flags("--xla_a=1", "cuda", deterministic=True))
+
+
+def test_the_opposite_in_the_environment_is_a_contradiction(flags):
+    with pytest.raises(ConfigError, match="--deterministic contradicts XLA_FLAGS"):
+        flags("--xla_gpu_deterministic_ops=false", deterministic=True)
+
+
+def test_the_number_of_devices_that_the_user_set_stays(flags):
+    assert flags("--xla_force_host_platform_device_count=3") == ["--xla_force_host_platform_device_count=3"]
+    assert "--xla_force_host_platform_device_count=5" in flags(devices=5)
