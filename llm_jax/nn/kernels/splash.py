@@ -22,10 +22,11 @@ NOWHERE = -1, -2  # documents of queries and keys that meet nothing
 
 
 def attend(call: Call) -> jax.Array:
-    """`[B, L, H, V]`; where a mesh splits rows and heads, on each device for its own: the compiler cannot split a kernel."""
-    rows, heads = axes_over("batch", len(call.q_BLHK)), axes_over("kv_heads_act", call.k_BMGK.shape[2])
-    if not rows and not heads:
+    """`[B, L, H, V]`; on a mesh each device for its own rows and heads: the compiler cannot split a kernel over any axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return _attend(call)
+    rows, heads = axes_over("batch", len(call.q_BLHK)), axes_over("kv_heads_act", call.k_BMGK.shape[2])
     by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
 
     def local(q_BLHK, k_BMGK, v_BMGV, segment_BL, sinks_H):
@@ -35,7 +36,8 @@ def attend(call: Call) -> jax.Array:
 
     arrays = call.q_BLHK, call.k_BMGK, call.v_BMGV, call.queries.segment, call.sinks_H
     specs = by_head, by_head, by_head, by_row, PartitionSpec(heads)
-    return jax.shard_map(local, in_specs=specs, out_specs=by_head, axis_names={*rows, *heads}, check_vma=False)(*arrays)
+    names = set(mesh.axis_names) - set(mesh.manual_axes)  # those of one device too, or lowering for TPUs refuses it
+    return jax.shard_map(local, in_specs=specs, out_specs=by_head, axis_names=names, check_vma=False)(*arrays)
 
 
 def _attend(call: Call) -> jax.Array:
