@@ -137,11 +137,12 @@ class Topology:
 
 
 def _near(chip: Chip, asked: tuple[int, ...], count: int = 3) -> list[tuple[int, ...]]:
-    """The shapes nearest to what was asked for: first by their sides, in the logarithm, then by chips."""
-    wanted = sorted(max(n, 1) for n in asked) + [1] * (chip.dims - len(asked)) if asked else [4] * chip.dims
+    """The shapes nearest to what was asked for, in the logarithms of chips and sides."""
 
     def distance(shape: tuple[int, ...]) -> float:
-        pairs = zip(sorted(shape), sorted(wanted)[-chip.dims :], strict=True)
-        return sum(abs(math.log(a / b)) for a, b in pairs)
+        wanted = [max(n, 1) for n in asked] or [4] * chip.dims
+        sides = zip(sorted(shape)[-len(wanted) :], sorted(wanted)[-len(shape) :], strict=False)
+        chips = abs(math.log(math.prod(shape) / math.prod(wanted)))
+        return chips + (sum(abs(math.log(a / b)) for a, b in sides) if len(wanted) == len(shape) else 0.0)
 
     return sorted(chip.slices(), key=distance)[:count]
