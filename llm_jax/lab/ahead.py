@@ -23,7 +23,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.population import Compiled, compile_population
+from llm_jax.lab.population import Compiled, check_rows, compile_population, layout
 from llm_jax.models import count
 from llm_jax.train.ahead import collectives, flops, hlo, memory, operations, roofline
 from llm_jax.train.ahead.collectives import Collective
@@ -113,6 +113,7 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
         raise ConfigError(
             "asks a trained model, which is not there yet: leave the arm out, or compile it without", "objective.teacher"
         )
+    check_rows(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0].sizes)
     with platform.targeting("tpu"):
         compiled = compile_population(experiment, members, declared(experiment), devices=devices_of(topology))
         return _examined(experiment, compiled, topology)
@@ -227,13 +228,13 @@ def _attending(experiment: Experiment) -> list[tuple[Any, int]]:
 def _visited(experiment: Experiment, length: int) -> float:
     """Share of the pairs of queries and keys whose blocks a kernel visits, over all layers: what no mask shows is skipped."""
     found = [
-        (mixer.scores(width), _shown(mixer.mask if hasattr(mixer, "mask") else None, length))
+        (mixer.scores(width), shown(mixer.mask if hasattr(mixer, "mask") else None, length))
         for mixer, width in _attending(experiment)
     ]
     return sum(scores * share for scores, share in found) / max(sum(scores for scores, _ in found), 1)
 
 
-def _shown(mask: Any, length: int) -> float:
+def shown(mask: Any, length: int) -> float:
     """The same of one mask over rows of `length` tokens."""
     size = min(platform.traits().attention_block, length)
     blocks = -(-length // size)

@@ -97,7 +97,7 @@ def _messages(found: Examined) -> Table:
         if one.total < sum(each.total for each in found.collectives) / 1000:
             continue
         over = " × ".join(one.axes) + (" (between slices)" if one.crosses else "")
-        each, seconds = f"{one.bytes / 2**20:.3g} {one.dtype}", sum(seconds_of(one, found.topology))
+        each, seconds = f"{one.bytes / 2**20:,.4g} {one.dtype}", sum(seconds_of(one, found.topology))
         shown.add_row(
             one.kind,
             over,
