@@ -90,6 +90,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    jax.devices()  # so that JAX has read its flags, of which libtpu ends the process for those it does not know
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu"))
     given: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.family == "v4":
         given["chip_config_name"] = "megacore"  # its two cores as one device

@@ -116,7 +116,7 @@ def compiled(small, tmp_path):
         out, env = tmp_path / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu"}
         given = [f"--experiment={small}", f"--out={out}", *flags]
         done = subprocess.run([sys.executable, "-m", "llm_jax", "compile", *given], env=env, capture_output=True, text=True)
-        assert done.returncode in (0, 1), done.stderr
+        assert out.is_file(), done.stderr
         return json.loads(out.read_text()), done
 
     return command

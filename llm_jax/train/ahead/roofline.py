@@ -8,7 +8,8 @@ as norms, activations and the optimizer, or of products beyond what their arithm
 where nothing is computed meanwhile, and of the rest what outlasts the computation, but `SHOWN` of it at least. MFU is the model's
 FLOPs over what the chips could have done in that time (Chowdhery et al. 2022, appendix B).
 
-The peaks, bandwidths and links are the data sheets' (`core.chips`). `Chip.matmul`, `KERNEL` and `SHOWN` are fitted.
+The peaks, bandwidths and links are the data sheets' (`core.chips`). `Chip.matmul` (one for v4 to v5p, one
+for v6e and later), `KERNEL` and `SHOWN` are fitted, to six runs that MaxText has published (`tests/lab/test_expected.py`).
 """
 
 from __future__ import annotations
