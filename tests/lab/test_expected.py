@@ -1,8 +1,8 @@
 """The model of time against what others have published: MaxText's MFU on 256 chips (github.com/AI-Hypercomputer/maxtext).
 
-Its `configs/v5e/*.sh`, `benchmarks/maxtext_trillium_model_configs.py` and `global_parameter_scale` have shapes, rows and meshes. What
-it keeps on the host for the backward pass on v6e is computed again here. The model's four fitted constants were chosen with these six
-runs in sight, so that this shows that so few describe them, not that they are predicted.
+Its `configs/v5e/*.sh`, `benchmarks/maxtext_trillium_model_configs.py` and `global_parameter_scale` have shapes, rows and meshes.
+What it keeps on the host for the backward pass on v6e is computed again here. The model's four fitted constants were chosen with
+these six runs in sight: this shows that so few describe them, not that they are predicted.
 """
 
 from dataclasses import replace
