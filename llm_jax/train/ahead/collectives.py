@@ -74,6 +74,9 @@ def of_module(module: Module, mesh: Mapping[str, int], slices: Sequence[int] = (
 
 def _found(module: Module, mesh: Mapping[str, int], slices: Sequence[int]):
     for name, times in module.calls.items():
+        for one in module.computations[name]:
+            if one.opcode == "send" and (said := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)):
+                yield _between(module.computations[name], one, said[1], mesh, slices), times
         begun: set[tuple[str, ...]] = set()
         for one in module.computations[name]:
             for inside, instruction, label in _sending(module, module.computations[name], one):
@@ -97,6 +100,16 @@ def _sending(module: Module, computation: Computation, one: Instruction) -> list
     inside = [module.computations[name] for name in one.called.get("calls", []) if name in module.computations]
     found = [sending for each in inside for other in each for sending in _sending(module, each, other)]
     return [(where, each, one.label if label == each.name else label) for where, each, label in found]
+
+
+def _between(computation: Computation, one: Instruction, said: str, mesh: Mapping[str, int], slices: Sequence[int]) -> Collective:
+    """What each chip sends over the network for its own part of an array that is summed or gathered over slices."""
+    kind, parts = KINDS.get(said.lower().replace("_", "-"), "collective-permute"), max(len(set(slices)), 2)
+    of = np.reshape(slices, tuple(mesh.values())) if len(slices) else np.zeros(tuple(mesh.values()))
+    axes = tuple(axis for place, axis in enumerate(mesh) if (of != of.take([0], place)).any())
+    sent = [array for operand in computation.operands(one) for array in operand.arrays if array.dtype != "token"]
+    size = sum(array.bytes for array in sent) * (parts if kind == "all-gather" else 1)
+    return Collective(kind, size, parts, axes, sent[0].dtype if sent else "", overlaps=True, crosses=True, label=one.label)
 
 
 def _described(computation: Computation, one: Instruction, mesh: Mapping[str, int], slices: Sequence[int]) -> Collective:

@@ -15,18 +15,8 @@ from llm_jax.train.ahead.hlo import Array, Computation, Instruction, Module
 # what moves nothing, or whose parts are counted where they run
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "iota"),
-    *(
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "async-start",
-        "async-update",
-        "async-done",
-        "copy-done",
-        "send-done",
-        "recv-done",
-    ),
-    *(f"{kind}{end}" for kind in KINDS for end in ("", "-start", "-done")),
+    *("partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done", "copy-done"),
+    *(f"{way}{end}" for way in ("send", "recv", *KINDS) for end in ("", "-start", "-done")),
 }
 
 

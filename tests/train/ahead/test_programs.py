@@ -76,6 +76,26 @@ def test_devices_of_two_slices_cross_between_them(mesh):
     assert {one.axes: one.crosses for one in collectives.of_module(module, AXES, slices)} == {("fsdp",): False}
 
 
+SEND = """HloModule m
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = bf16[8,128] parameter(0)
+  %after-all = token[] after-all()
+  %send = (bf16[8,128], u32[], token[]) send(%a, %after-all), channel_id=2, x={_xla_megascale_transfer_type="KIND"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+}
+"""
+
+
+@pytest.mark.parametrize("kind, size", [("ALL_REDUCE", 2048), ("REDUCE_SCATTER", 2048), ("ALL_GATHER", 4096)])
+def test_what_goes_over_the_network_between_slices(kind, size):
+    module = hlo.parse(SEND.replace("KIND", kind))
+    (found,) = collectives.of_module(module, AXES, [0] * 4 + [1] * 4)
+    assert found.kind == kind.lower().replace("_", "-")
+    assert (found.bytes, found.parts, found.axes, found.crosses, found.count) == (size, 2, ("data",), True, 1)
+    assert operations.of_module(module) == []
+
+
 @pytest.mark.parametrize(
     "text, members",
     [
