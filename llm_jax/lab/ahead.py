@@ -212,9 +212,11 @@ def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
             stats = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if not platform.is_exhausted(error):
-                raise
+                raise ConfigError(f"cannot be compiled for it: {str(error).splitlines()[0]}", "the training step") from None
         names = {end: sorted(pathlib.Path(folder).glob(f"*.after_optimizations{end}.txt")) for end in ("", "-memory-usage-report")}
         text, report = ("".join(file.read_text() for file in files[-1:]) for files in names.values())
+    if not text:
+        raise ConfigError("was compiled without a dump: leave --xla_dump_to out of XLA_FLAGS", "the training step")
     return text, report, stats
 
 
