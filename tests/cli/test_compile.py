@@ -155,7 +155,8 @@ def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, s
     layers = 2 * count.layer_entries(load(small).base.model, load(small).base.model.in_full[0])
     table = 2 * 4096 * 256  # embedding and head, each once
     sent = sum(one["bytes"] * one["count"] for one in gathers)
-    assert sent == pytest.approx(2 * (2 * layers + table), rel=0.05)
+    # forward, and again for what is recomputed; queries' and the output's a third time, in the shape that the gradient wants
+    assert 2 * (2 * layers + table) <= sent <= 1.15 * 2 * (2 * layers + table)
 
 
 @slow

@@ -77,15 +77,11 @@ def _found(module: Module, mesh: Mapping[str, int], slices: Sequence[int]):
         for one in module.computations[name]:
             if one.opcode == "send" and (said := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)):
                 yield _between(module.computations[name], one, said[1], mesh, slices), times
-        begun: set[tuple[str, ...]] = set()
         for one in module.computations[name]:
             for inside, instruction, label in _sending(module, module.computations[name], one):
                 chain = re.search(r'chain_id="(\d+)"', instruction.rest)
-                if chain:  # one message in steps, each of which has it written out
-                    key = (chain[1], *re.findall(r"channel_id=(\d+)", instruction.rest))
-                    if key in begun:
-                        continue
-                    begun.add(key)
+                if chain and not inside.has("AsyncCollectiveStart"):
+                    continue  # a message in steps: each has it written out, and the first one counts
                 described = replace(_described(inside, instruction, mesh, slices), label=label)
                 if described.parts > 1:
                     yield replace(described, overlaps=described.overlaps or chain is not None), times

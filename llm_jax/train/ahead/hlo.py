@@ -84,6 +84,10 @@ class Computation:
         """What it returns."""
         return next(one for one in reversed(list(self)) if one.root)
 
+    def has(self, target: str) -> bool:
+        """Whether it calls a function of the compiler's by this name."""
+        return any(f'custom_call_target="{target}' in one.rest for one in self)
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions whose results one takes."""
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
@@ -120,27 +124,42 @@ class Module:
         return counts
 
     def turns(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a loop goes round, where XLA says it or it counts up to a constant by one."""
+        """How often a loop goes round, where XLA says it, or it counts by a constant from one constant up to another."""
         said = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
         if said:
             return int(said[1])
-        condition = self.computations[loop.called["condition"][0]]
+        condition, body = (self.computations[loop.called[part][0]] for part in ("condition", "body"))
         limits = [int(one.given) for one in condition if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.given)]
-        root, start = condition.root, self._start(computation, loop, condition)
-        if len(limits) != 1 or start is None or not (root.opcode == "fusion" or "direction=LT" in root.rest):
-            return None
-        return max(limits[0] - start, 0)
-
-    def _start(self, computation: Computation, loop: Instruction, condition: Computation) -> int | None:
-        """What the counter is before the first turn; 0 where that cannot be seen, as in what `lax.scan` makes."""
         places = {int(found[1]) for one in condition if (found := re.search(r"index=(\d+)", one.rest))}
-        given = computation.operands(loop)
-        if len(places) != 1 or len(given) != 1 or given[0].opcode != "tuple":
-            return 0 if len(places) == 1 else None
-        first = computation.instructions.get(given[0].operands[places.pop()])
-        while first is not None and first.opcode in ("copy", "bitcast"):
-            first = next(iter(computation.operands(first)), None)
-        return int(first.given) if first is not None and re.fullmatch(r"-?\d+", first.given) else 0
+        if len(limits) != 1 or len(places) != 1 or not (condition.root.opcode == "fusion" or "direction=LT" in condition.root.rest):
+            return None
+        place = places.pop()
+        start, step = _constant(computation, _element(computation, loop.operands[0], place)), _step(body, place)
+        return max(math.ceil((limits[0] - (start or 0)) / (step or 1)), 0)  # what cannot be seen is as `lax.scan` has it
+
+
+def _element(computation: Computation, name: str, place: int) -> str:
+    """What stands at a place of a tuple; nothing where that cannot be seen."""
+    found = computation.instructions.get(name)
+    return found.operands[place] if found is not None and found.opcode == "tuple" and place < len(found.operands) else ""
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The number that an instruction is."""
+    found = computation.instructions.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "convert"):
+        found = next(iter(computation.operands(found)), None)
+    return int(found.given) if found is not None and re.fullmatch(r"-?\d+", found.given) and found.opcode == "constant" else None
+
+
+def _step(body: Computation, place: int) -> int | None:
+    """What a loop's body adds to its counter, in as many additions as it likes."""
+    found, total = body.instructions.get(_element(body, body.root.name, place)), 0
+    while found is not None and found.opcode in ("add", "copy", "bitcast"):
+        known = [_constant(body, name) for name in found.operands]
+        total += next((number for number in known if number is not None), 0)
+        found = next((one for one, number in zip(body.operands(found), known, strict=False) if number is None), None)
+    return total or None
 
 
 def parse(text: str) -> Module:

@@ -128,7 +128,7 @@ def _bytes(module: Module, computation: Computation, one: Instruction) -> float:
     if one.opcode != "fusion" or not one.called.get("calls"):
         return _outside(one.arrays) + sum(map(_outside, given))
     inside = module.computations[one.called["calls"][0]]
-    if any('custom_call_target="AsyncCollective' in each.rest for each in inside) and not _flops(module, computation, one):
+    if inside.has("AsyncCollective") and not _flops(module, computation, one):
         return 0.0  # a message's beginning or end, which are timed as such
     return sum(_read(module, inside, number, arrays) for number, arrays in enumerate(given)) + sum(_written(inside, one))
 

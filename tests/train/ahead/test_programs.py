@@ -179,6 +179,17 @@ def test_turns_messages_in_steps_and_scattered_sums_of_tpus():
     assert (gathered.bytes, summed.bytes) == (2 * 16 * 64, 4 * 16 * 64)
 
 
+def test_a_body_that_was_unrolled_counts_by_more_than_one():
+    by_two = TPU.replace(
+        "  ROOT %tuple = (s32[]{:T(128)}, bf16[4,64]{1,0}) tuple(%index.1, %x)",
+        """  %one = s32[] constant(1)
+  %next = s32[] add(%index.1, %one)
+  %after = s32[] add(%one, %next)
+  ROOT %tuple = (s32[]{:T(128)}, bf16[4,64]{1,0}) tuple(%after, %x)""",
+    )
+    assert hlo.parse(by_two).calls["body"] == 3  # 2, 4, 6
+
+
 def test_slices_of_a_stack_are_read_alone_and_what_lies_beside_the_arithmetic_is_free():
     found = {one.name: one for one in operations.of_module(hlo.parse(TPU))}
     assert found["taken"].bytes == 2 * 4 * 64 + 4  # of the stack one layer, and the index; written inside
