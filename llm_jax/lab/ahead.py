@@ -63,6 +63,7 @@ class Examined:
     steps: int
     seconds: float
     uncounted: int
+    compiled: bool = True
 
     @property
     def limit(self) -> float:
@@ -77,7 +78,7 @@ class Examined:
     @property
     def fits(self) -> bool:
         """Whether it runs."""
-        return self.memory.total <= self.limit
+        return self.compiled and self.memory.total <= self.limit
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
@@ -134,7 +135,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
     where = [getattr(device, "slice_index", 0) or 0 for device in compiled.mesh.devices.flat] if topology.slices > 1 else []
     sent = collectives.of_module(module, mesh, where)
     done = operations.of_module(module)
-    products = sum(one.flops * one.times for one in done)
+    products = sum(one.flops * one.times for one in done) + machine.grouped / compiled.mesh.size
     words, inputs = experiment.objective.lengths(
         experiment.data.sequence_length, model=experiment.model, packed=experiment.data.packing.segmented
     )
@@ -170,6 +171,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         steps,
         seconds,
         machine.uncounted + module.unknown,
+        stats is not None,
     )
 
 

@@ -114,7 +114,7 @@ def _messages(found: Examined) -> Table:
 def _time(found: Examined) -> Table:
     estimate, chip = found.estimate, found.topology.chip
     peak = found.topology.chips * chip.flops
-    repeated = found.device * found.topology.chips * chip.devices / max(found.machine.products, 1.0)
+    repeated = found.device * found.topology.chips * chip.devices / max(found.machine.products + found.machine.grouped, 1.0)
     caption = (
         f"MFU = {found.model:.4g} model FLOPs / ({estimate.seconds:.4g} s × {peak:.4g} FLOP/s) = {estimate.mfu:.1%}, "
         f"{found.tokens / estimate.seconds:,.0f} tokens/s. The machine does {found.machine.total:.4g} FLOPs by the traced program, "

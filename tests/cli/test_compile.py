@@ -167,6 +167,8 @@ def test_every_family_of_tpus(compiled, topology):
     assert list(found) == ["dense, rate", "experts"]  # a rate is traced, so that arm has no program of its own
     assert "Which?" in done.stdout
     for one in found.values():
+        chips = 4 * (2 if topology.startswith("tpu7x") else 1)
+        assert one["device"] * chips == pytest.approx(one["machine"]["products"] + one["machine"]["grouped"], rel=0.03)
         assert 0 < one["estimate"]["mfu"] < 1
         assert one["collectives"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jax.extend import core
@@ -16,24 +16,26 @@ from jax.extend import core
 
 @dataclass(frozen=True)
 class Flops:
-    """Of all devices together. products: of matrix products and convolutions; kernels: the same inside Pallas kernels, all blocks
-    of their grids counted; uncounted: loops whose number of turns the program decides, counted once."""
+    """Of all devices together. products: of matrix products and convolutions; grouped: of products of rows with one of several
+    matrices each, as experts have them; kernels: of products inside Pallas kernels, all blocks of their grids counted; uncounted:
+    loops whose number of turns the program decides, counted once."""
 
     products: float = 0.0
+    grouped: float = 0.0
     kernels: float = 0.0
     uncounted: int = 0
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.products + self.kernels
+        return self.products + self.grouped + self.kernels
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.products + other.products, self.kernels + other.kernels, self.uncounted + other.uncounted)
+        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def times(self, count: float) -> Flops:
         """Done so often."""
-        return replace(self, products=self.products * count, kernels=self.kernels * count)
+        return Flops(self.products * count, self.grouped * count, self.kernels * count, self.uncounted)
 
 
 def of_jaxpr(jaxpr: Any) -> Flops:
@@ -47,6 +49,8 @@ def _sum(parts: Iterable[Flops]) -> Flops:
 
 def _of_equation(equation: Any) -> Flops:
     name, params = equation.primitive.name, equation.params
+    if name == "ragged_dot_general":
+        return Flops(grouped=_ragged_dot(equation))
     if name in PRODUCTS:
         return Flops(products=PRODUCTS[name](equation))
     if name in CONTROL:
@@ -84,7 +88,6 @@ def _convolution(equation: Any) -> float:
 
 PRODUCTS = {
     "dot_general": _dot_general,
-    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
 }
 

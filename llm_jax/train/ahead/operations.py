@@ -20,10 +20,13 @@ FREE = {
 }
 
 
+GROUPED = "ragged_dot"  # in the label of products of rows with one of several matrices each
+
+
 @dataclass(frozen=True)
 class Operation:
-    """One operation, done `times` a step. flops, bytes: each time; kernel: whether it is written by hand, its FLOPs unknown here;
-    overlaps: whether others run meanwhile, as with a copy."""
+    """One operation, done `times` a step. flops, bytes: each time; kernel: whether its FLOPs are unknown here, because it is
+    written by hand or decides at run time which matrix a row meets; overlaps: whether others run meanwhile, as with a copy."""
 
     name: str
     flops: float
@@ -42,7 +45,7 @@ def of_module(module: Module) -> list[Operation]:
             _flops(module, computation, one),
             _bytes(module, computation, one),
             times,
-            kernel='custom_call_target="tpu_custom_call"' in one.rest,
+            kernel='custom_call_target="tpu_custom_call"' in one.rest or GROUPED in one.label,
             overlaps=one.opcode == "copy-start",
             label=one.label,
         )
@@ -55,6 +58,8 @@ def of_module(module: Module) -> list[Operation]:
 
 # ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _flops(module: Module, computation: Computation, one: Instruction) -> float:
+    if GROUPED in one.label:
+        return 0.0
     if one.opcode == "dot":
         return _dot(computation, one)
     if one.opcode == "convolution":

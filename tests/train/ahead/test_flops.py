@@ -80,8 +80,8 @@ def test_a_convolution():
 def test_ragged_products_meet_one_matrix_a_row_forward_and_back():
     rows, matrices, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 3)), jnp.array([5, 3])
     product = lambda a, b: jax.lax.ragged_dot(a, b, sizes)  # noqa: E731
-    assert flops(product, rows, matrices).products == 2 * 8 * 4 * 3
-    assert flops(jax.grad(lambda a, b: product(a, b).sum(), argnums=(0, 1)), rows, matrices).products == 3 * 2 * 8 * 4 * 3
+    assert flops(product, rows, matrices).grouped == 2 * 8 * 4 * 3
+    assert flops(jax.grad(lambda a, b: product(a, b).sum(), argnums=(0, 1)), rows, matrices).grouped == 3 * 2 * 8 * 4 * 3
 
 
 def test_a_shard_map_counts_its_body_on_every_device_that_splits_it():
