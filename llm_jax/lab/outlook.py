@@ -61,7 +61,7 @@ def as_json(found: Examined) -> dict[str, Any]:
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _table(title: str, *, caption: str = "") -> Table:
-    return Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    return Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", min_width=100)
 
 
 def _where(found: Examined) -> str:
