@@ -11,21 +11,18 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from absl import flags
 
+from llm_jax.cli.declared import declared, define
 from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
-from llm_jax.core.written import override_text
 from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("experiment", None, "The experiment file: it declares `ablation` or `experiment`.", flag_values=FLAGS)
+define(FLAGS)
 flags.DEFINE_string("workdir", None, "Where everything is written; the same command again goes on from there.", flag_values=FLAGS)
-flags.DEFINE_string("scale", None, "One of the sizes that the file declares (default: small, if it is one).", flag_values=FLAGS)
-flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment, e.g. train.steps=500.", flag_values=FLAGS)
 flags.DEFINE_list("arms", None, "Only these arms.", flag_values=FLAGS)
 flags.DEFINE_integer("seeds", None, "Fresh seeds that each arm's winner is trained on.", flag_values=FLAGS)
 flags.DEFINE_integer(
@@ -148,22 +145,7 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 
 def _declared():
     """The ablation of the file with the flags' changes, and the scale that it is at."""
-    from llm_jax.lab.experiment import load
-
-    if FLAGS.experiment is None:
-        raise ConfigError(
-            "--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py"
-        )
-    ablation = load(FLAGS.experiment)
-    scale = FLAGS.scale or ("small" if "small" in ablation.scales else None)
-    ablation = ablation.at_scale(scale)
-    if FLAGS.set:
-        ablation = replace(ablation, base=override_text(ablation.base, FLAGS.set))
-    for path in (assignment.partition("=")[0].strip() for assignment in FLAGS.set):
-        replaced = [any(path == own or path.startswith(f"{own}.") for own in changes) for changes in ablation.arms.values()]
-        if path in ablation.nuisance or all(replaced):
-            by = "the grid" if path in ablation.nuisance else "every arm"
-            raise ConfigError(f"is set by {by}, so --set would change nothing: change it in {FLAGS.experiment}", path)
+    ablation, scale = declared(FLAGS)
     if FLAGS.arms is not None:
         if not FLAGS.arms:
             raise ConfigError(f"--arms names no arm: the arms are {', '.join(ablation.arms)}")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llm_jax.core import chips
 from llm_jax.core.config import ConfigError
 
 
@@ -87,21 +88,6 @@ GPU = replace(ACCELERATOR, fused_attention="cudnn")
 TPU = replace(ACCELERATOR, fused_attention="splash")
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-# dense bf16 matrix products, FLOP/s a chip, from the vendors' data sheets; prefix of `Device.device_kind`
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 def name() -> str:
@@ -203,10 +189,8 @@ def peak_flops() -> float:
     import jax
 
     devices = jax.devices()
-    for prefix in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if devices[0].device_kind.startswith(prefix):
-            return PEAK_FLOPS[prefix] * len(devices)
-    return _measured_peak()
+    chip = chips.of_kind(devices[0].device_kind)
+    return _measured_peak() if chip is None else chip.flops / chip.devices * len(devices)
 
 
 def _measured_peak(size: int = 1024, seconds: float = 0.3) -> float:

@@ -1,0 +1,261 @@
+"""The program of an experiment, compiled for a machine that is not there, and what it will take there.
+
+Nothing but a tokenizer is read: batches are shapes, and the vocabulary of one that is yet to be trained is what it declares.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_jax.core import platform
+from llm_jax.core.chips import Topology
+from llm_jax.core.config import ConfigError
+from llm_jax.core.types import Batch
+from llm_jax.data.tokenizers import Fitted, nameless
+from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.population import Compiled, check_rows, compile_population, layout
+from llm_jax.models import count
+from llm_jax.train.ahead import collectives, flops, hlo, memory, operations, roofline
+from llm_jax.train.ahead.collectives import Collective
+from llm_jax.train.ahead.flops import Flops
+from llm_jax.train.ahead.memory import Memory
+from llm_jax.train.ahead.roofline import Estimate
+from llm_jax.train.loop import Rhythm
+
+# libtpu may be opened by several processes at once, since no chip is, and need not ask a metadata server what machine this is
+QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a step of the program takes.
+
+    parameters, model: of one trial, and the model's FLOPs of a step of all of them; machine: those of the program, all devices
+    together; memory, collectives: of one device; device: FLOPs of products of one device, as compiled: more than its share of the
+    machine's where work is repeated on several; tokens: of a step; steps: in one call of the program. seconds: to compile.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int
+    model: float
+    machine: Flops
+    device: float
+    memory: Memory
+    collectives: tuple[Collective, ...]
+    estimate: Estimate
+    steps: int
+    seconds: float
+    uncounted: int
+    compiled: bool = True
+
+    @property
+    def limit(self) -> float:
+        """Bytes of memory that a program may have on one device."""
+        return self.topology.chip.memory / self.topology.chip.devices
+
+    @property
+    def step(self) -> float:
+        """Seconds of one step, estimated."""
+        return self.estimate.seconds / self.steps
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs."""
+        return self.compiled and self.memory.total <= self.limit
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The devices of slices that are not attached. Raises `ConfigError` without libtpu, which compiles for them."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            'needs libtpu, which compiles for TPUs on any machine: pip install -e ".[tpu]"', f"--topology={topology.name}"
+        )
+    from jax.experimental import topologies
+
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    jax.devices()  # so that JAX has read its flags, of which libtpu ends the process for those it does not know
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu"))
+    given: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.family == "v4":
+        given["chip_config_name"] = "megacore"  # its two cores as one device
+    try:
+        return list(topologies.get_topology_desc(topology.name, "tpu", **given).devices)
+    except Exception as error:  # libtpu has no class of its own for it
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"is not known to libtpu ({told})", f"--topology={topology.name}") from None
+
+
+def declared(experiment: Experiment) -> Fitted:
+    """A tokenizer with as many ids as the experiment's will have: that itself where it is there already."""
+    given = experiment.tokenizer
+    size = None if getattr(given, "path", None) else getattr(given, "vocabulary", None)
+    return experiment.fitted(platform.cache_dir()) if size is None else nameless(size).with_specials(experiment.objective.specials)
+
+
+def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> Examined:
+    """Compiles the training step of `members` such trials for a topology. Raises `ConfigError` for what cannot be trained there."""
+    if experiment.objective.taught_by is not None:
+        raise ConfigError(
+            "asks a trained model, which is not there yet: leave the arm out, or compile it without", "objective.teacher"
+        )
+    check_rows(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0].sizes)
+    with platform.targeting("tpu"):
+        compiled = compile_population(experiment, members, declared(experiment), devices=devices_of(topology))
+        return _examined(experiment, compiled, topology)
+
+
+def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) -> Examined:
+    steps, vocabulary = _dispatch(experiment), declared(experiment).vocabulary
+    batch, values = _batch(experiment, compiled, steps), _values(compiled)
+    with jax.set_mesh(compiled.mesh):
+        traced = compiled.steps._function.trace(values, compiled.abstract, batch)
+    machine, begun = flops.of_jaxpr(traced.jaxpr), time.perf_counter()
+    text, report, stats = _compiled(traced.lower())
+    seconds = time.perf_counter() - begun
+    module = hlo.parse(text)
+    mesh = dict(compiled.mesh.shape)
+    where = [getattr(device, "slice_index", 0) or 0 for device in compiled.mesh.devices.flat] if topology.slices > 1 else []
+    sent = collectives.of_module(module, mesh, where)
+    done = operations.of_module(module)
+    products = sum(one.flops * one.times for one in done) + machine.grouped / compiled.mesh.size
+    words, inputs = experiment.objective.lengths(
+        experiment.data.sequence_length, model=experiment.model, packed=experiment.data.packing.segmented
+    )
+    rows = compiled.members * experiment.data.batch_size * steps
+    model = rows * count.flops_per_row(experiment.model, vocabulary, words, inputs)
+    estimate = roofline.estimate(
+        products=products,
+        memory=roofline.unhidden(done, topology),
+        collectives=sent,
+        topology=topology,
+        model=model,
+        kernels=machine.kernels * _visited(experiment, words) / compiled.mesh.size,
+        head=_head(experiment),
+    )
+    given = {
+        "parameters": memory.on_device(compiled.abstract.params),
+        "optimizer state": memory.on_device(compiled.abstract.opt_state),
+        "average of the parameters": memory.on_device(compiled.abstract.average),
+        "batch": memory.on_device(batch),
+        "rest of the state": memory.on_device((compiled.abstract.step, compiled.abstract.key, values)),
+    }
+    return Examined(
+        topology,
+        mesh,
+        count.parameters(experiment.model, vocabulary),
+        rows * experiment.data.sequence_length,
+        model,
+        machine,
+        products,
+        memory.of_program(stats, {name: size for name, size in given.items() if size}, report),
+        tuple(sent),
+        estimate,
+        steps,
+        seconds,
+        machine.uncounted + module.unknown,
+        stats is not None,
+    )
+
+
+# ── what the program is given ────────────────────────────────────────────────────────────────────────────────────────
+def _dispatch(experiment: Experiment) -> int:
+    """Steps in one call of the program, as `run` has them."""
+    train = experiment.train
+    return Rhythm.fitting(
+        steps=train.steps,
+        log_every=train.log_every,
+        evaluate_every=experiment.evaluation.every,
+        checkpoint_every=experiment.checkpoints.every,
+        dispatch=train.steps_per_dispatch or platform.traits().steps_per_dispatch,
+    ).dispatch
+
+
+def _batch(experiment: Experiment, compiled: Compiled, steps: int) -> Batch:
+    """A batch as the packing gives it: with weights, documents and places where rows hold several."""
+    shape = (compiled.members, steps, experiment.data.batch_size, experiment.data.sequence_length)
+
+    def array(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=compiled._rows)
+
+    if not experiment.data.packing.segmented:
+        return Batch(array(jnp.int32), array(jnp.int32))
+    return Batch(*(array(dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+
+
+def _values(compiled: Compiled) -> dict[str, Any]:
+    where = NamedSharding(compiled.mesh, PartitionSpec("population"))
+    return {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where) for path, value in compiled.values.items()}
+
+
+def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
+    """The program's text, the compiler's report of its memory, and its sizes; the last is None where it does not fit."""
+    with tempfile.TemporaryDirectory(prefix="llm_jax_compile_") as folder:
+        stats = None
+        try:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            stats = lowered.compile(compiler_options=options).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if not platform.is_exhausted(error):
+                raise ConfigError(f"cannot be compiled for it: {str(error).splitlines()[0]}", "the training step") from None
+        names = {end: sorted(pathlib.Path(folder).glob(f"*.after_optimizations{end}.txt")) for end in ("", "-memory-usage-report")}
+        text, report = ("".join(file.read_text() for file in files[-1:]) for files in names.values())
+    if not text:
+        raise ConfigError("was compiled without a dump: leave --xla_dump_to out of XLA_FLAGS", "the training step")
+    return text, report, stats
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _attending(experiment: Experiment) -> list[tuple[Any, int]]:
+    """Every mixer that attends, and the width of its stack."""
+    stacks = experiment.model.stacks.values()
+    return [
+        (layer.attention, stack.width) for stack in stacks for layer in stack.in_full if layer.attention and layer.attention.attends
+    ]
+
+
+def _visited(experiment: Experiment, length: int) -> float:
+    """Share of the pairs of queries and keys whose blocks a kernel visits, over all layers: what no mask shows is skipped."""
+    found = [
+        (mixer.scores(width), shown(mixer.mask if hasattr(mixer, "mask") else None, length))
+        for mixer, width in _attending(experiment)
+    ]
+    return sum(scores * share for scores, share in found) / max(sum(scores for scores, _ in found), 1)
+
+
+def shown(mask: Any, length: int) -> float:
+    """The same of one mask over rows of `length` tokens."""
+    size = min(platform.traits().attention_block, length)
+    blocks = -(-length // size)
+    if mask is None:
+        return (blocks + 1) / (2 * blocks)
+    shown = 0
+    for block in range(blocks):
+        first, stop = mask.span(block * size, (block + 1) * size - 1)
+        low = 0 if first is None else max(first, 0) // size
+        high = blocks if stop is None else min(-(-stop // size), blocks)
+        shown += high - low
+    return shown / blocks**2
+
+
+def _head(experiment: Experiment) -> int:
+    """Channels of a head, over which scores are summed."""
+    sizes = [mixer.scores(width) // (2 * mixer.heads_for_bias) for mixer, width in _attending(experiment)]
+    return min(sizes, default=128)

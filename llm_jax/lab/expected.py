@@ -1,0 +1,86 @@
+"""What a step will take by formula, without compiling it: to search meshes, and to hold the model of time to published runs.
+
+What XLA makes of a program is better read from it (`lab.ahead`); this is its shape: products of every layer, forward, again where
+the backward pass recomputes, and back; weights gathered over `fsdp` forward and back, and their gradients scattered; activations
+gathered and scattered over `tensor` around both branches of a layer; gradients summed over `data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from llm_jax.core.chips import Topology
+from llm_jax.lab.experiment import Experiment
+from llm_jax.models import count
+from llm_jax.models.block import layer_entries, layer_parameters
+from llm_jax.models.stack import Stack
+from llm_jax.train.ahead import roofline
+from llm_jax.train.ahead.collectives import Collective, Kind
+from llm_jax.train.ahead.roofline import Estimate
+
+BACK = 3.5  # products of fused attention's gradient for each of its forward ones: both of its kernels compute the scores again
+NORMS = 6  # times that a pass over a layer reads or writes its stream, beside its products
+
+
+def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], topology: Topology, *, shown: float) -> Estimate:
+    """The time of a step on a mesh (axis → devices). shown: share of attention's blocks that its mask does not hide."""
+    model, data, final = experiment.model, experiment.data, experiment.model.final
+    words, inputs = experiment.objective.lengths(data.sequence_length, model=model, packed=data.packing.segmented)
+    tokens = data.batch_size * words / (mesh.get("data", 1) * mesh.get("fsdp", 1))  # that one model's share of devices works on
+    tensor, size = mesh.get("tensor", 1), final.precision.dtype.itemsize
+    head = model.head.entries(final, vocabulary) or model.embedding.entries(final.width, vocabulary)
+    products, kernels, moved = 6.0 * head * tokens, 0.0, 0.0
+    for stack in model.stacks.values():
+        for layer in stack.in_full:
+            entries, again = layer_entries(stack, layer), stack.remat == "full"
+            last = (
+                layer.ffn.hidden(stack.width) * stack.width if layer.ffn and again else 0
+            )  # the last product is not asked for again
+            products += tokens * ((8.0 if again else 6.0) * entries - 2.0 * last)
+            scores = layer.attention.scores(stack.width) if layer.attention else 0
+            kernels += 2.0 * scores * words * tokens * shown * (1 + BACK + again)
+            inner = layer.attention.inner(stack.width) if layer.attention else 0
+            moved += tokens * size * (2 + again) * (NORMS * stack.width * tensor + 2 * inner)
+    optimizer = 4.0 * 2 * (2 + experiment.optimizer.slots) * count.parameters(model, vocabulary) / mesh.get("fsdp", 1)
+    return roofline.estimate(
+        products=products / tensor,
+        kernels=kernels / tensor,
+        memory=(moved + optimizer) / tensor,
+        collectives=list(_messages(experiment, vocabulary, mesh, tokens)),
+        topology=topology,
+        model=data.batch_size * count.flops_per_row(model, vocabulary, words, inputs),
+        head=min((_head(stack) for stack in model.stacks.values()), default=128),
+    )
+
+
+def _head(stack: Stack) -> int:
+    found = [layer.attention for layer in stack.in_full if layer.attention and layer.attention.attends]
+    return min((mixer.scores(stack.width) // (2 * mixer.heads_for_bias) for mixer in found), default=128)
+
+
+def _messages(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], tokens: float) -> Iterator[Collective]:
+    model, tensor = experiment.model, mesh.get("tensor", 1)
+
+    def send(kind: Kind, size: float, axis: str, count: float, overlaps: bool = True) -> Iterator[Collective]:
+        if mesh.get(axis, 1) > 1 and size > 0:
+            yield Collective(kind, size, mesh[axis], (axis,), count=count, overlaps=overlaps)
+
+    turns = experiment.train.accumulate
+    for stack in model.stacks.values():
+        size, passes = stack.precision.dtype.itemsize, 3 if stack.remat == "full" else 2
+        for layer in stack.in_full:
+            weights = size * layer_parameters(stack, layer) / tensor
+            yield from send("all-gather", weights, "fsdp", 2 * turns)
+            yield from send("reduce-scatter", weights, "fsdp", turns, overlaps=False)
+            yield from send("all-reduce", weights / mesh.get("fsdp", 1), "data", 1)
+            branches = sum(part is not None for part in (layer.attention, layer.ffn))
+            stream = size * tokens * stack.width / turns
+            for kind in ("all-gather", "reduce-scatter"):
+                yield from send(kind, stream, "tensor", branches * passes * turns)
+    final = model.final
+    tables = [model.embedding.parameters(final.width, vocabulary), model.head.parameters(final, vocabulary)]
+    for table in tables:
+        whole = final.precision.dtype.itemsize * table / tensor
+        yield from send("all-gather", whole, "fsdp", turns, overlaps=False)
+        yield from send("all-reduce", whole, "fsdp", turns, overlaps=False)
+        yield from send("all-reduce", whole / mesh.get("fsdp", 1), "data", 1, overlaps=False)

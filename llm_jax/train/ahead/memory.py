@@ -1,0 +1,84 @@
+"""What a compiled program keeps in a device's memory, by what it is for, and its largest arrays."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from llm_jax.train.ahead.hlo import arrays
+
+TEMPORARY = "activations, gradients, temporaries"
+UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+@dataclass(frozen=True)
+class Largest:
+    """One of the largest places in memory: its bytes, and the arrays that lie there one after another."""
+
+    bytes: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, by what they are for; largest: places of what is temporary."""
+
+    parts: Mapping[str, float]
+    largest: tuple[Largest, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+
+def on_device(tree: Any) -> float:
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s with shardings that lie on one device, without padding."""
+
+    def size(leaf: Any) -> float:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8.0
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def of_program(stats: Any, given: Mapping[str, float], report: str = "") -> Memory:
+    """The memory of a program from XLA's `memory_analysis()`, or, where it did not fit and there is none, from the report alone.
+
+    given: bytes of its arguments by what they are; report: XLA's memory-usage report.
+    """
+    arguments = sum(given.values())
+    if stats is None:
+        said = re.search(r"Total bytes: (\d+)", report)
+        return Memory(dict(given) | {TEMPORARY: max(float(said[1]) - arguments, 0.0) if said else math.nan}, largest(report))
+    parts = {
+        "padding": max(stats.argument_size_in_bytes - arguments, 0.0),
+        TEMPORARY: float(stats.temp_size_in_bytes),
+        "output": max(float(stats.output_size_in_bytes - stats.alias_size_in_bytes), 0.0),
+        "program": float(stats.generated_code_size_in_bytes),
+    }
+    return Memory(dict(given) | {name: value for name, value in parts.items() if value}, largest(report))
+
+
+def largest(report: str, count: int = 8) -> tuple[Largest, ...]:
+    """The largest places that XLA's memory-usage report names."""
+    found = []
+    for line in re.split(r"\nMemory Space: ", report)[0].splitlines():  # the first is HBM
+        fields = re.match(r"\s*[\d.]+\w*\(\s*\d+%\);\s*([\d.]+)\s*([KMGT]?)i?B;\s*\d+;\s*\d+;\s*(.*)$", line)
+        if fields:
+            found.append(Largest(float(fields[1]) * UNITS[fields[2]], _shapes(fields[3])))
+    return tuple(sorted(found, key=lambda one: -one.bytes)[:count])
+
+
+def _shapes(text: str, most: int = 3) -> str:
+    """The first arrays of a list, the largest first; what shares their place but is smaller says nothing."""
+    seen = dict.fromkeys(
+        f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in sorted(arrays(text), key=lambda array: -array.bytes)
+    )
+    names = list(seen)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,216 @@
+"""`python -m llm_jax compile`: its sentences here, and, slow, what it finds with libtpu, which compiles for TPUs on any machine."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llm_jax.core import platform
+from llm_jax.core.config import ConfigError
+from llm_jax.lab import ahead
+from llm_jax.lab.experiment import load
+from llm_jax.models import count
+from tests.cli.outcome import outcome
+
+SMALL = '''
+"""A small model."""
+from llm_jax.core.mesh import Mesh
+from llm_jax.data.pipeline import Data
+from llm_jax.data.tokenizers import SentencePiece
+from llm_jax.lab.arms import Arms
+from llm_jax.lab.experiment import Ablation, Experiment
+from llm_jax.models.decoder import Decoder
+from llm_jax.nn.ffn import Gated
+from llm_jax.nn.linear import Precision
+from llm_jax.nn.moe import MoE
+
+base = Experiment(
+    model=Decoder(width=256, depth=DEPTH, remat="full", precision=Precision("bfloat16")),
+    tokenizer=SentencePiece(vocabulary=4096),
+    data=Data(sequence_length=512, batch_size=16),
+    mesh=Mesh(population=1, data=1, fsdp=-1),
+)
+ablation = Ablation(
+    question="Which?",
+    base=base,
+    scientific=Arms({
+        "dense": {},
+        "rate": {"optimizer.learning_rate": 1e-4},
+        "experts": {"model.ffn": MoE(experts=8, active=2, expert=Gated(units=512))},
+    }),
+    seeds=1,
+)
+'''
+
+
+@pytest.fixture
+def small(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(SMALL.replace("DEPTH", "2"))
+    return file
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "error: --topology is missing"),
+        (["--topology=v5e:16x17"], "error: --topology=v5e:16x17 does not exist: the nearest are v5e:16x16,"),
+        (["--topology=v3:2x2"], "error: --topology=v3:2x2 is of no TPU known here"),
+        (["--topology=v5e:2x2", "--slices=0"], "error: flag --slices=0"),
+        (["--topology=v5e:2x2", "--arm=none"], "error: --arms names the arm 'none', but the arms are dense, rate, experts"),
+        (["--topology=v5e:2x2", "--arm=dense", "--all-arms"], "error: --arm and --all-arms exclude each other"),
+        (["--topology=v5e:8x8"], "error: data.batch_size must be a multiple of train.accumulate × data × fsdp = 64"),
+        (["--topology=v5e:2x2", "--set=data.batch_size=18"], "error: data.batch_size must be a multiple of"),
+    ],
+)
+def test_mistakes_are_one_sentence(small, flags, says, monkeypatch, capsys):
+    code, out, err = outcome("compile", [f"--experiment={small}", *flags], monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(says)
+
+
+def test_without_libtpu_the_extra_is_named(small, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = outcome("compile", [f"--experiment={small}", "--topology=v5e:2x2"], monkeypatch, capsys)
+    assert code == 2
+    assert 'pip install -e ".[tpu]"' in err
+
+
+def test_a_vocabulary_that_is_declared_needs_no_text(small):
+    assert ahead.declared(load(small).base).vocabulary == 4096
+
+
+def test_attention_skips_what_its_mask_hides():
+    from llm_jax.nn.attention import Causal, SlidingWindow
+    from llm_jax.nn.masks import Bidirectional
+
+    with platform.targeting("tpu"):  # blocks of 512
+        assert ahead.shown(Causal(), 8192) == (16 + 1) / 32
+        assert ahead.shown(Bidirectional(), 8192) == 1
+        assert ahead.shown(SlidingWindow(512), 8192) == (1 + 15 * 2) / 16**2
+
+
+def test_a_teacher_is_refused(small, monkeypatch, capsys):
+    from llm_jax.core.chips import Topology
+    from llm_jax.core.config import override
+    from llm_jax.objectives.distillation import Distillation
+
+    taught = override(load(small).base, {"objective": Distillation(teacher="runs/none")})
+    with pytest.raises(ConfigError, match=r"objective\.teacher asks a trained model"):
+        ahead.examine(taught, Topology.parse("v5e:2x2"))
+
+
+# ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def compiled(small, tmp_path):
+    """What the command finds, by arms, and its exit code; in a process of its own, as XLA writes no program that it has cached."""
+    pytest.importorskip("libtpu")
+
+    def command(*flags):
+        out, env = tmp_path / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu"}
+        given = [f"--experiment={small}", f"--out={out}", *flags]
+        done = subprocess.run([sys.executable, "-m", "llm_jax", "compile", *given], env=env, capture_output=True, text=True)
+        assert out.is_file(), done.stderr
+        return json.loads(out.read_text()), done
+
+    return command
+
+
+@slow
+@pytest.mark.parametrize("topology, chips", [("v5e:2x2", 4), ("v5e:4x4", 16)])
+def test_a_small_step_for_v5e(compiled, small, topology, chips):
+    (found,) = compiled(f"--topology={topology}")[0].values()
+    base = load(small).base
+    parameters = count.parameters(base.model, 4096)
+    parts = found["memory"]["parts"]
+    assert found["fits"]
+    assert found["mesh"]["fsdp"] == chips
+    # nearly all of them split over all devices, two moments each; norms are whole
+    assert parts["parameters"] == pytest.approx(4 * parameters / chips, rel=0.02)
+    assert parts["optimizer state"] == pytest.approx(2 * parts["parameters"], rel=0.01)
+    assert found["memory_bytes"] == pytest.approx(sum(parts.values()))
+    model = 16 * count.flops_per_row(base.model, 4096, 512)
+    assert found["model"] == pytest.approx(model)
+    # what each device does is its share of what was traced
+    assert found["device"] * chips == pytest.approx(found["machine"]["products"], rel=0.02)
+    layers, head = (model - 16 * 512 * 6 * 256 * 4096), 16 * 512 * 6 * 256 * 4096
+    scores = 16 * 6 * 512**2 * 2 * 256 * 2
+    again, down = 4 / 3, 2 * 16 * 512 * 2 * 256 * 1024
+    assert found["machine"]["products"] == pytest.approx(head + (layers - scores) * again - down, rel=0.02)
+    # splash computes scores again in both of its backward kernels: 2 + 2 + 3 + 4 products, all blocks counted
+    assert found["machine"]["kernels"] == pytest.approx(scores / 6 * 11, rel=0.02)
+
+
+@slow
+def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, small):
+    (found,) = compiled("--topology=v5e:2x2")[0].values()
+    gathers = [one for one in found["collectives"] if one["kind"] == "all-gather"]
+    assert {one["dtype"] for one in gathers} == {"bf16"}
+    layers = 2 * count.layer_entries(load(small).base.model, load(small).base.model.in_full[0])
+    table = 2 * 4096 * 256  # embedding and head, each once
+    sent = sum(one["bytes"] * one["count"] for one in gathers)
+    # forward, and again for what is recomputed; queries' and the output's a third time, in the shape that the gradient wants
+    assert 2 * (2 * layers + table) <= sent <= 1.15 * 2 * (2 * layers + table)
+
+
+@slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_family_of_tpus(compiled, topology):
+    found, done = compiled(f"--topology={topology}", "--all-arms")
+    assert done.returncode == 0
+    assert list(found) == ["dense, rate", "experts"]  # a rate is traced, so that arm has no program of its own
+    assert "Which?" in done.stdout
+    for one in found.values():
+        chips = 4 * (2 if topology.startswith("tpu7x") else 1)
+        assert one["device"] * chips == pytest.approx(one["machine"]["products"] + one["machine"]["grouped"], rel=0.03)
+        assert 0 < one["estimate"]["mfu"] < 1
+        assert one["collectives"]
+
+
+@slow
+def test_what_does_not_fit_is_told_what_to_change(compiled):
+    large = ["--set=model.width=8192", "--set=model.depth=8", "--set=model.attention.heads=64", "--set=model.remat=none"]
+    found, done = compiled("--topology=v5e:2x2", *large)
+    assert done.returncode == 1
+    (one,) = found.values()
+    assert one["memory_bytes"] > one["memory_limit_bytes"]
+    assert one["memory"]["largest"]
+    assert "too many" in done.stdout
+    assert "model.remat=full" in done.stdout
+
+
+@slow
+def test_scanned_layers_compile_as_fast_whatever_their_number():
+    """32 layers within 1.5 times of 4 (`lab.population`'s own step, for the CPU)."""
+    import time
+
+    import jax
+
+    from llm_jax.core.config import override
+    from llm_jax.core.types import Batch
+    from llm_jax.data.tokenizers import nameless
+    from llm_jax.lab.experiment import Experiment
+    from llm_jax.lab.population import compile_population
+    from llm_jax.models.decoder import Decoder
+
+    def seconds(depth):
+        experiment = override(Experiment(model=Decoder(width=128, depth=depth, layers="scanned")), {"mesh.population": 1})
+        program = compile_population(experiment, 1, nameless(256), devices=jax.devices()[:1])
+        tokens = jax.ShapeDtypeStruct((1, 1, 16, 128), jax.numpy.int32)
+        begun = time.process_time()
+        program.steps.lower(program.values, program.abstract, Batch(tokens, tokens)).compile()
+        return time.process_time() - begun
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        seconds(1)
+        few, many = (min(seconds(depth) for _ in range(2)) for depth in (4, 32))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert many <= 1.5 * few

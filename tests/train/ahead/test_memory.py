@@ -1,0 +1,53 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llm_jax.train.ahead import memory
+
+REPORT = """Memory Space: default (color=0)
+Total bytes: 3000 (2.93KiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+    1.00KiB( 34%);    1.00KiB;      3342336;                7; bf16[8,16], f32[256], 5×f32[16]
+    1.50KiB( 51%);     512.0B;      2224275;                1; f32[128]
+    1.96GiB( 99%);    1.96GiB;            0;                1; f32[4096,128256]
+Memory Space: vmem (color=1)
+Total bytes: 99 (99B)
+    9.00GiB( 34%);    9.00GiB;      3342336;                7; bf16[8,16]
+"""
+
+
+def test_a_device_holds_its_share_of_what_is_split_and_all_of_the_rest():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("fsdp",), ()))
+    tree = {
+        "a": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split),
+        "b": jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=whole),
+    }
+    assert memory.on_device(tree) == 2 * 4 * 4 + 3 * 2
+
+
+def test_parts_add_up_to_what_xla_says():
+    stats = SimpleNamespace(
+        argument_size_in_bytes=1000,
+        temp_size_in_bytes=300,
+        output_size_in_bytes=900,
+        alias_size_in_bytes=880,
+        generated_code_size_in_bytes=7,
+    )
+    found = memory.of_program(stats, {"parameters": 600, "batch": 300}, REPORT)
+    assert found.parts == {"parameters": 600, "batch": 300, "padding": 100, memory.TEMPORARY: 300, "output": 20, "program": 7}
+    assert found.total == 1000 + 300 + 20 + 7
+
+
+def test_what_does_not_fit_is_known_from_the_report_alone():
+    assert memory.of_program(None, {"parameters": 1000}, REPORT).parts == {"parameters": 1000, memory.TEMPORARY: 2000}
+
+
+def test_the_largest_places_of_hbm_the_largest_first():
+    found = memory.largest(REPORT)
+    assert [one.bytes for one in found] == pytest.approx([1.96 * 2**30, 1024, 512])
+    assert found[1].what == "f32[256], bf16[8,16], f32[16]"
