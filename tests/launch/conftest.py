@@ -22,7 +22,7 @@ with open(folder / "lock", "w") as lock:
         if re.search(answer["pattern"], command, re.S) and answer["left"]:
             answer["left"] -= 1
             (folder / "answers").write_text(json.dumps(answers))
-            print(answer["says"], end="")
+            print(answer["says"], end="", file=sys.stderr if answer["code"] else sys.stdout)
             sys.exit(answer["code"])
 """
 

@@ -252,7 +252,7 @@ def wait(done, folder, seconds=60):
     until = time.monotonic() + seconds
     while not done():
         if time.monotonic() > until:
-            raise AssertionError("\n".join(log.read_text()[-2000:] for log in folder.glob("*.log")))
+            raise AssertionError("\n".join(f"{log}\n{log.read_text()[-4000:]}" for log in sorted(folder.rglob("*.log"))))
         time.sleep(0.5)
 
 
@@ -314,8 +314,9 @@ def test_time_that_runs_out(job, cluster, tmp_path):
         subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, capture_output=True)
         return seen("ended", 1) == 2
 
-    wait(lambda: seen("saved", 0) == 2, tmp_path, seconds=120)
-    wait(ended, tmp_path)
+    folder = pathlib.Path(cluster["SLURM_CONF"]).parent
+    wait(lambda: seen("saved", 0) == 2, folder, seconds=120)
+    wait(ended, folder, seconds=200)
     assert (seen("began", 0), seen("told", 0), seen("began", 1), len(events(tmp_path))) == (2, 2, 2, 10)
 
 
@@ -323,9 +324,10 @@ def test_time_that_runs_out(job, cluster, tmp_path):
 def test_one_job_of_an_array_is_told_alone(job, cluster, tmp_path):
     """The array's last job has the array's own number: signals sent by that number would reach all."""
     number = job("--workers=2", "--time=5", run=["--set=wait=true"])
-    wait(lambda: len(events(tmp_path)) == 2, tmp_path)
+    folder = pathlib.Path(cluster["SLURM_CONF"]).parent
+    wait(lambda: len(events(tmp_path)) == 2, folder)
     subprocess.run(["scancel", "--batch", f"--signal={signal.SIGUSR1.value}", f"{number}_1"], env=cluster, check=True)
-    wait(lambda: "saved" in [event for event, *_ in events(tmp_path)], tmp_path)
+    wait(lambda: "saved" in [event for event, *_ in events(tmp_path)], folder)
     told = [mine["SLURM_ARRAY_TASK_ID"] for event, _, mine, _ in events(tmp_path) if event in ("told", "saved")]
     assert told == ["1", "1"]
     subprocess.run(["scancel", number], env=cluster, check=True)

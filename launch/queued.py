@@ -1,0 +1,72 @@
+"""A queued resource of Cloud TPU by gcloud's words: how it is, a command on its hosts, its end."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.command import LaunchError, Shell
+
+GONE = "SUSPENDING", "SUSPENDED", "FAILED", "DELETING"
+TAKEN = "PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING"  # of single nodes
+PATIENCE = 5  # looks at the state after a run that was stopped, which may be ahead of it; tries to connect to new machines
+
+
+class Lost(LaunchError):
+    """The machines were taken away."""
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """A queued resource, by gcloud's words."""
+
+    name: str
+    place: tuple[str, ...]
+    shell: Shell
+    ssh: tuple[str, ...] = ()
+    poll: float = 30.0
+
+    def queued(self, action: str, *words: str) -> list[str]:
+        """A command of gcloud about it."""
+        return ["gcloud", "compute", "tpus", "queued-resources", action, *words, *self.place]
+
+    def state(self) -> str | None:
+        """The queue's state of it, or a node's if that was taken away; None if there is no such resource."""
+        code, said = self.shell.ask(self.queued("describe", self.name, "--format=value(state.state)"), supposed="ACTIVE")
+        if code and re.search(r"NOT_FOUND|not found", said):
+            return None
+        if code:
+            raise LaunchError(f"gcloud does not say how {self.name} is: {said.splitlines()[-1] if said else f'code {code}'}")
+        if said != "ACTIVE" or self.shell.dry:
+            return said
+        listed = ["gcloud", "compute", "tpus", "tpu-vm", "list", "--format=value(name.basename(),state)", *self.place]
+        code, nodes = self.shell.ask(listed, supposed="")
+        mine = re.compile(rf"{re.escape(self.name)}(-\d+)?\s+(\w+)")
+        states = [match[2] for match in map(mine.fullmatch, nodes.splitlines() if not code else []) if match]
+        return next((state for state in states if state in TAKEN), "ACTIVE")
+
+    def everywhere(self, command: str) -> list[str]:
+        """A command of gcloud that runs a line of shell on every host."""
+        return self.queued("ssh", self.name, "--node=all", "--worker=all", f"--command={command}", *self.ssh)
+
+    def on_first(self, command: str) -> list[str]:
+        """The same on the first host of the first slice."""
+        return self.queued("ssh", self.name, "--node=0", "--worker=0", f"--command={command}", *self.ssh)
+
+    def patiently(self, argv: Sequence[str]) -> None:
+        """Runs a command that fails while machines start. Raises `Lost` or `LaunchError`."""
+        for left in reversed(range(PATIENCE)):
+            if self.shell.run(argv) == 0:
+                return
+            if self.state() != "ACTIVE":
+                raise Lost(f"{self.name} was taken away")
+            if left:
+                time.sleep(self.poll)
+        raise LaunchError(f"{shlex.join(argv[:7])} … failed {PATIENCE} times on machines that are there: what it says stands above")
+
+    def delete(self) -> None:
+        """Deletes it with its nodes."""
+        self.shell.do(self.queued("delete", self.name, "--force", "--quiet"))
