@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-PLAYER = """#!{python}
+PLAYER = """#!{python} -IS
 import fcntl, json, os, pathlib, re, sys
 folder, name = pathlib.Path({folder!r}), os.path.basename(sys.argv[0])
 with open(folder / "lock", "w") as lock:
