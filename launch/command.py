@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from absl import flags
@@ -84,6 +84,11 @@ class Shell:
         done = subprocess.run(found(argv), capture_output=True, text=True, check=False)
         return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip()
 
+    def need(self, program: str) -> None:
+        """Raises `LaunchError` if a program that is to run later is not there."""
+        if not self.dry:
+            found([program])
+
     def make(self, folder: pathlib.Path) -> None:
         """Makes a folder on this machine."""
         if self.dry:
@@ -131,11 +136,11 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> tuple[st
     return theirs
 
 
-def verb(argv: Sequence[str], known: Mapping[str, object], usage: str) -> tuple[str, list[str]]:
+def verb(argv: Sequence[str], known: Sequence[str], usage: str) -> tuple[str, list[str]]:
     """The verb that comes first, and the words without it. Raises `LaunchError` for another."""
     word = argv[1] if len(argv) > 1 else ""
     if word in ("--help", "--helpshort", "-h"):
-        return next(iter(known)), list(argv)
+        return known[0], list(argv)
     if word not in known:
         raise LaunchError(f"{argv[0]} begins with one of {', '.join(known)}, got {word!r}\n{usage}")
     return word, [argv[0], *argv[2:]]

@@ -164,10 +164,11 @@ def asked(word: str) -> list[str]:
 
 def pairs(name: str) -> dict[str, str]:
     """A flag's NAME=VALUE words. Raises `LaunchError` for one without =."""
-    for word in FLAGS[name].value:
+    words: list[str] = FLAGS[name].value or []
+    for word in words:
         if "=" not in word:
             raise LaunchError(f"--{name}={word}: write --{name}=NAME=VALUE")
-    return {key: value for key, _, value in (word.partition("=") for word in FLAGS[name].value)}
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
 
 
 def _xpk_type() -> str:

@@ -84,7 +84,7 @@ def supervise(planned: Sequence[Process], *, together: bool, grace: float) -> in
     ended: dict[str, int] = {}  # exit codes, in the order in which they came
     running: dict[str, subprocess.Popen] = {}
     with _signals(asked), contextlib.ExitStack() as logs:
-        logs.callback(lambda: [_kill(child) for name, child in running.items() if name not in ended])
+        logs.callback(_end, running, ended)
         for process in planned:
             running[process.name] = _start(process, front=not running, logs=logs)
         told, deadline = 0, None
@@ -119,6 +119,13 @@ def _collect(planned: Sequence[Process], running: dict[str, subprocess.Popen], e
         _kill(child)
         if code:
             say(f"{process.name} ended with code {code}: {process.log}")
+
+
+def _end(running: dict[str, subprocess.Popen], ended: dict[str, int]) -> None:
+    """Leaves no process behind, whatever went wrong here."""
+    for name, child in running.items():
+        if name not in ended:
+            _kill(child)
 
 
 def _start(process: Process, *, front: bool, logs: contextlib.ExitStack) -> subprocess.Popen:

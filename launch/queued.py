@@ -48,6 +48,14 @@ class Tpu:
         states = [match[2] for match in map(mine.fullmatch, nodes.splitlines() if not code else []) if match]
         return next((state for state in states if state in TAKEN), "ACTIVE")
 
+    def still_there(self) -> None:
+        """Raises `Lost` if it was taken away, and `LaunchError` if it was deleted."""
+        state = self.state()
+        if state is None:
+            raise LaunchError(f"{self.name} was deleted meanwhile")
+        if state != "ACTIVE":
+            raise Lost(f"{self.name} is {state}")
+
     def everywhere(self, command: str) -> list[str]:
         """A command of gcloud that runs a line of shell on every host."""
         return self.queued("ssh", self.name, "--node=all", "--worker=all", f"--command={command}", *self.ssh)
@@ -61,8 +69,7 @@ class Tpu:
         for left in reversed(range(PATIENCE)):
             if self.shell.run(argv) == 0:
                 return
-            if self.state() != "ACTIVE":
-                raise Lost(f"{self.name} was taken away")
+            self.still_there()
             if left:
                 time.sleep(self.poll)
         raise LaunchError(f"{shlex.join(argv[:7])} … failed {PATIENCE} times on machines that are there: what it says stands above")

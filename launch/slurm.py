@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch.command import TEMPLATES, LaunchError, Run, Shell, found, guarded, logs_beside, parse, required, say
+from launch.command import TEMPLATES, LaunchError, Run, Shell, guarded, logs_beside, parse, required, say
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("nodes", 1, "Nodes of a run, or of each worker.", lower_bound=1, flag_values=FLAGS)
@@ -52,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
         )
     logs = pathlib.Path(FLAGS.logs) if FLAGS.logs else logs_beside(run)
     text, shell = script(run, logs.absolute()), Shell(FLAGS.dry_run)
+    shell.need("sbatch")
     shell.make(logs)
     submit = ["sbatch", "--parsable", *(["--wait"] if FLAGS.wait else [])]
     if not FLAGS.dry_run:
-        found(submit)
         say(f"logs will be in {logs}; `scancel --signal=TERM JOB` makes a job save and end")
     return shell.run(submit, given=text)
 

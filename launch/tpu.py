@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -51,8 +51,14 @@ STOPPED = "143"  # of templates/until_stopped.sh
 
 def main(argv: Sequence[str]) -> int:
     """Runs the launcher; returns the exit code. Raises `LaunchError`."""
-    verbs = {"run": run, "create": create, "status": status, "logs": logs, "stop": stop, "delete": delete}
-    word, words = verb(argv, verbs, __doc__ or "")
+    others: dict[str, Callable[[Tpu], int]] = {
+        "create": create,
+        "status": status,
+        "logs": logs,
+        "stop": stop,
+        "delete": delete,
+    }
+    word, words = verb(argv, ["run", *others], __doc__ or "")
     theirs = parse(FLAGS, words, __doc__ or "")
     required(FLAGS, "name", "zone")
     place = (f"--zone={FLAGS.zone}", *([f"--project={FLAGS.project}"] if FLAGS.project else []))
@@ -61,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         return run(tpu, theirs)
     if theirs:
         raise LaunchError(f"{word} runs nothing: leave out what stands after --")
-    return verbs[word](tpu)
+    return others[word](tpu)
 
 
 def run(tpu: Tpu, theirs: tuple[str, ...]) -> int:
@@ -73,7 +79,8 @@ def run(tpu: Tpu, theirs: tuple[str, ...]) -> int:
             f"--workdir={workdir} is on the disk of machines that go away, and that other hosts do not see: name a bucket, "
             "as in --workdir=gs://BUCKET/DIR, or say --shared_disk where all of them mount it"
         )
-    slices(), found_unless_dry(tpu.shell, "gcloud")
+    slices()
+    tpu.shell.need("gcloud")
     for left in reversed(range(FLAGS.retries + 1)):
         try:
             code = attempt(tpu, given)
@@ -128,8 +135,7 @@ def install(tpu: Tpu) -> None:
 def start(tpu: Tpu, command: Sequence[str]) -> None:
     """Begins the run on every host. Raises `Lost` and `LaunchError`."""
     if tpu.shell.run(tpu.everywhere(f"set -- {shlex.join(command)}\n{(TEMPLATES / 'tpu_start.sh').read_text()}")):
-        if tpu.state() != "ACTIVE":
-            raise Lost(f"{tpu.name} was taken away")
+        tpu.still_there()
         raise LaunchError("the run did not start on every host: what they say stands above; `stop` ends it where it did")
 
 
@@ -148,8 +154,7 @@ def outcome(tpu: Tpu) -> int:
         for _ in range(
             PATIENCE
         ):  # stopped, or out of reach: by hand, by the network, or with the machines, which gcloud learns late
-            if tpu.state() != "ACTIVE":
-                raise Lost(f"{tpu.name} was taken away")
+            tpu.still_there()
             time.sleep(tpu.poll)
         if codes and not failed:
             return code
@@ -171,9 +176,11 @@ def create(tpu: Tpu) -> int:
         state = tpu.state()
     seen = None
     while state != "ACTIVE":
-        if state is None or state in GONE or state in TAKEN:
+        if state is None:
+            raise LaunchError(f"{tpu.name} was deleted while it was waited for")
+        if state in GONE or state in TAKEN:
             time.sleep(tpu.poll)
-            raise Lost(f"{tpu.name} is {state or 'gone'}")
+            raise Lost(f"{tpu.name} is {state}")
         if state != seen:
             say(f"{tpu.name} is {state}")
             seen = state
@@ -240,12 +247,6 @@ def pack(shell: Shell, archive: pathlib.Path) -> None:
     with tarfile.open(archive, "w:gz") as tar:
         for name in files:
             tar.add(ROOT / name, name)
-
-
-def found_unless_dry(shell: Shell, program: str) -> None:
-    """Raises `LaunchError` if a program that will be run is not there."""
-    if not shell.dry:
-        found([program])
 
 
 if __name__ == "__main__":
