@@ -1,6 +1,6 @@
 """A SLURM job: one run over nodes, or an array of workers on one ablation. Renders the script and submits it.
 
-python -m launch.slurm --nodes=2 --gpus_per_node=8 --tasks_per_node=8 --time=12:00:00 -- --experiment=FILE --workdir=/nfs/runs/c06
+python -m launch.slurm --nodes=2 --gpus_per_node=8 --time=12:00:00 -- --experiment=FILE --workdir=/nfs/runs/c06
 python -m launch.slurm --workers=10 --time=4:00:00 -- --experiment=FILE --workdir=/nfs/runs/c06
 
 --dry_run prints the script. --grace seconds before the time limit the tasks get SIGTERM, so that they save, and with --requeue (the
@@ -22,8 +22,8 @@ from launch.command import TEMPLATES, LaunchError, Run, Shell, guarded, logs_bes
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("nodes", 1, "Nodes of a run, or of each worker.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("tasks_per_node", 1, "Processes on each: one a GPU, or one for all.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("gpus_per_node", None, "GPUs of each node; its tasks share them out.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("tasks_per_node", None, "Processes on each (default: one a GPU).", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("gpus_per_node", None, "GPUs of each node.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("cpus_per_task", None, "Cores of each process.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("workers", None, "Jobs of an array that share one ablation group by group.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("time", None, "The time limit, as in 30 (minutes), 2:00:00 or 1-12:00:00.", flag_values=FLAGS)
@@ -62,13 +62,16 @@ def main(argv: Sequence[str]) -> int:
 
 def script(run: Run, logs: pathlib.Path) -> str:
     """The batch script, whole."""
-    tasks = FLAGS.nodes * FLAGS.tasks_per_node
+    per_node, gpus = FLAGS.tasks_per_node or FLAGS.gpus_per_node or 1, FLAGS.gpus_per_node
+    if gpus and per_node not in (1, gpus):
+        raise LaunchError(f"--tasks_per_node={per_node} do not share out --gpus_per_node={gpus}: give {gpus} (one a GPU) or 1")
+    tasks = FLAGS.nodes * per_node
     name = FLAGS.name or pathlib.PurePosixPath(run.flag("workdir") or "plan").name
     options = {
         "job-name": name,
         "nodes": FLAGS.nodes,
-        "ntasks-per-node": FLAGS.tasks_per_node,
-        "gpus-per-node": FLAGS.gpus_per_node,  # not a GPU a task: jax tells tasks apart by what all of them see
+        "ntasks-per-node": per_node,
+        "gpus-per-node": gpus,  # not gpus-per-task: JAX takes the GPU of a task's number among all of the node
         "cpus-per-task": FLAGS.cpus_per_task,
         "time": FLAGS.time,
         "partition": FLAGS.partition,
@@ -90,6 +93,7 @@ def script(run: Run, logs: pathlib.Path) -> str:
         "",
         *FLAGS.before,
         "export PYTHONUNBUFFERED=1",
+        *([f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}"] if gpus and per_node == 1 else []),
         f"requeue={'yes' if FLAGS.requeue else 'no'}",
         f"command=({shlex.join([*step, *run.argv(FLAGS.python, *own)])})",
         "",

@@ -126,7 +126,7 @@ def install(tpu: Tpu) -> None:
     """Copies the code to every host and makes its environment. Raises `Lost` and `LaunchError`."""
     with tempfile.TemporaryDirectory() as folder:
         archive = pathlib.Path(folder) / "llm_jax.tar.gz"
-        pack(tpu.shell, archive)
+        pack(tpu.shell, archive, FLAGS.ref)
         tpu.patiently(tpu.queued("scp", str(archive), f"{tpu.name}:llm_jax.tar.gz", "--node=all", "--worker=all", *tpu.ssh))
     values = f"python={shlex.quote(FLAGS.python)} extras={shlex.quote(','.join(FLAGS.extras))}"
     tpu.patiently(tpu.everywhere(f"{values}\n{(TEMPLATES / 'tpu_install.sh').read_text()}"))
@@ -233,10 +233,10 @@ def slices() -> accelerators.Slice:
     return slice_
 
 
-def pack(shell: Shell, archive: pathlib.Path) -> None:
-    """The code, as --ref or the working tree has it: what git knows, and new files that it does not ignore."""
-    if FLAGS.ref:
-        shell.do(["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", FLAGS.ref])
+def pack(shell: Shell, archive: pathlib.Path, ref: str | None) -> None:
+    """The code: what git knows in a commit, or in the working tree with new files that are not ignored."""
+    if ref:
+        shell.do(["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", ref])
         return
     listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(found(listing), capture_output=True, text=True, check=True).stdout.split("\0")

@@ -46,7 +46,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_run_over_nodes(programs, here):
-    words = ["--nodes=4", "--tasks_per_node=8", "--gpus_per_node=8", "--cpus_per_task=12", "--time=1-12:00:00"]
+    words = ["--nodes=4", "--gpus_per_node=8", "--cpus_per_task=12", "--time=1-12:00:00"]
     words += [
         "--partition=gpu",
         "--account=lab",
@@ -76,6 +76,15 @@ def test_a_run_over_nodes(programs, here):
     assert command(script, here) == [*told, "python", "-m", "llm_jax", "run", "--workdir=runs/w", *AWKWARD, "--distributed"]
     assert "\nmodule load cuda\n" in script and (here / "runs" / "w-logs").is_dir()
     check(script)
+
+
+def test_one_process_for_all_gpus_of_a_node_is_told_so(programs, here):
+    """JAX would take one GPU a task by itself."""
+    words = ("--gpus_per_node=4", "--time=60")
+    script, _ = submitted(programs, *words, "--tasks_per_node=1")
+    assert "\nexport JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in script and "--ntasks-per-node=1" in options(script)
+    script, _ = submitted(programs, *words)
+    assert "JAX_LOCAL_DEVICE_IDS" not in script and "--ntasks-per-node=4" in options(script)
 
 
 def test_an_array_of_workers(programs, here):
@@ -133,6 +142,7 @@ def test_no_time_limits(limit):
         (("--time=1",), "--time=1 leaves no time before --grace=120 s"),
         (("--time=60", "--sbatch=--comment=a\nb"), "line break"),
         (("--time=60", "--nodes=0"), "--nodes=0"),
+        (("--time=60", "--gpus_per_node=8", "--tasks_per_node=4"), "give 8 (one a GPU) or 1"),
     ],
 )
 def test_mistakes_are_one_sentence(programs, here, capsys, words, sentence):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import time
 
 import pytest
 
-from launch import tpu
-from launch.command import ROOT, TEMPLATES, LaunchError
+from launch import accelerators, tpu
+from launch.command import ROOT, TEMPLATES, LaunchError, Shell
 from tests.launch.conftest import launched
 from tests.launch.shell import check
 
@@ -35,12 +36,6 @@ def actions(programs):
             action = next(kind for part, kind in kinds.items() if part in command)
         words.append(action)
     return words
-
-
-def on_hosts(programs, part):
-    """The line of shell that hosts were to run, by a part of it."""
-    commands = [word for call in programs.calls() for word in call if word.startswith("--command=") and part in word]
-    return commands[-1].removeprefix("--command=")
 
 
 def test_from_nothing_to_the_end(programs, capsys):
@@ -225,46 +220,44 @@ def until(done, seconds=10):
     raise AssertionError("it did not come")
 
 
-def lines(programs):
-    """The start, follow, await and stop lines that hosts are given for a run."""
-    programs.answer("describe", "ACTIVE")
-    programs.answer("ended with", "ended with 0\n")
-    assert launched(tpu, "run", *HERE, "--topology=v5e:4x4", "--env=A=b c$d", "--worker", run=RUN) == 0
-    assert launched(tpu, "stop", *HERE, run=()) == 0
-    return [on_hosts(programs, part) for part in ("setsid", "tail -n", "ended with", "kill -TERM", "|| true")]
+def lines(capsys, *words):
+    """The lines that hosts are given for a run, and for its stop, as a dry run prints them: part of it → line."""
+    assert launched(tpu, "run", *HERE, "--topology=v5e:4x4", "--env=A=b c$d", "--worker", "--dry_run", *words, run=RUN) == 0
+    assert launched(tpu, "stop", *HERE, "--dry_run", run=()) == 0
+    printed = [word for word in shlex.split(capsys.readouterr().out) if word.startswith("--command=")]
+    parts = "uv pip", "setsid", "tail -n", "ended with", "kill -TERM", "|| true"
+    return {part: next(word for word in printed if part in word).removeprefix("--command=") for part in parts}
 
 
-def test_a_host_runs_the_words_verbatim(programs, host):
-    start, follow, wait, _, going = lines(programs)
-    check(start)
-    begun = host(start, CODE="5")
+def test_a_host_runs_the_words_verbatim(host, capsys):
+    line = lines(capsys)
+    check(line["setsid"])
+    begun = host(line["setsid"], CODE="5")
     assert begun.returncode == 0, begun.stderr
-    done = host(wait)
-    assert done.stdout == "ended with 5\n"
-    assert host(follow).stdout == "began\n"
+    assert host(line["ended with"]).stdout == "ended with 5\n"
+    assert host(line["tail -n"]).stdout == "began\n"
     told, value = json.loads((host.home / "llm_jax" / "argv").read_text())
     assert told == ["-m", "llm_jax", "run", *RUN, "--worker", "--distributed"] and value == "b c$d"
-    assert host(going).stdout == ""
+    assert host(line["|| true"]).stdout == ""
 
 
-def test_a_host_that_is_stopped_lets_the_run_save_and_says_so(programs, host):
-    start, follow, wait, stop, going = lines(programs)
-    assert host(start, WAIT="60").returncode == 0
+def test_a_host_that_is_stopped_lets_the_run_save_and_says_so(host, capsys):
+    line = lines(capsys)
+    assert host(line["setsid"], WAIT="60").returncode == 0
     until(lambda: "began" in (host.home / "llm_jax" / "run.log").read_text())
     wanted = " ".join(["env", "A=b c$d", ".venv/bin/python", "-m", "llm_jax", "run", *RUN, "--worker", "--distributed"])
-    assert host(going).stdout == wanted + "\n"
-    again = host(start)
+    assert host(line["|| true"]).stdout == wanted + "\n"
+    again = host(line["setsid"])
     assert again.returncode == 3 and "a run is going on here already" in again.stderr
-    assert host(stop).returncode == 0
-    assert host(wait).stdout == "ended with 143\n"
-    assert host(follow).stdout == "began\nsaved\n"
+    assert host(line["kill -TERM"]).returncode == 0
+    assert host(line["ended with"]).stdout == "ended with 143\n"
+    assert host(line["tail -n"]).stdout == "began\nsaved\n"
 
 
-def test_the_code_is_copied_and_installed(programs, host, tmp_path, monkeypatch):
+def test_the_code_is_copied_and_installed(host, tmp_path, capsys):
     """The archive is the working tree without what git ignores; installing it keeps the environment and nothing else."""
-    seen = tmp_path / "seen.tar.gz"
-    monkeypatch.setattr(tpu, "pack", lambda shell, archive, pack=tpu.pack: (pack(shell, archive), shutil.copy(archive, seen)))
-    lines(programs)
+    seen, install = tmp_path / "seen.tar.gz", lines(capsys)["uv pip"]
+    tpu.pack(Shell(), seen, None)
     with tarfile.open(seen) as tar:
         names = set(tar.getnames())
     assert {"setup.py", "llm_jax/__main__.py", "launch/tpu.py", "launch/templates/until_stopped.sh"} <= names
@@ -275,7 +268,6 @@ def test_the_code_is_copied_and_installed(programs, host, tmp_path, monkeypatch)
     uv.parent.mkdir()
     uv.write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
     uv.chmod(0o755)
-    install = on_hosts(programs, "uv pip")
     check(install)
     done = host(install, PATH=f"{uv.parent}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
@@ -285,15 +277,8 @@ def test_the_code_is_copied_and_installed(programs, host, tmp_path, monkeypatch)
     assert not (host.home / "llm_jax" / "left over").exists()
 
 
-def test_a_commit_is_packed(programs, tmp_path):
-    from launch.command import Shell
-
-    tpu.FLAGS([tpu.__name__, "--ref=HEAD"])
-    try:
-        tpu.pack(Shell(), tmp_path / "code.tar.gz")
-    finally:
-        tpu.FLAGS.unparse_flags()
-        tpu.FLAGS["ref"].unparse()
+def test_a_commit_is_packed(tmp_path):
+    tpu.pack(Shell(), tmp_path / "code.tar.gz", "HEAD")
     with tarfile.open(tmp_path / "code.tar.gz") as tar:
         tracked = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
         assert {member.name for member in tar.getmembers() if member.isfile()} == set(tracked.splitlines())
@@ -314,8 +299,6 @@ def test_until_stopped(tmp_path, number, code):
 
 
 def test_topologies():
-    from launch import accelerators
-
     slice_ = accelerators.parse("v5p:4x4x8")
     assert (slice_.chips, slice_.type, slice_.nodes(None)) == (128, "v5p-256", (32, 4))
     assert accelerators.parse("v6e:1x1").nodes(None) == (1, 1) and accelerators.parse("v6e:2x4").nodes(8) == (1, 8)
