@@ -104,6 +104,20 @@ def test_processes_get_the_words_verbatim_and_one_coordinator(start, tmp_path):
     assert "started 0" in out and "started 1" not in out, "one in front"
 
 
+@pytest.mark.slow
+def test_jax_finds_the_other_process_by_the_flags(start):
+    body = """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    from jax.experimental import multihost_utils
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(flags["coordinator"], int(flags["processes"]), index)
+    print("found", multihost_utils.process_allgather(jax.numpy.array([index])).ravel().tolist())
+    """
+    out, _ = start("--processes=2", body=body).communicate(timeout=120)
+    assert "found [0, 1]" in out
+
+
 def test_workers_get_the_flag_alone(start, tmp_path):
     child = start("--workers=2", body="")
     child.communicate(timeout=30)

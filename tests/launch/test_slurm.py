@@ -266,15 +266,27 @@ def wait(done, folder, seconds=60):
         time.sleep(0.5)
 
 
+JAX = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+from jax.experimental import multihost_utils
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize()
+everyone = multihost_utils.process_allgather(jax.numpy.array([jax.process_index()]))
+print("found", jax.process_index(), everyone.ravel().tolist(), flush=True)
+"""
+
+
 @pytest.fixture
 def job(cluster, tmp_path):
     """Submits through the launcher in a folder whose `llm_jax` is a program of the test's; returns its output."""
     (tmp_path / "llm_jax").mkdir()
     (tmp_path / "llm_jax" / "__init__.py").touch()
-    (tmp_path / "llm_jax" / "__main__.py").write_text(PROGRAM)
     (tmp_path / "work folder").mkdir()
 
-    def submit(*words, run=()):
+    def submit(*words, run=(), program=PROGRAM):
+        (tmp_path / "llm_jax" / "__main__.py").write_text(program)
         ours = [sys.executable, "-m", "launch.slurm", f"--python={sys.executable}", *words]
         env = cluster | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
         done = subprocess.run(
@@ -302,6 +314,14 @@ def test_two_tasks_see_each_other(job, tmp_path):
     assert all(argv == ["run", "--workdir=work folder", *AWKWARD, "--distributed"] for *_, argv in began)
     assert len([event for event in events(tmp_path) if event[0] == "ended"]) == 2
     assert list((tmp_path / "work folder-logs").glob("two tasks-*.log"))
+
+
+@pytest.mark.slow
+def test_jax_finds_the_other_tasks_by_itself(job, tmp_path):
+    job("--tasks_per_node=2", "--time=5", "--wait", program=JAX)
+    (log,) = (tmp_path / "work folder-logs").glob("*.log")
+    found = [line for line in log.read_text().splitlines() if "found" in line]
+    assert sorted(found) == ["0: found 0 [0, 1]", "1: found 1 [0, 1]"]
 
 
 @pytest.mark.slow

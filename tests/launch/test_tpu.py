@@ -84,14 +84,14 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("before", list(LOST))
-def test_machines_that_are_taken_away_are_made_again(programs, before, capsys):
+@pytest.mark.parametrize("before,capacity", [*((case, "spot") for case in LOST), ("it saved", "on-demand")])
+def test_machines_that_are_taken_away_are_made_again(programs, before, capacity, capsys):
     for pattern, says, code, times in LOST[before]:
         programs.answer(pattern, says, code, times)
     programs.answer("describe", "NOT_FOUND", code=1, times=1)
     programs.answer("describe", "ACTIVE")
     programs.answer("ended with", "ended with 0\n")
-    assert launched(tpu, "run", *HERE, "--topology=v5e:4x4", "--capacity=spot", "--retries=1", run=RUN) == 0
+    assert launched(tpu, "run", *HERE, "--topology=v5e:4x4", f"--capacity={capacity}", "--retries=1", run=RUN) == 0
     done = actions(programs)
     assert done.count("delete") == 1
     again = done[done.index("delete") + 1 :]
