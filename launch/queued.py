@@ -26,6 +26,7 @@ class Tpu:
     name: str
     place: tuple[str, ...]
     shell: Shell
+    slices: int = 1
     ssh: tuple[str, ...] = ()
     poll: float = 30.0
 
@@ -44,9 +45,9 @@ class Tpu:
             return said
         listed = ["gcloud", "compute", "tpus", "tpu-vm", "list", "--format=value(name.basename(),state)", *self.place]
         code, nodes = self.shell.ask(listed, supposed="")
-        mine = re.compile(rf"{re.escape(self.name)}(-\d+)?\s+(\w+)")
-        states = [match[2] for match in map(mine.fullmatch, nodes.splitlines() if not code else []) if match]
-        return next((state for state in states if state in TAKEN), "ACTIVE")
+        states = dict(line.split() for line in nodes.splitlines() if len(line.split()) == 2 and not code)
+        mine = [self.name] if self.slices == 1 else [f"{self.name}-{index}" for index in range(self.slices)]
+        return next((states[node] for node in mine if states.get(node) in TAKEN), "ACTIVE")
 
     def still_there(self) -> None:
         """Raises `Lost` if it was taken away, and `LaunchError` if it was deleted."""

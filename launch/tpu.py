@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     theirs = parse(FLAGS, words, __doc__ or "")
     required(FLAGS, "name", "zone")
     place = (f"--zone={FLAGS.zone}", *([f"--project={FLAGS.project}"] if FLAGS.project else []))
-    tpu = Tpu(FLAGS.name, place, Shell(FLAGS.dry_run), tuple(FLAGS.ssh), FLAGS.poll)
+    tpu = Tpu(FLAGS.name, place, Shell(FLAGS.dry_run), FLAGS.slices, tuple(FLAGS.ssh), FLAGS.poll)
     if word == "run":
         return run(tpu, theirs)
     if theirs:
@@ -179,6 +179,7 @@ def create(tpu: Tpu) -> int:
         if state is None:
             raise LaunchError(f"{tpu.name} was deleted while it was waited for")
         if state in GONE or state in TAKEN:
+            tpu.shell.run(tpu.queued("describe", tpu.name))  # which says why
             time.sleep(tpu.poll)
             raise Lost(f"{tpu.name} is {state}")
         if state != seen:

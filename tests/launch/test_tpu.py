@@ -80,8 +80,17 @@ LOST = {
     ],
     "before it began": [("setsid", "", 255, 1), ("describe", "ACTIVE", 0, 1), ("describe", "SUSPENDED", 0, 1)],
     "before the code was there": [("scp", "", 1, 1), ("describe", "ACTIVE", 0, 1), ("describe", "FAILED", 0, 1)],
-    "while it was waited for": [("describe", "NOT_FOUND", 1, 1), ("describe", "PROVISIONING", 0, 1), ("describe", "FAILED", 0, 1)],
+    "while it was waited for": [("describe", "NOT_FOUND", 1, 1), ("describe", "PROVISIONING", 0, 1), ("describe", "FAILED", 0, 2)],
 }
+
+
+def test_a_slice_that_is_taken_away(programs, capsys):
+    """One of the two nodes of this resource, not that of another whose name looks like it."""
+    programs.answer("describe", "ACTIVE")
+    programs.answer("tpu-vm list", "c06-0\tREADY\nc06-1\tPREEMPTED\nc06-2\tSTOPPED\nc06\tTERMINATED\n")
+    assert launched(tpu, "status", *HERE, "--slices=2", run=()) == 0 and capsys.readouterr().out == "PREEMPTED\n"
+    assert launched(tpu, "status", *HERE, run=()) == 0 and capsys.readouterr().out == "TERMINATED\n"
+    assert launched(tpu, "status", "--name=c0", *HERE[1:], run=()) == 0 and capsys.readouterr().out == "ACTIVE\n"
 
 
 @pytest.mark.parametrize("before,capacity", [*((case, "spot") for case in LOST), ("it saved", "on-demand")])
