@@ -240,8 +240,10 @@ def pack(shell: Shell, archive: pathlib.Path, ref: str | None) -> None:
         shell.do(["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", ref])
         return
     listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(found(listing), capture_output=True, text=True, check=True).stdout.split("\0")
-    files = sorted({name for name in names if (ROOT / name).is_file()})
+    listed = subprocess.run(found(listing), capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise LaunchError(f"{ROOT} is no working tree of git's, which says what belongs to the code: launch from a clone")
+    files = sorted({name for name in listed.stdout.split("\0") if (ROOT / name).is_file()})
     if shell.dry:
         print(f"# {archive}: {len(files)} files of {ROOT}, which git knows or does not ignore")
         return

@@ -293,6 +293,12 @@ def test_a_commit_is_packed(tmp_path):
         assert {member.name for member in tar.getmembers() if member.isfile()} == set(tracked.splitlines())
 
 
+def test_code_that_is_no_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu, "ROOT", tmp_path)
+    with pytest.raises(LaunchError, match="is no working tree of git's"):
+        tpu.pack(Shell(), tmp_path / "code.tar.gz", None)
+
+
 @pytest.mark.parametrize("number,code", [(None, 4), (signal.SIGTERM, 143)])
 def test_until_stopped(tmp_path, number, code):
     """The exit code of the command, or 143 if it was told to stop, whatever it makes of that."""
