@@ -160,5 +160,10 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}: name another place, as with --logs", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.dry_run:
         for process in planned:
             words = [f"{name}={shlex.quote(value)}" for name, value in process.env.items()]
-            print(" ".join([*words, shlex.join(process.argv)]), f"> {shlex.quote(str(process.log))} 2>&1", end=" &\n")
+            log, front = shlex.quote(str(process.log)), process is planned[0]
+            print(*words, shlex.join(process.argv), f"2>&1 | tee -a {log} &" if front else f">>{log} 2>&1 &")
         return 0
     return supervise(planned, together=FLAGS.processes is not None, grace=FLAGS.grace)
 

@@ -196,6 +196,7 @@ def test_dry_run_starts_nothing_and_prints_what_a_shell_can_run(start, tmp_path)
         (("--processes=0",), ("--workdir=w",), "--processes=0"),
         (("--prosesses=2",), ("--workdir=w",), "Did you mean: processes"),
         (("--processes=2", "--workdir=w"), (), "workdir"),
+        (("--processes=2", "--logs=/proc/no/such"), ("--workdir=w",), "/proc/no"),
         (("--processes=2", "--python=no-such-python"), ("--workdir=w",), "no-such-python is not on PATH"),
     ],
 )
