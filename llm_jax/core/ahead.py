@@ -32,8 +32,13 @@ class Ahead:
         if _key(args) not in self._programs:
             self._programs[_key(args)] = pool.submit(contextvars.copy_context().run, self._compile, args)
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
+    def trace(self, *args: Any) -> jax.stages.Traced:
         """The traced program, as of `jax.jit`."""
+        with self._where():
+            return self._function.trace(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The lowered program."""
         with self._where():
             return self._function.lower(*args)
 

@@ -23,7 +23,7 @@ from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.population import Compiled, check_rows, compile_population, layout
+from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout
 from llm_jax.models import count
 from llm_jax.train.ahead import collectives, flops, hlo, memory, operations, roofline
 from llm_jax.train.ahead.collectives import Collective
@@ -116,7 +116,7 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
         raise ConfigError(
             "asks a trained model, which is not there yet: leave the arm out, or compile it without", "objective.teacher"
         )
-    check_rows(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0].sizes)
+    check_mesh(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0])
     with platform.targeting("tpu"):
         compiled = compile_population(experiment, members, declared(experiment), devices=devices_of(topology))
         return _examined(experiment, compiled, topology)
@@ -125,8 +125,7 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
 def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) -> Examined:
     steps, vocabulary = _dispatch(experiment), declared(experiment).vocabulary
     batch, values = _batch(experiment, compiled, steps), _values(compiled)
-    with jax.set_mesh(compiled.mesh):
-        traced = compiled.steps._function.trace(values, compiled.abstract, batch)
+    traced = compiled.steps.trace(values, compiled.abstract, batch)
     machine, begun = flops.of_jaxpr(traced.jaxpr), time.perf_counter()
     text, report, stats = _compiled(traced.lower())
     seconds = time.perf_counter() - begun
