@@ -10,13 +10,14 @@ from __future__ import annotations
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from absl import flags
 
 from llm_jax.cli.declared import declared, define
 from llm_jax.cli.terminal import console, parse, within
-from llm_jax.core import platform
+from llm_jax.core import distributed, platform
 from llm_jax.core.config import ConfigError
 from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
@@ -63,6 +64,15 @@ flags.DEFINE_boolean(
     "deterministic", False, "The same command on the same devices gives the same bits (CPU, TPU: always).", flag_values=FLAGS
 )
 flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps of each arm, for the report and XProf.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "This is one of several processes that train together, as SLURM, Open MPI, GKE or Cloud TPU says in the environment.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes, where nothing says it.", flag_values=FLAGS)
+flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 LEASE = 60.0  # seconds
@@ -74,16 +84,35 @@ def main(argv: Sequence[str]) -> int:
     parse(FLAGS, argv)
     try:
         with interruptions():
-            return _run(argv)
+            code = _run(argv)
+        distributed.end()
+        return code
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr, flush=True)
+        if distributed.leads():
+            print(interrupted, file=sys.stderr, flush=True)
         if interrupted.step is None:
             leave_at_once(interrupted.code)  # threads may be compiling, for minutes
+        distributed.end()
         return interrupted.code
+
+
+def _join() -> None:
+    """Meets the other processes of the job, if there are any. Raises `ConfigError` where it is one of many and was not told."""
+    given = {"coordinator": FLAGS.coordinator, "processes": FLAGS.processes, "process": FLAGS.process}
+    if FLAGS.distributed or any(value is not None for value in given.values()):
+        if FLAGS.worker:
+            raise ConfigError("trains with others, and --worker for itself: leave one of them out", "--distributed")
+        distributed.start(**given)
+    elif not FLAGS.worker and (many := distributed.one_of_many()):
+        raise ConfigError(
+            f"this is {many}, and was not told so: start all with --distributed, to train together, or with --worker, to share the "
+            "trials among them"
+        )
 
 
 def _run(argv: Sequence[str]) -> int:
     platform.setup(deterministic=FLAGS.deterministic)
+    _join()
     platform.require_devices()
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report
@@ -99,10 +128,11 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
+    trials = None if distributed.leads() else tempfile.mkdtemp(prefix="llm_jax-")
     watchdog = Watchdog(pathlib.Path(FLAGS.workdir or "."), FLAGS.watchdog, FLAGS.watchdog_exits)
     runner = Runner(
         ablation,
-        WorkFolder(FLAGS.workdir or "."),
+        WorkFolder(FLAGS.workdir or ".", trials=trials),
         command=command,
         scale=scale,
         largest=FLAGS.population,
@@ -110,6 +140,7 @@ def _run(argv: Sequence[str]) -> int:
         lease=lease,
         watchdog=watchdog,
         profiled=_steps(FLAGS.profile),
+        **({} if distributed.leads() else {"note": lambda text: None}),
     )
     if FLAGS.plan:
         runner.check()
@@ -119,7 +150,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     try:
         results = runner.run()
-        summary = report.write([FLAGS.workdir], FLAGS.workdir)
+        summary = report.write([FLAGS.workdir], FLAGS.workdir) if distributed.leads() else None
     except OSError as error:
         if not is_full(error) or not within(error.filename or FLAGS.workdir, FLAGS.workdir):
             raise
@@ -128,8 +159,9 @@ def _run(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    console().print(report.table(summary))
-    print(f"report: {FLAGS.workdir}/report.html")
+    if summary is not None:
+        console().print(report.table(summary))
+        print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
 
 

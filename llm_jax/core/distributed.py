@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llm_jax.core.config import ConfigError
@@ -24,6 +24,7 @@ PATIENCE = 300  # seconds that processes wait for each other where all must meet
 
 _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
+NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
 
 class Missing(RuntimeError):
@@ -57,13 +58,25 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
         raise ConfigError(f"cannot join the other processes within {PATIENCE} s ({reason}): {ways}", "--distributed") from None
     if several():
         _client().key_value_set(f"llm_jax/hosts/{index()}", f"{socket.gethostname()}, pid {os.getpid()}")
-        threading.Thread(target=_watch, name="other processes", daemon=True).start()
+        _watcher.start()
 
 
 def end() -> None:
-    """Waits for the others before this process, which has done its part, exits. Raises `Missing`."""
+    """Waits for the others before this process, which has done its part, exits; the first is the last to. Raises `Missing`."""
+    if not several():
+        return
+    import jax
+
     _leaving.set()
     meet("the end")
+    if leads():
+        _client().key_value_set(NOTHING, "")  # so that nobody waits for it any longer
+    _watcher.join(HEARTBEAT)
+    _client().key_value_set(f"llm_jax/left/{index()}", "")
+    while leads() and _absent("llm_jax/left"):
+        time.sleep(0.05)
+    time.sleep(0.5 * leads())  # in which the last of them says goodbye
+    jax.distributed.shutdown()
 
 
 def one_of_many() -> str | None:
@@ -143,6 +156,30 @@ def agreed(what: str, value: Any) -> Any:
         raise Missing(f"waited {PATIENCE} s for {_names([0])} to say {what!r}") from error
 
 
+def led(what: str, act: Callable[[], Any]) -> Any:
+    """What `act`, called on the first process alone, returns there, as JSON; a `ConfigError` of it is everyone's."""
+    said: dict[str, Any] = {}
+    if leads():
+        try:
+            said = {"result": act()}
+        except ConfigError as error:
+            agreed(what, {"error": str(error)})
+            raise
+    said = agreed(what, said)
+    if "error" in said:
+        raise ConfigError(said["error"])
+    return said["result"]
+
+
+def failed_together(what: str) -> bool:
+    """After an error of this process: whether all have had one; alone it is the only one."""
+    try:
+        meet(what, seconds=2 * HEARTBEAT)  # `_watch` ends the process before, if another is gone
+    except Missing:
+        return False
+    return True
+
+
 def first_said(what: str, value: str | None) -> str | None:
     """Of what all processes say, that of the first that says something; None: none does. Raises `Missing`."""
     return next((own for own in _everyones(what, value or "") if own), None) if several() else value
@@ -165,12 +202,6 @@ def _everyones(what: str, value: str) -> list[str]:
     meet(what)
     found = {int(key.rpartition("/")[2]): own for key, own in _client().key_value_dir_get(name)}
     return [found[process] for process in range(count())]
-
-
-def settle() -> None:
-    """After an error of this process, which may come from another's death: returns if, as far as can be known, all are there."""
-    if several():
-        time.sleep(1.5 * HEARTBEAT)  # `_watch` ends the process before
 
 
 def leave(code: int) -> None:
@@ -197,10 +228,13 @@ def _watch() -> None:
             leave(1)
 
 
+_watcher = threading.Thread(target=_watch, name="other processes", daemon=True)
+
+
 def _pause(seconds: float) -> None:
     """Waits, but learns at once when the service is gone."""
     try:
-        _client().blocking_key_value_get("llm_jax/nothing", int(seconds * 1000))
+        _client().blocking_key_value_get(NOTHING, int(seconds * 1000))
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise

@@ -17,7 +17,8 @@ class Progress:
     """A context that shows steps, loss, tokens/s, model FLOP/s, its share of the peak (MFU) and the time left.
 
     flops_per_step, tokens_per_step: of the whole program; overall: (runs done, all runs); beside: says what changes meanwhile, to
-    stand beside the title; plain lines come at most every `interval` seconds. Everything goes to standard error.
+    stand beside the title; plain lines come at most every `interval` seconds. shown: whether anything is.
+    Everything goes to standard error.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Progress:
         beside: Callable[[], str] = lambda: "",
         interval: float = 10.0,
         file: IO[str] | None = None,
+        shown: bool = True,
     ):
         self.total, self.title, self.overall, self.interval = total_steps, title, overall, interval
         self.beside = beside
         self.flops, self.tokens, self.peak = flops_per_step, tokens_per_step, peak_flops
-        self.console = Console(file=file or sys.stderr)
+        self.console = Console(file=file or sys.stderr, quiet=not shown)
         self.live: Live | None = None
         self.last_line = 0.0
 

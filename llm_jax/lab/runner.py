@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import pathlib
 import shutil
@@ -14,8 +15,8 @@ from typing import Any
 
 import jax
 
-from llm_jax.core import platform
-from llm_jax.core.config import ConfigError, nearest, to_json
+from llm_jax.core import distributed, platform
+from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
@@ -119,15 +120,19 @@ class Runner:
 
     def run(self) -> list[dict[str, Any]]:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
-        self.check()
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        with self.folder.alone(workers=self.lease is not None):
+        distributed.require_same("the code", json.dumps(results.versions() | {"code": results.code()}))
+        distributed.require_same("the experiment", fingerprint([to_json(e) for e in arms.values()]))
+        self.check()
+        with self.folder.alone(workers=self.lease is not None) if distributed.leads() else contextlib.nullcontext():
             corpora = {arm: self.sources.of(e).identity for arm, e in arms.items()}
             tokenizers = {arm: self.sources.of(e).tokenizer.fingerprint for arm, e in arms.items()}
-            self.folder.claim(self.ablation, corpora=corpora, tokenizers=tokenizers, scale=self.scale)
+            given = {"corpora": corpora, "tokenizers": tokenizers, "scale": self.scale}
+            distributed.led("the work folder", lambda: self.folder.claim(self.ablation, **given))
+            distributed.require_same("what is read", fingerprint([corpora, tokenizers]))
             with self._scheduled():
                 tuned = self._all(plan.tuning_runs(self.ablation))
-                best = plan.winners(self.ablation, tuned)
+                best = distributed.agreed("winners", plan.winners(self.ablation, tuned))
                 for arm in arms:
                     if arm not in best:
                         why = "no point of the grid trained to the end, so there is no winner to train on fresh seeds"
@@ -150,7 +155,7 @@ class Runner:
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         self.schedule.finish(runs, self._grouped, self._train)
         finished = [result for run in runs if (result := self.folder.result(run.name)) is not None]
-        self.failures += len(runs) - len(finished)
+        self.failures += distributed.agreed("failures", len(runs) - len(finished))
         return finished
 
     def _train(self, members: Sequence[Run], overall: tuple[int, int]) -> bool:
@@ -162,9 +167,9 @@ class Runner:
             raise
         except Exception as error:  # one broken group must not lose the others
             self.schedule.confirm()  # who trains it now may have taken away what it needed
-            if is_full(error):
+            if is_full(error) or not distributed.failed_together(group.name):
                 raise  # nothing could be written down about any of them
-            if len(members) > 1 and platform.is_exhausted(error):
+            if len(members) > 1 and distributed.agreed("no room", platform.is_exhausted(error)):
                 self.note(f"{group.title} does not fit in memory: trying half of them at a time")
                 self.folder.forget(group.name)
                 return False
@@ -252,11 +257,13 @@ class Group:
             peak_flops=peak,
             overall=overall,
             beside=self.runner.schedule.beside,
+            shown=distributed.leads(),
         ) as progress:
             checkpointer = self._checkpointer(progress)
             session = self._session(trackers, checkpointer, progress, rhythm)
             try:
-                final = fit(program, lambda start: self.source.feed(seeds, rhythm.dispatch, start), rhythm, session)
+                feed = lambda start: self.source.feed(seeds, rhythm.dispatch, start, compiled.host)  # noqa: E731
+                final = fit(program, feed, rhythm, session)
             finally:
                 checkpointer.close()
                 for tracker in trackers:
@@ -269,7 +276,10 @@ class Group:
                 continue
             if result["status"] == "diverged":
                 self.runner.note(f"{run.arm}, {run.phase}, {dict(run.nuisance)}, seed {run.seed}: diverged")
-        if self.runs[0].phase == "tune":  # nobody asks for the parameters of a trial that only chose a learning rate
+        distributed.meet("the end of a group")
+        if (
+            self.runs[0].phase == "tune" and distributed.leads()
+        ):  # nobody asks for the parameters of a trial that only chose a learning rate
             shutil.rmtree(self.runner.folder.group(self.name), ignore_errors=True)
 
     def failed(self, error: Exception) -> None:
@@ -318,7 +328,7 @@ class Group:
         arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
         safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
         folder = self.runner.folder.path / profile.FOLDER / safe
-        if self.runner.profiled is None or (folder / profile.SUMMARY).exists():
+        if self.runner.profiled is None or not distributed.leads() or (folder / profile.SUMMARY).exists():
             return Profiler()
         return Profiler(folder, *self.runner.profiled, label=arms)
 

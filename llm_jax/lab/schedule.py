@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llm_jax.core.config import ConfigError, fingerprint
+from llm_jax.core.distributed import agreed
 from llm_jax.lab.claims import Claim, Crew, Lapsed
 from llm_jax.lab.plan import Run
 from llm_jax.lab.population import structure
@@ -52,16 +53,18 @@ def halves(runs: Sequence[Run]) -> list[Sequence[Run]]:
 
 @dataclass(frozen=True)
 class Alone:
-    """One process, which nobody disturbs."""
+    """One job, of one process or several that train together, which nobody disturbs."""
 
     folder: WorkFolder
     worker: str | None = None
 
     def finish(self, runs: Sequence[Run], grouped: Grouped, train: Train) -> None:
-        """Trains group after group."""
-        waiting = [run for run in runs if self.folder.result(run.name) is None]
+        """Trains group after group, those that the first of several processes says."""
+        known = {run.name: run for run in runs}
+        waiting = [known[n] for n in agreed("runs", [run.name for run in runs if self.folder.result(run.name) is None])]
         left = {run.name for run in waiting}
-        stack: list[Sequence[Run]] = [*grouped(runs, waiting)[::-1]]
+        groups = agreed("groups", [[run.name for run in group] for group in grouped(runs, waiting)])
+        stack: list[Sequence[Run]] = [[known[name] for name in group] for group in reversed(groups)]
         while stack:
             members = stack.pop()
             if train(members, (len(runs) - len(left), len(runs))):

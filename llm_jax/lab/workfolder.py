@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError, to_json
 from llm_jax.core.whole import NO_LINKS, write_new, write_whole
 from llm_jax.io.shared import Shared
@@ -24,12 +25,16 @@ FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each ar
 
 
 class WorkFolder:
-    """A folder that holds one ablation. Opening it for another is refused, with what differs; nothing is overwritten."""
+    """A folder that holds one ablation. Opening it for another is refused, with what differs; nothing is overwritten.
 
-    def __init__(self, path: str | os.PathLike):
+    trials: where the trials' own folders are instead; of several processes that train together only the first one's records count.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, trials: str | os.PathLike | None = None):
         if "://" in os.fspath(path):
             raise ConfigError("must be a folder of this machine, which may be mounted (NFS), and no address", f"--workdir={path}")
         self.path = pathlib.Path(path)
+        self._trials = self.path / "trials" if trials is None else pathlib.Path(trials)
 
     @contextlib.contextmanager
     def alone(self, *, workers: bool = False) -> Iterator[None]:
@@ -104,7 +109,7 @@ class WorkFolder:
 
     def trial(self, name: str) -> pathlib.Path:
         """The folder of a trial."""
-        return self.path / "trials" / name
+        return self._trials / name
 
     def group(self, name: str) -> pathlib.Path:
         """The folder of a group's checkpoints."""
@@ -112,11 +117,13 @@ class WorkFolder:
 
     def begin(self, name: str, members: Sequence[str]) -> None:
         """Writes down which trials a group trains together."""
-        write(self.group(name) / MEMBERS, list(members))
+        if distributed.leads():
+            write(self.group(name) / MEMBERS, list(members))
 
     def forget(self, name: str) -> None:
         """Undoes `begin`."""
-        (self.group(name) / MEMBERS).unlink(missing_ok=True)
+        if distributed.leads():
+            (self.group(name) / MEMBERS).unlink(missing_ok=True)
 
     def begun(self) -> list[list[str]]:
         """The members of every group whose folder is still there."""
