@@ -187,7 +187,10 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 KillWait=10
 OverTimeLimit=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2
 """
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
@@ -333,9 +336,12 @@ def test_workers_are_an_array(job, tmp_path):
 
 
 @pytest.mark.slow
-def test_time_that_runs_out(job, cluster, tmp_path):
+@pytest.mark.parametrize("reason", ["time", "preemption"])
+def test_a_job_that_is_stopped_saves_and_goes_on(job, cluster, tmp_path, reason):
     """Both tasks are told, save for longer than the time that srun would have given them, and go on in the job's second start."""
-    number = job("--tasks_per_node=2", "--time=1", "--grace=50", run=["--set=wait=true"])
+    words = {"time": ["--time=1", "--grace=50"], "preemption": ["--time=5", "--cpus_per_task=4"]}[reason]
+    number = job("--tasks_per_node=2", *words, run=["--set=wait=true"])
+    folder = pathlib.Path(cluster["SLURM_CONF"]).parent
 
     def seen(event, restarts):
         return [each[:2] for each in events(tmp_path)].count([event, restarts])
@@ -344,7 +350,10 @@ def test_time_that_runs_out(job, cluster, tmp_path):
         subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, capture_output=True)
         return seen("ended", 1) == 2
 
-    folder = pathlib.Path(cluster["SLURM_CONF"]).parent
+    wait(lambda: seen("began", 0) == 2, folder)
+    if reason == "preemption":
+        urgent = ["sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=sleep 1"]
+        subprocess.run(urgent, env=cluster, check=True, capture_output=True)
     wait(lambda: seen("saved", 0) == 2, folder, seconds=120)
     wait(ended, folder, seconds=200)
     assert (seen("began", 0), seen("told", 0), seen("began", 1), len(events(tmp_path))) == (2, 2, 2, 10)
