@@ -12,6 +12,7 @@ from launch.command import LaunchError, Shell
 
 GONE = "SUSPENDING", "SUSPENDED", "FAILED", "DELETING"
 TAKEN = "PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING"  # of single nodes
+ALIVE = "--ssh-flag=-oServerAliveInterval=30"  # a connection to a machine that is gone ends
 PATIENCE = 5  # looks at the state after a run that was stopped, which may be ahead of it; tries to connect to new machines
 
 
@@ -59,11 +60,11 @@ class Tpu:
 
     def everywhere(self, command: str) -> list[str]:
         """A command of gcloud that runs a line of shell on every host."""
-        return self.queued("ssh", self.name, "--node=all", "--worker=all", f"--command={command}", *self.ssh)
+        return self.queued("ssh", self.name, "--node=all", "--worker=all", f"--command={command}", ALIVE, *self.ssh)
 
     def on_first(self, command: str) -> list[str]:
         """The same on the first host of the first slice."""
-        return self.queued("ssh", self.name, "--node=0", "--worker=0", f"--command={command}", *self.ssh)
+        return self.queued("ssh", self.name, "--node=0", "--worker=0", f"--command={command}", ALIVE, *self.ssh)
 
     def patiently(self, argv: Sequence[str]) -> None:
         """Runs a command that fails while machines start. Raises `Lost` or `LaunchError`."""

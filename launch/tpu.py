@@ -88,6 +88,9 @@ def run(tpu: Tpu, theirs: tuple[str, ...]) -> int:
         except Lost as lost:
             say(f"{lost}; retries left: {left}")
             tpu.delete()
+        except KeyboardInterrupt:
+            say(f"{tpu.name} goes on without this, and costs: the same command takes it up again, the verbs stop and delete end it")
+            raise
     else:
         raise LaunchError(f"the machines were taken away {FLAGS.retries + 1} times: the same command goes on, from {workdir}")
     if FLAGS.delete_after:
@@ -108,11 +111,7 @@ def attempt(tpu: Tpu, given: Run) -> int:
     if not going:
         install(tpu)
         start(tpu, command)
-    try:
-        return outcome(tpu)
-    except KeyboardInterrupt:
-        say(f"the run goes on without this; the same command follows it again, and the verbs stop and delete of {tpu.name} end it")
-        raise
+    return outcome(tpu)
 
 
 def going_on(tpu: Tpu) -> str:
@@ -151,9 +150,8 @@ def outcome(tpu: Tpu) -> int:
         clear = codes and STOPPED not in codes and not (code and FLAGS.capacity == "spot")
         if clear and not failed:
             return code
-        for _ in range(
-            PATIENCE
-        ):  # stopped, or out of reach: by hand, by the network, or with the machines, which gcloud learns late
+        # stopped, or out of reach: by hand, by the network, or with the machines, of which gcloud learns late
+        for _ in range(PATIENCE):
             tpu.still_there()
             time.sleep(tpu.poll)
         if codes and not failed:

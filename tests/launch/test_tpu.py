@@ -15,6 +15,7 @@ import pytest
 
 from launch import accelerators, tpu
 from launch.command import ROOT, TEMPLATES, LaunchError, Shell
+from launch.queued import ALIVE
 from tests.launch.conftest import launched
 from tests.launch.shell import check
 
@@ -155,7 +156,7 @@ def test_other_verbs(programs, capsys):
     assert launched(tpu, "status", *HERE, run=()) == 0 and capsys.readouterr().out == "ACTIVE\n"
     assert launched(tpu, "stop", *HERE, run=()) == 0
     assert launched(tpu, "delete", *HERE, run=()) == 0
-    ssh = ["--node=all", "--worker=all", '--command=kill -TERM "$(cat llm_jax/run.pid)"', *PLACE]
+    ssh = ["--node=all", "--worker=all", '--command=kill -TERM "$(cat llm_jax/run.pid)"', ALIVE, *PLACE]
     assert programs.calls()[-2:] == [[*QUEUED, "ssh", "c06", *ssh], [*QUEUED, "delete", "c06", "--force", "--quiet", *PLACE]]
 
 
