@@ -19,7 +19,6 @@ from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
-from llm_jax.io.profile import Profiler
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
@@ -298,14 +297,6 @@ class Group:
             warn=progress.note,
         )
 
-    def _profiler(self) -> Profiler:
-        arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
-        safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
-        folder = self.runner.folder.path / profile.FOLDER / safe
-        if self.runner.profiled is None or (folder / profile.SUMMARY).exists():
-            return Profiler()
-        return Profiler(folder, *self.runner.profiled, label=arms)
-
     def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
             for tracker, row in zip(trackers, rows, strict=True):
@@ -329,6 +320,6 @@ class Group:
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
             watchdog=self.runner.watchdog,
-            profiler=self._profiler(),
+            profiler=profile.once(self.runner.folder.path, self.runner.profiled, [run.arm for run in self.runs]),
             watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),
         )
