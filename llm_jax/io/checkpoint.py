@@ -114,7 +114,7 @@ class Checkpointer:
         for step in self.steps() if at_most is not None else []:
             if at_most is not None and step > at_most:
                 self._open().delete(step)
-        if not self.folder.is_dir():
+        if not distributed.agreed("any checkpoint", self.folder.is_dir()):
             return None
         for step in distributed.agreed("checkpoints", sorted(self._open().all_steps(), reverse=True)):
             sealed = distributed.agreed("sealed", _sealed(self.folder / str(step)))

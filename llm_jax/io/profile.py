@@ -83,6 +83,13 @@ class Profiler:
         self.folder = None
 
 
+def once(workdir: pathlib.Path, steps: tuple[int, int] | None, arms: Iterable[str]) -> Profiler:
+    """Of these steps of a program that trains these arms, unless a trace of them is in the work folder."""
+    label = "+".join(dict.fromkeys(arms))
+    folder = workdir / FOLDER / "".join(c if c.isalnum() or c in "+-_." else "-" for c in label)[:100]
+    return Profiler() if steps is None or (folder / SUMMARY).exists() else Profiler(folder, *steps, label=label)
+
+
 def summaries(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Of all traces in a work folder."""
     return [json.loads(file.read_text()) for file in sorted((workdir / FOLDER).glob(f"*/{SUMMARY}"))]

@@ -20,7 +20,6 @@ from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
-from llm_jax.io.profile import Profiler
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
@@ -324,14 +323,6 @@ class Group:
             warn=progress.note,
         )
 
-    def _profiler(self) -> Profiler:
-        arms = "+".join(dict.fromkeys(run.arm for run in self.runs))
-        safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in arms)[:100]
-        folder = self.runner.folder.path / profile.FOLDER / safe
-        if self.runner.profiled is None or not distributed.leads() or (folder / profile.SUMMARY).exists():
-            return Profiler()
-        return Profiler(folder, *self.runner.profiled, label=arms)
-
     def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
             for tracker, row in zip(trackers, rows, strict=True):
@@ -344,6 +335,7 @@ class Group:
             for tracker in trackers:
                 tracker.truncate_after(recorded)
 
+        traced = self.runner.profiled if distributed.leads() else None
         folders, seeds = [tracker.folder for tracker in trackers], [run.seed for run in self.runs]
         told = lambda text: progress.note(f"{self.title}: {text}")  # noqa: E731
         return Session(
@@ -357,6 +349,6 @@ class Group:
             checkpointer=checkpointer,
             proceed=self.runner.schedule.check,
             watchdog=self.runner.watchdog,
-            profiler=self._profiler(),
+            profiler=profile.once(self.runner.folder.path, traced, [run.arm for run in self.runs]),
             watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),
         )

@@ -150,15 +150,15 @@ class _Skipping(Watch):
 
     def look(self, step, rows, state, losses, saved):
         worse = [member for member, row in enumerate(rows) if row.get("train/skipped")]
-        if worse:
+        for row in [row for row in rows if row.get("train/skipped") == 1]:  # nothing else was counted
+            row.update({name: math.nan for name in row if name.startswith("train/") and name != "train/skipped"})
+        if worse and step > self.last:  # else it was stopped before it could be recorded
             steps_SR, values_SR2 = jax.device_get((state.guard.steps, state.guard.values))
             for member in worse:
                 self._note(member, rows[member], step, steps_SR[member], values_SR2[member])
         self.last = step
 
     def _note(self, member: int, row: Row, step: int, steps_R: np.ndarray, values_R2: np.ndarray) -> None:
-        if row["train/skipped"] == 1:  # nothing else was counted
-            row.update({name: math.nan for name in row if name.startswith("train/") and name != "train/skipped"})
         count = round(row["train/skipped"] * (step - self.last))
         for place in np.argsort(steps_R):
             if steps_R[place] >= self.last:

@@ -24,7 +24,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, step: int | None = None, saved: bool = True):
         where = "from there" if saved else "from the last checkpoint that could be saved"
         at = f"at step {step}; the same command again goes on {where}"
-        super().__init__("stopped " + (at if step is not None else "before anything could be lost: give the same command again"))
+        super().__init__(
+            f"stopped {at}" if step is not None else "stopped at once; the same command again goes on from what is saved"
+        )
         self.number, self.step, self.saved = number, step, saved
 
     @property

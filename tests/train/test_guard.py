@@ -123,6 +123,9 @@ def test_which_batch_it_was_is_written_down(tmp_path):
         (6, 8, None, [8, 6]),
     ]
     assert told == [f"seed 8: 2 of 10 updates up to step 10 were left out (see {folders[1] / 'incidents.jsonl'})"]
+    watch.rewind(10)
+    watch.look(10, rows, after, [], list)
+    assert len(told) == 1 and len(incidents.read(1)) == 2, "once, also where it was stopped before it was recorded"
     watch.rewind(5)
     assert [line["step"] for line in incidents.read(1)] == [2], "those after it are found again"
 

@@ -155,7 +155,7 @@ def test_before_the_first_step_ends_there_is_nothing_to_save(tmp_path):
         fit(program(stop_at=1), feed, RHYTHM, session(records, checkpointer))
     checkpointer.close()
     assert stopped.value.step is None and stopped.value.code == 0 and not (tmp_path / "none").exists()
-    assert "before anything could be lost" in str(stopped.value) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "stopped at once" in str(stopped.value) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_waiting_thread_is_interrupted_at_once():
