@@ -73,6 +73,9 @@ flags.DEFINE_boolean(
 flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes, where nothing says it.", flag_values=FLAGS)
 flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "heartbeat", 30, "Seconds without a sign of life after which one of them counts as dead.", lower_bound=5, flag_values=FLAGS
+)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 LEASE = 60.0  # seconds
@@ -102,7 +105,7 @@ def _join() -> None:
     if FLAGS.distributed or any(value is not None for value in given.values()):
         if FLAGS.worker:
             raise ConfigError("trains with others, and --worker for itself: leave one of them out", "--distributed")
-        distributed.start(**given)
+        distributed.start(**given, heartbeat=FLAGS.heartbeat)
     elif not FLAGS.worker and (many := distributed.one_of_many()):
         raise ConfigError(
             f"this is {many}, and was not told so: start all with --distributed, to train together, or with --worker, to share the "

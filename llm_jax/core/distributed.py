@@ -19,11 +19,11 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
 
 _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
+_watcher: threading.Thread | None = None
 NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
 
@@ -31,11 +31,11 @@ class Missing(RuntimeError):
     """Processes of the job are gone, or never came. The sentence names them."""
 
 
-def start(*, coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def start(*, coordinator: str | None = None, processes: int | None = None, process: int | None = None, heartbeat: int = 30) -> None:
     """Joins this process to the others, before JAX opens a backend.
 
     coordinator: HOST:PORT of the first; without any of the three they are found by what SLURM, Open MPI, GKE or Cloud TPU says of
-    the job. Raises `ConfigError` where they are not found, or do not come.
+    the job. heartbeat: seconds without a sign of life after which a process counts as dead. Raises `ConfigError` where they are not found, or do not come.
     """
     import jax
 
@@ -50,7 +50,7 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
     jax.config.update("jax_enable_recoverability", True)  # the death of a process is told to `_watch`, which says who it was
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=PATIENCE
+            coordinator, processes, process, heartbeat_timeout_seconds=heartbeat, initialization_timeout=PATIENCE
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -58,6 +58,8 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
         raise ConfigError(f"cannot join the other processes within {PATIENCE} s ({reason}): {ways}", "--distributed") from None
     if several():
         _client().key_value_set(f"llm_jax/hosts/{index()}", f"{socket.gethostname()}, pid {os.getpid()}")
+        global _watcher  # noqa: PLW0603 (of one process there is one)
+        _watcher = threading.Thread(target=_watch, args=(heartbeat,), name="other processes", daemon=True)
         _watcher.start()
 
 
@@ -71,7 +73,8 @@ def end() -> None:
     meet("the end")
     if leads():
         _client().key_value_set(NOTHING, "")  # so that nobody waits for it any longer
-    _watcher.join(HEARTBEAT)
+    if _watcher is not None:
+        _watcher.join(PATIENCE)
     _client().key_value_set(f"llm_jax/left/{index()}", "")
     while leads() and _absent("llm_jax/left"):
         time.sleep(0.05)
@@ -174,7 +177,7 @@ def led(what: str, act: Callable[[], Any]) -> Any:
 def failed_together(what: str) -> bool:
     """After an error of this process: whether all have had one; alone it is the only one."""
     try:
-        meet(what, seconds=2 * HEARTBEAT)  # `_watch` ends the process before, if another is gone
+        meet(what)  # `_watch` ends the process before, if another is gone
     except Missing:
         return False
     return True
@@ -211,14 +214,14 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _watch() -> None:
+def _watch(heartbeat: float) -> None:
     """Ends this process, with a sentence, when another is gone: what it waits for, maybe inside a program, will never come."""
     everyone = list(range(count()))
     while not _leaving.is_set():
         try:
             gone = sorted(set(everyone) - set(_client().get_live_nodes(everyone)))
             if not gone:
-                _pause(HEARTBEAT / 3)
+                _pause(heartbeat / 3)
         except Exception:  # the service is gone, and with it the process that ran it
             gone = [0]
         if gone and not _leaving.is_set():
@@ -226,9 +229,6 @@ def _watch() -> None:
                 f"error: {_names(gone)} is gone: run the same command again, it goes on from the last checkpoint", file=sys.stderr
             )
             leave(1)
-
-
-_watcher = threading.Thread(target=_watch, name="other processes", daemon=True)
 
 
 def _pause(seconds: float) -> None:

@@ -102,7 +102,8 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are on disk, the oldest first."""
         self.wait()
-        return sorted(self._open().all_steps()) if self.folder.is_dir() else []
+        there = distributed.agreed("any checkpoint", self.folder.is_dir())
+        return distributed.agreed("checkpoints", sorted(self._open().all_steps())) if there else []
 
     def restore(self, abstract: Any, *, at_most: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
@@ -114,9 +115,7 @@ class Checkpointer:
         for step in self.steps() if at_most is not None else []:
             if at_most is not None and step > at_most:
                 self._open().delete(step)
-        if not distributed.agreed("any checkpoint", self.folder.is_dir()):
-            return None
-        for step in distributed.agreed("checkpoints", sorted(self._open().all_steps(), reverse=True)):
+        for step in reversed(self.steps()):
             sealed = distributed.agreed("sealed", _sealed(self.folder / str(step)))
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:

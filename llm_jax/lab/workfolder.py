@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,8 +109,11 @@ class WorkFolder:
         return Shared(self.path / "shared")
 
     def trial(self, name: str) -> pathlib.Path:
-        """The folder of a trial."""
-        return self._trials / name
+        """The folder of a trial; elsewhere than in the work folder it begins as a copy of that one."""
+        folder, common = self._trials / name, self.path / "trials" / name
+        if folder != common and not folder.exists() and common.is_dir():
+            shutil.copytree(common, folder)
+        return folder
 
     def group(self, name: str) -> pathlib.Path:
         """The folder of a group's checkpoints."""
