@@ -11,6 +11,7 @@ import pathlib
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 
 from absl import flags
@@ -97,6 +98,11 @@ def main(argv: Sequence[str]) -> int:
             leave_at_once(interrupted.code)  # threads may be compiling, for minutes
         distributed.end()
         return interrupted.code
+    except Exception as error:
+        if not distributed.several():
+            raise
+        known = isinstance(error, ConfigError)
+        distributed.give_up(f"error: {error}" if known else traceback.format_exc(), 2 if known else 1)
 
 
 def _join() -> None:

@@ -15,11 +15,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from llm_jax.core.config import ConfigError
 
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
+
+GOODBYE = 5  # seconds for which a process that gives up waits for others that may do so too
 
 _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
@@ -35,7 +37,8 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
     """Joins this process to the others, before JAX opens a backend.
 
     coordinator: HOST:PORT of the first; without any of the three they are found by what SLURM, Open MPI, GKE or Cloud TPU says of
-    the job. heartbeat: seconds without a sign of life after which a process counts as dead. Raises `ConfigError` where they are not found, or do not come.
+    the job. heartbeat: seconds without a sign of life after which a process counts as dead. Raises `ConfigError` where they are not
+    found, or do not come.
     """
     import jax
 
@@ -174,13 +177,22 @@ def led(what: str, act: Callable[[], Any]) -> Any:
     return said["result"]
 
 
-def failed_together(what: str) -> bool:
+def failed_together(what: str, *, seconds: float = PATIENCE) -> bool:
     """After an error of this process: whether all have had one; alone it is the only one."""
     try:
-        meet(what)  # `_watch` ends the process before, if another is gone
+        meet(what, seconds=seconds)  # `_watch` ends the process before, if another is gone
     except Missing:
         return False
     return True
+
+
+def give_up(text: str, code: int) -> NoReturn:
+    """Ends one of several processes after an error; where all have had one the first alone says what it was."""
+    _leaving.set()
+    together = failed_together("giving up", seconds=GOODBYE)
+    if leads() or not together:
+        print(text, file=sys.stderr)
+    leave(code)
 
 
 def first_said(what: str, value: str | None) -> str | None:
@@ -207,7 +219,7 @@ def _everyones(what: str, value: str) -> list[str]:
     return [found[process] for process in range(count())]
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends this process at once, without waiting for others as an ordinary exit does."""
     sys.stdout.flush()
     sys.stderr.flush()
