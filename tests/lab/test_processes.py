@@ -1,0 +1,179 @@
+"""One run on several real processes: the numbers of one, what they say when one of them dies, and nothing lost."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import CACHE
+
+EXPERIMENT = """
+from llm_jax.core.config import override
+from llm_jax.lab import presets
+
+experiment = override(
+    presets.nano(sequence_length=32),
+    {
+        "train.log_every": 20, "train.steps": STEPS, "evaluation.every": 100_000, "evaluation.bytes": 2048, "checkpoints.every": 20,
+        "train.steps_per_dispatch": 1, "model.width": 16, "model.depth": 1, "model.dropout.residual": 0.1, "data.batch_size": 8,
+        "mesh.data": 1, "mesh.fsdp": -1,
+    },
+)
+"""
+GONE = re.compile(r"process \d( \(.*, pid \d+\))? is gone|another task died")
+DEADLINE = 60  # seconds in which the others must have stopped
+
+
+def command(folder, *more, steps=60):
+    file = folder.with_suffix(".py")
+    file.write_text(EXPERIMENT.replace("STEPS", str(steps)))
+    return [sys.executable, "-m", "llm_jax", "run", f"--experiment={file}", f"--workdir={folder}", *more]
+
+
+def environment(devices):
+    given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("PYTEST_")}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags}
+
+
+def start(count, folder, *more, devices=2, each=None, **given):
+    """So many processes of one run; each: what one of them is given besides."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(count):
+        own = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}", "--heartbeat=5"]
+        line = command(folder, *own, *more, *((each or {}).get(index, [])), **given)
+        with open(folder.with_suffix(f".{index}.log"), "w") as log:
+            processes.append(subprocess.Popen(line, stdout=log, stderr=log, env=environment(devices)))
+    return processes
+
+
+def said(folder, index):
+    return folder.with_suffix(f".{index}.log").read_text()
+
+
+def ended(processes, folder, seconds=300):
+    for index, process in enumerate(processes):
+        assert process.wait(seconds) == 0, said(folder, index)
+    return result(folder)
+
+
+def result(folder):
+    (file,) = folder.glob("trials/*/results.json")
+    return json.loads(file.read_text())
+
+
+def records(folder):
+    """Numbers of each record, without what depends on the clock."""
+    (file,) = folder.glob("trials/*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_have_the_losses_of_one(tmp_path):
+    one = tmp_path / "one"
+    subprocess.run(command(one), env=environment(4), check=True, capture_output=True)
+    for count in (2, 4):
+        several = tmp_path / f"{count}"
+        ended(start(count, several, devices=4 // count), several)
+        assert len(records(several)) == len(records(one)) == 3
+        for ours, theirs in zip(records(several), records(one), strict=True):
+            assert ours.keys() == theirs.keys()
+            np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5, atol=1e-5)
+        assert "report:" in said(several, 0) and "report:" not in said(several, 1), "the first alone speaks"
+        assert sorted(path.name for path in several.glob("*")) == sorted(path.name for path in one.glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_what_dies_at_twenty_random_moments_goes_on_where_it_was_saved(tmp_path):
+    chance, folder, whole, steps = random.Random(0), tmp_path / "killed", tmp_path / "whole", 2400
+    killed = mid_checkpoint = 0
+    while killed < 20:
+        processes, begun = start(2, folder, steps=steps), len(steps_of(folder))
+        until(lambda begun=begun: len(steps_of(folder)) > begun or processes[0].poll() is not None)
+        if processes[0].poll() is not None:
+            break
+        victim = chance.randrange(2)
+        if killed % 2:
+            until(lambda: list(folder.glob("groups/*/checkpoints/*tmp*")) or processes[0].poll() is not None)
+            mid_checkpoint += 1
+        else:
+            time.sleep(chance.uniform(0, 1))
+        processes[victim].kill()
+        asked = time.monotonic()
+        assert processes[1 - victim].wait(DEADLINE) not in (0, None)
+        assert time.monotonic() - asked < DEADLINE
+        assert GONE.search(said(folder, 1 - victim)), said(folder, 1 - victim)
+        killed += 1
+    assert killed == 20 and mid_checkpoint == 10, "the run was over too soon to be killed as often"
+    final = ended(start(2, folder, steps=steps), folder)
+    undisturbed = ended(start(2, whole, steps=steps), whole)
+    assert final["metrics"] == undisturbed["metrics"]
+    assert records(folder) == records(whole)
+
+
+def steps_of(folder):
+    return [line for file in folder.glob("trials/*/metrics.jsonl") for line in file.read_text().splitlines()]
+
+
+def until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_run_the_same_say_so_and_stop(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(2, folder, each={1: ["--set=train.clip=0.5"]})
+    assert [process.wait(DEADLINE * 2) for process in processes] == [2, 2]
+    assert re.search(r"error: the experiment differs: process 1 \(.*\) has '\w+' and process 0", said(folder, 0)), said(folder, 0)
+    assert "error" not in said(folder, 1)
+
+
+def lone(*flags, **environ):
+    given = environment(1) | environ
+    line = [sys.executable, "-m", "llm_jax", "run", "--experiment=experiments/c06_positional_encoding.py", "--plan", *flags]
+    done = subprocess.run(line, env=given, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2], timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "environ, told",
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "this is process 3 of a SLURM step of 8"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}, "this is host 1 of a TPU slice of 4"),
+    ],
+)
+def test_one_of_many_says_so_instead_of_waiting_for_the_others(environ, told):
+    code, error = lone(**environ)
+    assert code == 2 and error.startswith(f"error: {told}, and was not told so: start all with --distributed"), error
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--processes=2", "--process=0"], "--coordinator is missing beside --processes and --process"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+            "--process must be at least 0 and below --processes=2, got 2",
+        ),
+        (["--distributed", "--worker"], "--distributed trains with others, and --worker for itself"),
+    ],
+)
+def test_a_job_that_is_described_wrong_is_a_sentence(flags, told):
+    code, error = lone(*flags)
+    assert code == 2 and told in error, error
