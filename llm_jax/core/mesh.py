@@ -37,7 +37,8 @@ class Mesh(Config):
 
     context: how keys reach the queries of other devices along sequence, all at once or round in a ring, which needs less memory and
     more time. microbatches: that a device's rows go through the stages in, a multiple of stage (None: as many as stages); rounds:
-    how often they go through all of them, each time through fewer layers. rules: exceptions from what is split over what.
+    how often they go through all of them, each time through fewer layers. offload: between steps the optimizer's state and the
+    average of the parameters lie in the hosts' memory. rules: exceptions from what is split over what.
     """
 
     population: int | None = None
@@ -51,6 +52,7 @@ class Mesh(Config):
     context: Literal["gather", "ring"] = "gather"
     microbatches: int | None = None
     rounds: int = 1
+    offload: bool = False
     rules: tuple[Split, ...] = ()
 
     def validate(self):

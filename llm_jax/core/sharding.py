@@ -51,6 +51,7 @@ RULES: Rules = MappingProxyType(
         "buckets": (),
     }
 )
+SMALL = 1 << 10  # entries that are not worth a way to the host
 ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
 
 _layout: contextvars.ContextVar[Mesh] = contextvars.ContextVar("layout", default=Mesh())  # noqa: B039 (it is frozen)
@@ -244,6 +245,16 @@ def named(mesh: jax.sharding.Mesh, specs: Any, *, leading: tuple[str | None, ...
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, PartitionSpec(*leading, *spec)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
+
+
+def on_host(where: Any, tree: Any) -> Any:
+    """Shardings with their arrays in the hosts' memory, where they are larger than `SMALL` entries. tree: shapes of the arrays."""
+    return jax.tree.map(lambda to, x: to.with_memory_kind("pinned_host") if x.size > SMALL else to, where, tree)
+
+
+def moved(tree: Any, where: Any, space: jax.memory.Space) -> Any:
+    """Inside a program: the arrays that lie in the hosts' memory by their shardings, in that space."""
+    return jax.tree.map(lambda x, to: jax.device_put(x, space) if to.memory_kind == "pinned_host" else x, tree, where)
 
 
 def unbox(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,6 +30,9 @@ from llm_jax.lab.teachers import Found
 from llm_jax.models.split import check_split
 from llm_jax.train.loop import Program
 from llm_jax.train.pretrain import Trial, trial
+from llm_jax.train.step import TrainState
+
+STORED = "opt_state", "average"  # of the state what a host can keep between steps
 
 
 def structure(experiment: Experiment) -> str:
@@ -203,7 +206,7 @@ def compile_population(
     one = trial(experiment, tokens, teacher.asked if teacher else None)
     values = stacked_values([experiment], size)
     where = _state_shardings(one, {path: jax.ShapeDtypeStruct((), v.dtype) for path, v in values.items()}, mesh, axes)
-    init = jax.jit(lift(one.init, mesh, size), out_shardings=where)
+    init = jax.jit(lambda values: _stored(lift(one.init, mesh, size)(values), where), out_shardings=where)
     with sharding.on(mesh, axes):
         shapes = jax.eval_shape(init, values)
     abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
@@ -211,12 +214,14 @@ def compile_population(
     lifted = lift(one.steps, mesh, size, shared=len(taught))
 
     def several(values, state, *rest):  # batches last, by whose shapes programs are told apart
-        return lifted(values, state, rest[-1], *rest[:-1])
+        state, metrics = lifted(values, _at_hand(state, where), rest[-1], *rest[:-1])
+        return _stored(state, where), metrics
 
     # numbers that every process reads, where there are several
     numbers = NamedSharding(mesh, PartitionSpec()) if jax.process_count() > 1 else None
     steps = jax.jit(several, donate_argnums=1, out_shardings=(where, numbers))
-    evaluate = jax.jit(lift(one.evaluate, mesh, size, shared=1), out_shardings=numbers)
+    scored = lift(one.evaluate, mesh, size, shared=1)
+    evaluate = jax.jit(lambda values, state, batches: scored(values, _at_hand(state, where), batches), out_shardings=numbers)
     return Compiled(one, mesh, size, values, abstract, *(Ahead(f, mesh, axes) for f in (init, steps, evaluate)), taught)
 
 
@@ -227,4 +232,18 @@ def _abstract(batches: Any, where: NamedSharding) -> Any:
 def _state_shardings(one: Trial, values: dict[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh, axes: Mesh) -> Any:
     state = jax.eval_shape(one.init, values)
     specs = sharding.state_specs(sharding.unbox(one.parameters), sharding.parameter_specs(one.parameters, mesh, axes), state)
-    return sharding.named(mesh, specs, leading=("population",))
+    where = sharding.named(mesh, specs, leading=("population",))
+    if not axes.offload:
+        return where
+    own = {name: sharding.on_host(getattr(where, name), getattr(state, name)) for name in STORED}
+    return replace(where, **own)
+
+
+def _stored(state: TrainState, where: TrainState) -> TrainState:
+    """Between steps: what is to lie in the hosts' memory there."""
+    return replace(state, **{n: sharding.moved(getattr(state, n), getattr(where, n), jax.memory.Space.Host) for n in STORED})
+
+
+def _at_hand(state: TrainState, where: TrainState) -> TrainState:
+    """In a step: all on the devices."""
+    return replace(state, **{n: sharding.moved(getattr(state, n), getattr(where, n), jax.memory.Space.Device) for n in STORED})

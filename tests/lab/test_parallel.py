@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.core import sharding
 from llm_jax.core.config import override
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import nameless
+from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.lab import population
 from llm_jax.nn.multihead import Attention
 from llm_jax.optim.optimizers import Muon
@@ -65,6 +67,23 @@ def test_data_parallel_devices_share_the_work_of_muon():
     np.testing.assert_allclose(two, one, atol=1e-5)
     for leaf in jax.tree.leaves(state.params):
         np.testing.assert_array_equal(*(shard.data for shard in leaf.addressable_shards))
+
+
+def test_what_a_step_alone_needs_lies_with_the_host_between_steps(tmp_path):
+    changes = {"train.average": 0.9, "train.steps": STEPS}
+    here, _, _ = losses(Mesh(fsdp=2), jax.devices()[:4], **changes)
+    there, state, compiled = losses(Mesh(fsdp=2, offload=True), jax.devices()[:4], **changes)
+    np.testing.assert_array_equal(there, here)
+    for part in (state.opt_state, state.average):
+        large = [leaf for leaf in jax.tree.leaves(part) if leaf.size > sharding.SMALL]
+        assert large and {leaf.sharding.memory_kind for leaf in large} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+    checkpointer = Checkpointer(tmp_path, asynchronous=False)
+    checkpointer.save(1, state, {}, {})
+    _, restored, _ = checkpointer.restore(compiled.abstract)
+    checkpointer.close()
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
 
 
 def test_activations_are_really_split():
