@@ -1,7 +1,7 @@
 """What a step will take by formula, without compiling it: to search meshes, and to hold the model of time to published runs.
 
 What XLA makes of a program is better read from it (`lab.ahead`); this is its shape: products of every layer, forward, again where
-the backward pass recomputes, and back; weights gathered over `fsdp` forward and back, and their gradients scattered; activations
+the backward pass recomputes, and back; weights gathered over `fsdp` forward and back, and their gradients summed; activations
 gathered and scattered over `tensor` around both branches of a layer; gradients summed over `data`.
 """
 
@@ -46,7 +46,7 @@ def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], t
         products=products / tensor,
         kernels=kernels / tensor,
         memory=(moved + optimizer) / tensor,
-        collectives=list(_messages(experiment, vocabulary, mesh, tokens)),
+        collectives=list(_messages(experiment, vocabulary, mesh, tokens, max(topology.shape))),
         topology=topology,
         model=data.batch_size * count.flops_per_row(model, vocabulary, words, inputs),
         head=min((_head(stack) for stack in model.stacks.values()), default=128),
@@ -58,8 +58,12 @@ def _head(stack: Stack) -> int:
     return min((mixer.scores(stack.width) // (2 * mixer.heads_for_bias) for mixer in found), default=128)
 
 
-def _messages(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], tokens: float) -> Iterator[Collective]:
+def _messages(
+    experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], tokens: float, longest: int
+) -> Iterator[Collective]:
+    """longest: chips along the longest dimension of a slice. libtpu scatters sums within one; over several it adds up everywhere."""
     model, tensor = experiment.model, mesh.get("tensor", 1)
+    summing: Kind = "reduce-scatter" if mesh.get("fsdp", 1) <= longest else "all-reduce"
 
     def send(kind: Kind, size: float, axis: str, count: float, overlaps: bool = True) -> Iterator[Collective]:
         if mesh.get(axis, 1) > 1 and size > 0:
@@ -71,7 +75,7 @@ def _messages(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], 
         for layer in stack.in_full:
             weights = size * layer_parameters(stack, layer) / tensor
             yield from send("all-gather", weights, "fsdp", 2 * turns)
-            yield from send("reduce-scatter", weights, "fsdp", turns, overlaps=False)
+            yield from send(summing, weights, "fsdp", turns, overlaps=False)
             yield from send("all-reduce", weights / mesh.get("fsdp", 1), "data", 1)
             branches = sum(part is not None for part in (layer.attention, layer.ffn))
             stream = size * tokens * stack.width / turns
