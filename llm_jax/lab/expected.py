@@ -61,7 +61,7 @@ def _head(stack: Stack) -> int:
 def _messages(
     experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], tokens: float, longest: int
 ) -> Iterator[Collective]:
-    """longest: chips along the longest dimension of a slice. libtpu scatters sums within one; over several it adds up everywhere."""
+    """longest: chips along a slice's longest dimension: libtpu scatters sums within one; over several it adds up everywhere."""
     model, tensor = experiment.model, mesh.get("tensor", 1)
     summing: Kind = "reduce-scatter" if mesh.get("fsdp", 1) <= longest else "all-reduce"
 
