@@ -32,6 +32,7 @@ from llm_jax.train.ahead.memory import Memory
 from llm_jax.train.ahead.roofline import Estimate
 from llm_jax.train.loop import Rhythm
 
+FLAGS = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
 # libtpu may be opened by several processes at once, since no chip is, and need not ask a metadata server what machine this is
 QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -47,7 +48,8 @@ class Examined:
 
     parameters, model: of one trial, and the model's FLOPs of a step of all of them; machine: those of the program, all devices
     together; memory, collectives: of one device; device: FLOPs of products of one device, as compiled: more than its share of the
-    machine's where work is repeated on several; tokens: of a step; steps: in one call of the program. seconds: to compile.
+    machine's where work is repeated on several; tokens: of a step; steps: in one call of the program.
+    seconds: to compile; flags: libtpu's.
     """
 
     topology: Topology
@@ -64,6 +66,7 @@ class Examined:
     seconds: float
     uncounted: int
     compiled: bool = True
+    flags: str = ""
 
     @property
     def limit(self) -> float:
@@ -89,7 +92,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in QUIET.items():
+    for name, value in (QUIET | {FLAGS: " ".join(topology.chip.libtpu)}).items():
         os.environ.setdefault(name, value)
     jax.devices()  # so that JAX has read its flags, of which libtpu ends the process for those it does not know
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu"))
@@ -172,6 +175,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         seconds,
         machine.uncounted + module.unknown,
         stats is not None,
+        os.environ.get(FLAGS, ""),
     )
 
 
