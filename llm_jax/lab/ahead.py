@@ -22,6 +22,7 @@ from llm_jax.core.chips import Topology
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
+from llm_jax.lab.expected import head, visited
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import Compiled, check_rows, compile_population, layout
 from llm_jax.models import count
@@ -150,8 +151,8 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         collectives=sent,
         topology=topology,
         model=model,
-        kernels=machine.kernels * _visited(experiment, words) / compiled.mesh.size,
-        head=_head(experiment),
+        kernels=machine.kernels * visited(experiment, words) / compiled.mesh.size,
+        head=head(experiment),
     )
     given = {
         "parameters": memory.on_device(compiled.abstract.params),
@@ -224,42 +225,3 @@ def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
     if not text:
         raise ConfigError("was compiled without a dump: leave --xla_dump_to out of XLA_FLAGS", "the training step")
     return text, report, stats
-
-
-# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _attending(experiment: Experiment) -> list[tuple[Any, int]]:
-    """Every mixer that attends, and the width of its stack."""
-    stacks = experiment.model.stacks.values()
-    return [
-        (layer.attention, stack.width) for stack in stacks for layer in stack.in_full if layer.attention and layer.attention.attends
-    ]
-
-
-def _visited(experiment: Experiment, length: int) -> float:
-    """Share of the pairs of queries and keys whose blocks a kernel visits, over all layers: what no mask shows is skipped."""
-    found = [
-        (mixer.scores(width), shown(mixer.mask if hasattr(mixer, "mask") else None, length))
-        for mixer, width in _attending(experiment)
-    ]
-    return sum(scores * share for scores, share in found) / max(sum(scores for scores, _ in found), 1)
-
-
-def shown(mask: Any, length: int) -> float:
-    """The same of one mask over rows of `length` tokens."""
-    size = min(platform.traits().attention_block, length)
-    blocks = -(-length // size)
-    if mask is None:
-        return (blocks + 1) / (2 * blocks)
-    shown = 0
-    for block in range(blocks):
-        first, stop = mask.span(block * size, (block + 1) * size - 1)
-        low = 0 if first is None else max(first, 0) // size
-        high = blocks if stop is None else min(-(-stop // size), blocks)
-        shown += high - low
-    return shown / blocks**2
-
-
-def _head(experiment: Experiment) -> int:
-    """Channels of a head, over which scores are summed."""
-    sizes = [mixer.scores(width) // (2 * mixer.heads_for_bias) for mixer, width in _attending(experiment)]
-    return min(sizes, default=128)
