@@ -22,7 +22,8 @@ class Chip:
     kinds: prefixes of `Device.device_kind`. memory: bytes that programs may use. flops: bf16 products, FLOP/s; bandwidth: of the
     memory, bytes/s. link: of one link of the torus, bytes/s in one direction; each of `dims` dimensions has two. network: to other
     slices, bytes/s. tile: rows of the matrix unit. wraps: chips of a dimension from which on its two ends are linked. matmul:
-    share of `flops` that large products reach.
+    share of `flops` that large products reach. libtpu: flags with which messages are sent while something is computed, where that
+    is not so without.
     """
 
     name: str
@@ -38,30 +39,44 @@ class Chip:
     wraps: int = 4
     largest: tuple[int, ...] = ()
     matmul: float = 0.93
+    libtpu: tuple[str, ...] = ()
 
     def slices(self) -> list[tuple[int, ...]]:
         """The shapes of slices that can be had, the smallest first."""
         if self.dims == 2:
             return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
-        below: list[tuple[int, ...]] = [
-            (2, 2, 1),
-            (2, 2, 2),
-            (2, 2, 4),
-            (2, 4, 4),
-        ]  # one cube of 4 × 4 × 4 and more are linked optically
+        below: list[tuple[int, ...]] = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
         a, b, c = (range(4, most + 1, 4) for most in self.largest)
         cubes = [(i, j, k) for i in a for j in b for k in c if i <= j <= k and math.prod((i, j, k)) <= math.prod(self.largest)]
         return below + sorted(cubes, key=math.prod)
 
 
+# the sparse cores gather and scatter while the matrix units compute; v5e's own way to do so is on by default
+SPARSE_CORES = tuple(
+    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=true" for kind in ("all_gather", "reduce_scatter", "all_reduce")
+)
 # v4's network: a host's 100 Gbit/s over its 4 chips, which is not published; the others' as the pages give it for a chip
 TPUS = {
     "v4": Chip("TPU v4", ("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 50e9, 3, 3.125e9, largest=(12, 16, 16)),
     "v5e": Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 50e9, 2, 3.125e9, wraps=16),
-    "v5p": Chip("TPU v5p", ("TPU v5",), 459e12, 95.73 * GIB, 2.765e12, 100e9, 3, 6.25e9, largest=(16, 16, 24)),
-    "v6e": Chip("TPU v6e", ("TPU v6",), 918e12, 31.24 * GIB, 1.638e12, 100e9, 2, 12.5e9, tile=256, wraps=16, matmul=0.8),
+    "v5p": Chip("TPU v5p", ("TPU v5",), 459e12, 95.73 * GIB, 2.765e12, 100e9, 3, 6.25e9, largest=(16, 16, 24), libtpu=SPARSE_CORES),
+    "v6e": Chip(
+        "TPU v6e", ("TPU v6",), 918e12, 31.24 * GIB, 1.638e12, 100e9, 2, 12.5e9, tile=256, wraps=16, matmul=0.8, libtpu=SPARSE_CORES
+    ),
     "tpu7x": Chip(
-        "TPU7x", ("TPU7x", "TPU v7"), 2307e12, 189.48 * GIB, 7.38e12, 100e9, 3, 12.5e9, 256, 2, largest=(16, 16, 36), matmul=0.8
+        "TPU7x",
+        ("TPU7x", "TPU v7"),
+        2307e12,
+        189.48 * GIB,
+        7.38e12,
+        100e9,
+        3,
+        12.5e9,
+        256,
+        2,
+        largest=(16, 16, 36),
+        matmul=0.8,
+        libtpu=SPARSE_CORES,
     ),
 }
 GPUS = (

@@ -22,6 +22,7 @@ from llm_jax.core.chips import Topology
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
+from llm_jax.lab.expected import head, visited
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout
 from llm_jax.models import count
@@ -32,6 +33,7 @@ from llm_jax.train.ahead.memory import Memory
 from llm_jax.train.ahead.roofline import Estimate
 from llm_jax.train.loop import Rhythm
 
+FLAGS = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
 # libtpu may be opened by several processes at once, since no chip is, and need not ask a metadata server what machine this is
 QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -47,7 +49,8 @@ class Examined:
 
     parameters, model: of one trial, and the model's FLOPs of a step of all of them; machine: those of the program, all devices
     together; memory, collectives: of one device; device: FLOPs of products of one device, as compiled: more than its share of the
-    machine's where work is repeated on several; tokens: of a step; steps: in one call of the program. seconds: to compile.
+    machine's where work is repeated on several; tokens: of a step; steps: in one call of the program.
+    seconds: to compile; flags: libtpu's.
     """
 
     topology: Topology
@@ -64,6 +67,7 @@ class Examined:
     seconds: float
     uncounted: int
     compiled: bool = True
+    flags: str = ""
 
     @property
     def limit(self) -> float:
@@ -89,7 +93,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in QUIET.items():
+    for name, value in (QUIET | {FLAGS: " ".join(topology.chip.libtpu)}).items():
         os.environ.setdefault(name, value)
     jax.devices()  # so that JAX has read its flags, of which libtpu ends the process for those it does not know
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu"))
@@ -146,8 +150,8 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         collectives=sent,
         topology=topology,
         model=model,
-        kernels=machine.kernels * _visited(experiment, words) / compiled.mesh.size,
-        head=_head(experiment),
+        kernels=machine.kernels * visited(experiment, words) / compiled.mesh.size,
+        head=head(experiment),
     )
     given = {
         "parameters": memory.on_device(compiled.abstract.params),
@@ -171,6 +175,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         seconds,
         machine.uncounted + module.unknown,
         stats is not None,
+        os.environ.get(FLAGS, ""),
     )
 
 
@@ -219,42 +224,3 @@ def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
     if not text:
         raise ConfigError("was compiled without a dump: leave --xla_dump_to out of XLA_FLAGS", "the training step")
     return text, report, stats
-
-
-# ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _attending(experiment: Experiment) -> list[tuple[Any, int]]:
-    """Every mixer that attends, and the width of its stack."""
-    stacks = experiment.model.stacks.values()
-    return [
-        (layer.attention, stack.width) for stack in stacks for layer in stack.in_full if layer.attention and layer.attention.attends
-    ]
-
-
-def _visited(experiment: Experiment, length: int) -> float:
-    """Share of the pairs of queries and keys whose blocks a kernel visits, over all layers: what no mask shows is skipped."""
-    found = [
-        (mixer.scores(width), shown(mixer.mask if hasattr(mixer, "mask") else None, length))
-        for mixer, width in _attending(experiment)
-    ]
-    return sum(scores * share for scores, share in found) / max(sum(scores for scores, _ in found), 1)
-
-
-def shown(mask: Any, length: int) -> float:
-    """The same of one mask over rows of `length` tokens."""
-    size = min(platform.traits().attention_block, length)
-    blocks = -(-length // size)
-    if mask is None:
-        return (blocks + 1) / (2 * blocks)
-    shown = 0
-    for block in range(blocks):
-        first, stop = mask.span(block * size, (block + 1) * size - 1)
-        low = 0 if first is None else max(first, 0) // size
-        high = blocks if stop is None else min(-(-stop // size), blocks)
-        shown += high - low
-    return shown / blocks**2
-
-
-def _head(experiment: Experiment) -> int:
-    """Channels of a head, over which scores are summed."""
-    sizes = [mixer.scores(width) // (2 * mixer.heads_for_bias) for mixer, width in _attending(experiment)]
-    return min(sizes, default=128)

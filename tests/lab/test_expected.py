@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from llm_jax.core import platform
 from llm_jax.core.chips import Topology
 from llm_jax.data.pipeline import Data
-from llm_jax.lab.expected import estimate
+from llm_jax.lab.expected import estimate, shown
 from llm_jax.lab.experiment import Experiment
 from llm_jax.models import count
 from llm_jax.models.decoder import Decoder
@@ -43,8 +44,7 @@ PUBLISHED = {  # topology, model, billions of parameters, ids, tokens a row, row
 def expected(model, topology, *, vocabulary, length, rows, **mesh):
     whole = replace(model, remat="full", precision=Precision("bfloat16"))
     experiment = Experiment(model=whole, data=Data(sequence_length=length, batch_size=256 * rows))
-    causal = (length + 512) / (2 * length)  # in blocks of 512
-    return estimate(experiment, vocabulary, mesh, Topology.parse(topology), shown=causal)
+    return estimate(experiment, vocabulary, mesh, Topology.parse(topology))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -67,3 +67,13 @@ def test_more_tokens_hide_more_of_the_messages_and_tensor_parallelism_costs():
 def test_a_machine_without_neighbours_sends_nothing():
     found = expected(scaled(512, 4, 2048, 2), "v5e:1x1", vocabulary=1000, length=512, rows=1)
     assert (found.ici, found.dcn) == (0, 0)
+
+
+def test_attention_skips_what_its_mask_hides():
+    from llm_jax.nn.attention import Causal, SlidingWindow
+    from llm_jax.nn.masks import Bidirectional
+
+    with platform.targeting("tpu"):  # blocks of 512
+        assert shown(Causal(), 8192) == (16 + 1) / 32
+        assert shown(Bidirectional(), 8192) == 1
+        assert shown(SlidingWindow(512), 8192) == (1 + 15 * 2) / 16**2

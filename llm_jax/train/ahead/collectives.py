@@ -84,7 +84,8 @@ def _found(module: Module, mesh: Mapping[str, int], slices: Sequence[int]):
                     continue  # a message in steps: each has it written out, and the first one counts
                 described = replace(_described(inside, instruction, mesh, slices), label=label)
                 if described.parts > 1:
-                    yield replace(described, overlaps=described.overlaps or chain is not None), times
+                    meanwhile = described.overlaps or chain is not None or name in module.aside
+                    yield replace(described, overlaps=meanwhile), times
 
 
 def _sending(module: Module, computation: Computation, one: Instruction) -> list[tuple[Computation, Instruction, str]]:
@@ -93,7 +94,8 @@ def _sending(module: Module, computation: Computation, one: Instruction) -> list
         return [(computation, one, one.label)]
     if one.opcode not in ("fusion", "custom-call"):
         return []
-    inside = [module.computations[name] for name in one.called.get("calls", []) if name in module.computations]
+    called = [*one.called.get("calls", []), *one.called.get("called_computations", [])]  # the latter: of another core's
+    inside = [module.computations[name] for name in called if name in module.computations]
     found = [sending for each in inside for other in each for sending in _sending(module, each, other)]
     return [(where, each, one.label if label == each.name else label) for where, each, label in found]
 

@@ -95,11 +95,13 @@ class Computation:
 
 @dataclass
 class Module:
-    """A program. unknown: loops whose number of turns cannot be read, counted once."""
+    """A program. unknown: loops whose number of turns cannot be read, counted once; aside: computations that run while others do,
+    once `calls` has been asked for."""
 
     computations: dict[str, Computation]
     entry: str
     unknown: int = 0
+    aside: set[str] = field(default_factory=set)
 
     @cached_property
     def calls(self) -> dict[str, float]:
@@ -115,7 +117,9 @@ class Module:
                     self.unknown += turns is None
                     visit(one.called["body"][0], times * (1 if turns is None else turns))
                 elif one.opcode in ("call", "async-start"):
-                    visit((one.called.get("to_apply") or one.called["calls"])[0], times)
+                    inner = (one.called.get("to_apply") or one.called["calls"])[0]
+                    self.aside |= {inner} if one.opcode == "async-start" or name in self.aside else set()
+                    visit(inner, times)
                 elif one.opcode == "conditional":
                     for branch in one.called.get("branch_computations", []):
                         visit(branch, times)

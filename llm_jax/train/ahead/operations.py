@@ -46,7 +46,7 @@ def of_module(module: Module) -> list[Operation]:
             _bytes(module, computation, one),
             times,
             kernel='custom_call_target="tpu_custom_call"' in one.rest or GROUPED in one.label,
-            overlaps=one.opcode == "copy-start",
+            overlaps=one.opcode == "copy-start" or name in module.aside,
             label=one.label,
         )
         for name, times in module.calls.items()

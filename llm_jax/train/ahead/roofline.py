@@ -102,7 +102,7 @@ def seconds_of(one: Collective, topology: Topology) -> tuple[float, float]:
     if one.kind == "collective-permute":
         near, far = (0.0, each) if one.crosses else (each / chip.link / LINK, 0.0)
         return one.count * (near + HOP), one.count * far / (chip.network / chip.devices)
-    near = each * (1 - 1 / local) / (topology.bandwidth(local) / chip.devices * LINK)
+    near = each * (1 - 1 / local) / (topology.bandwidth(max(local // chip.devices, 1)) / chip.devices * LINK)
     hops = sum(min(side, local) / 2 for side in topology.shape)
     far = each / local * (1 - 1 / slices) / (chip.network / chip.devices)
     return one.count * (near + (HOP * hops if local > 1 else 0.0)), one.count * far

@@ -76,6 +76,33 @@ def test_devices_of_two_slices_cross_between_them(mesh):
     assert {one.axes: one.crosses for one in collectives.of_module(module, AXES, slices)} == {("fsdp",): False}
 
 
+ASIDE = """HloModule m
+
+%called (p: bf16[4,64]) -> bf16[16,64] {
+  %p = bf16[4,64] parameter(0)
+  ROOT %all-gather = bf16[16,64] all-gather(%p), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async (p.1: bf16[4,64]) -> bf16[16,64] {
+  %p.1 = bf16[4,64] parameter(0)
+  ROOT %custom-call = bf16[16,64] custom-call(%p.1), custom_call_target="offloaded", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[4,64]) -> bf16[16,64] {
+  %a = bf16[4,64] parameter(0)
+  %start = ((bf16[4,64]), bf16[16,64], u32[]) async-start(%a), async_execution_thread="sparsecore", calls=%async
+  ROOT %done = bf16[16,64] async-done(%start)
+}
+"""
+
+
+def test_messages_of_another_core_overlap():
+    module = hlo.parse(ASIDE)
+    (found,) = collectives.of_module(module, {"a": 4})
+    assert (found.kind, found.bytes, found.count, found.overlaps) == ("all-gather", 2 * 16 * 64, 1, True)
+    assert all(one.overlaps for one in operations.of_module(module))
+
+
 SEND = """HloModule m
 
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
