@@ -2,9 +2,8 @@
 
     python -m llm_jax compile --experiment=experiments/scale/deepseek_v3.py --topology=v5p:8x8x8
 
-The shape of DeepSeek-V3 (2024): latent attention, three dense layers, then 256 experts of which 8 and a shared one are used, balanced
-by a bias. 64 groups of chips have 4 experts each; a device has memory for twice the tokens that it gets on average. The optimizer
-keeps one moment in factored form (Adafactor), without which 671 billion parameters would take half of the memory.
+The shape of DeepSeek-V3 (2024): latent attention, three dense layers, then 256 experts of which 8 and a shared one are used,
+balanced by a bias. 64 groups of chips have 4 experts each; a device has memory for twice the tokens that it gets on average.
 """
 
 from llm_jax.core.config import override

@@ -2,8 +2,8 @@
 
     python -m llm_jax compile --experiment=experiments/scale/llama_8b.py --topology=v5e:16x16
 
-The shape of Llama 3 8B (Llama Team 2024), 4 million tokens a step. Parameters and optimizer are split over all chips, and layers are
-computed again in the backward pass.
+The shape of Llama 3 8B (Llama Team 2024), 4 million tokens a step. Parameters and optimizer are split over all chips, and layers
+are computed again in the backward pass.
 """
 
 from llm_jax.core.config import override

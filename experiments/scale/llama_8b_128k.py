@@ -2,8 +2,8 @@
 
     python -m llm_jax compile --experiment=experiments/scale/llama_8b_128k.py --topology=v5p:8x8x8
 
-Continued training at a longer context (Llama Team 2024, §3.4.2): rows are split over 16 chips along their length, keys and values are
-gathered, and every chip has as much of the causal triangle to do. Positions are scaled as Llama 3.1 scales them.
+Continued training at a longer context (Llama Team 2024, §3.4.2): rows are split over 16 chips along their length, keys and values
+are gathered, and every chip has as much of the causal triangle to do. Positions are scaled as Llama 3.1 scales them.
 """
 
 from llm_jax.core.config import override
