@@ -20,6 +20,7 @@ from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
 from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.nearby import Nearby
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker, is_full
 from llm_jax.lab import plan, results
@@ -258,13 +259,15 @@ class Group:
             beside=self.runner.schedule.beside,
             shown=distributed.leads(),
         ) as progress:
-            checkpointer = self._checkpointer(progress)
-            session = self._session(trackers, checkpointer, progress, rhythm)
+            checkpointer, nearby = self._checkpointer(progress), self._nearby(progress)
+            session = self._session(trackers, checkpointer, nearby, progress, rhythm)
             try:
                 feed = lambda start: self.source.feed(seeds, rhythm.dispatch, start, compiled.host)  # noqa: E731
                 final = fit(program, feed, rhythm, session)
             finally:
                 checkpointer.close()
+                if nearby is not None:
+                    nearby.wait()
                 for tracker in trackers:
                     tracker.close()
         for run, tracker, metrics in zip(self.runs, trackers, final, strict=True):
@@ -276,9 +279,9 @@ class Group:
             if result["status"] == "diverged":
                 self.runner.note(f"{run.arm}, {run.phase}, {dict(run.nuisance)}, seed {run.seed}: diverged")
         distributed.meet("the end of a group")
-        if (
-            self.runs[0].phase == "tune" and distributed.leads()
-        ):  # nobody asks for the parameters of a trial that only chose a learning rate
+        if nearby is not None:
+            nearby.clear()
+        if self.runs[0].phase == "tune" and distributed.leads():  # nobody asks for what only chose a learning rate
             shutil.rmtree(self.runner.folder.group(self.name), ignore_errors=True)
 
     def failed(self, error: Exception) -> None:
@@ -323,7 +326,20 @@ class Group:
             warn=progress.note,
         )
 
-    def _session(self, trackers: Sequence[Tracker], checkpointer: Checkpointer, progress: Progress, rhythm: Rhythm) -> Session:
+    def _nearby(self, progress: Progress) -> Nearby | None:
+        own = self.runs[0].experiment.checkpoints
+        if own.nearby is None:
+            return None
+        return Nearby(pathlib.Path(own.nearby) / self.name, every=own.nearby_every, warn=progress.note)
+
+    def _session(
+        self,
+        trackers: Sequence[Tracker],
+        checkpointer: Checkpointer,
+        nearby: Nearby | None,
+        progress: Progress,
+        rhythm: Rhythm,
+    ) -> Session:
         def record(step: int, rows: Sequence[dict[str, float]]) -> None:
             for tracker, row in zip(trackers, rows, strict=True):
                 tracker.log(row)
@@ -347,6 +363,7 @@ class Group:
             tokens_per_step=self.cost.tokens / rhythm.steps,
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
+            nearby=nearby,
             proceed=self.runner.schedule.check,
             watchdog=self.runner.watchdog,
             profiler=profile.once(self.runner.folder.path, traced, [run.arm for run in self.runs]),
