@@ -29,6 +29,7 @@ experiment = override(
 )
 """
 GONE = re.compile(r"process \d( \(.*, pid \d+\))? is gone|another task died")
+STARTED = []
 DEADLINE = 60  # seconds in which the others must have stopped
 
 
@@ -55,7 +56,18 @@ def start(count, folder, *more, devices=2, each=None, **given):
         line = command(folder, *own, *more, *((each or {}).get(index, [])), **given)
         with open(folder.with_suffix(f".{index}.log"), "w") as log:
             processes.append(subprocess.Popen(line, stdout=log, stderr=log, env=environment(devices)))
+    STARTED.extend(processes)
     return processes
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    STARTED.clear()
 
 
 def said(folder, index):
@@ -103,8 +115,7 @@ def test_what_dies_at_twenty_random_moments_goes_on_where_it_was_saved(tmp_path)
     while killed < 20:
         processes, begun = start(2, folder, steps=steps), len(steps_of(folder))
         until(lambda begun=begun: len(steps_of(folder)) > begun or processes[0].poll() is not None)
-        if processes[0].poll() is not None:
-            break
+        assert processes[0].poll() is None, said(folder, 0)
         victim = chance.randrange(2)
         if killed % 2:
             until(lambda: list(folder.glob("groups/*/checkpoints/*tmp*")) or processes[0].poll() is not None)
@@ -117,7 +128,7 @@ def test_what_dies_at_twenty_random_moments_goes_on_where_it_was_saved(tmp_path)
         assert time.monotonic() - asked < DEADLINE
         assert GONE.search(said(folder, 1 - victim)), said(folder, 1 - victim)
         killed += 1
-    assert killed == 20 and mid_checkpoint == 10, "the run was over too soon to be killed as often"
+    assert mid_checkpoint == 10
     final = ended(start(2, folder, steps=steps), folder)
     undisturbed = ended(start(2, whole, steps=steps), whole)
     assert final["metrics"] == undisturbed["metrics"]
