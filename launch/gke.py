@@ -1,7 +1,7 @@
 """Pods on Google Kubernetes Engine, as a JobSet or through xpk: TPU slices, several of them, or GPU nodes.
 
-python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 --slices=2 --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
-python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --nodes=4 --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
+python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
+python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
 python -m launch.gke VERB --name=c06
 
 The other verbs: status, logs (follow the first pod of each slice), delete. --workers=N makes N JobSets that share one ablation.
