@@ -120,7 +120,8 @@ def _join() -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
-    platform.setup(deterministic=FLAGS.deterministic)
+    joins = FLAGS.distributed or FLAGS.coordinator is not None
+    platform.setup(deterministic=FLAGS.deterministic, alone=not joins)
     _join()
     platform.require_devices()
     from llm_jax.io.tracker import is_full

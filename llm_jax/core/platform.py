@@ -117,11 +117,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool = False) -> None:
+def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool = False, alone: bool = True) -> None:
     """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
 
     A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
-    1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
+    1.5× faster than one device with a thread pool at GPT-2-tiny sizes. alone: of several processes that train together each keeps its
+    threads, since messages that wait for others would else hold up those that the others wait for. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
 
     deterministic: the same command on the same devices gives the same bits. CPUs and TPUs do so anyway; a GPU adds up by atomics,
     and takes whichever kernel was quickest when it tried them, unless told not to, which costs some speed. Random numbers are the
@@ -136,7 +137,7 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
     if "xla_force_host_platform_device_count" not in flags:
         count = devices or cores()
         flags += f" --xla_force_host_platform_device_count={count}"
-        if count > 1 and "xla_cpu_multi_thread_eigen" not in flags:
+        if count > 1 and alone and "xla_cpu_multi_thread_eigen" not in flags:
             flags += " --xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = flags.strip()
     if cache:

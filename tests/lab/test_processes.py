@@ -42,7 +42,7 @@ def command(folder, *more, steps=60):
 
 def environment(devices):
     given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("PYTEST_")}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags}
 
 
