@@ -121,9 +121,10 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
     """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
 
     A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
-    1.5× faster than one device with a thread pool at GPT-2-tiny sizes. alone: of several processes that train together each keeps its
-    threads, since messages that wait for others would else hold up those that the others wait for. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
+    1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
 
+    alone: where it is false, as of one of several processes, devices keep their threads: messages that wait for other processes
+    would else hold up those that the others wait for.
     deterministic: the same command on the same devices gives the same bits. CPUs and TPUs do so anyway; a GPU adds up by atomics,
     and takes whichever kernel was quickest when it tried them, unless told not to, which costs some speed. Random numbers are the
     same however arrays are split (`jax_threefry_partitionable`, JAX's default). Raises `ConfigError` where `XLA_FLAGS` has the
