@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jax.core import distributed
+from llm_jax.core.config import ConfigError
+from llm_jax.io import layers
 
 CHECKSUMS = "checksums.json"
 
@@ -107,9 +109,10 @@ class Checkpointer:
     def restore(self, abstract: Any, *, at_most: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
 
-        A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros.
+        A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros;
+        layers are stacked, or stand alone, as `abstract` has them.
         One whose checksums are wrong, or that has none and cannot be read, is set aside. at_most: those of later steps are removed.
-        Raises what Orbax raises on a whole one.
+        Raises what Orbax raises on a whole one, and `ConfigError` where an optimizer's state cannot be laid out so.
         """
         for step in self.steps() if at_most is not None else []:
             if at_most is not None and step > at_most:
@@ -121,9 +124,13 @@ class Checkpointer:
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:
                 try:
-                    args = ocp.args.Composite(state=_layout(_without_keys(abstract)), extra=ocp.args.JsonRestore())
+                    stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
+                    asked, back = layers.as_stored(_without_keys(abstract), stored)
+                    args = ocp.args.Composite(state=_layout(asked), extra=ocp.args.JsonRestore())
                     found = self._open().restore(step, args=args)
-                    return step, _with_keys(found["state"], abstract), found["extra"]
+                    return step, _with_keys(back(found["state"]), abstract), found["extra"]
+                except ConfigError:  # of the program, not of the checkpoint
+                    raise
                 except Exception as error:
                     if sealed:  # every byte is as it was written: the fault is not the checkpoint's
                         raise

@@ -14,7 +14,7 @@ from tests.lab import meshes
 from tests.lab.meshes import LENGTH, ROWS, TABLE, VOCABULARY, Row
 
 QUICK = ("dense-population2-stage2", "experts-sequence2")
-COUNTED = 2048  # bytes up to which a message is one of numbers, or of a norm's scales
+COUNTED = 1024  # bytes up to which a message is one of numbers, or of a norm's scales
 WEIGHTS = {"fsdp", "expert", "sequence"}  # the axes that kernels are gathered along
 
 
@@ -104,9 +104,12 @@ class Sent:
             assert set(one.axes) <= WEIGHTS and one.bytes in own | experts, one
             assert one.bytes in own or "expert" not in one.axes, f"experts' kernels should stay where they are: {one}"
         split = any(self.axes[axis] > 1 for axis in WEIGHTS)
-        dense, banks = (4 + 3, 0) if self.row.model is meshes.DENSE else (4, 3)
+        dense, banks = (4 + 3, 0) if self.row.model is meshes.DENSE else (4 + 1, 3)
         banks *= self.axes["fsdp"] * self.axes["sequence"] > 1
-        assert sum(one.count for one in gathered) == (2 * self.runs * (dense + banks) + 1 if split else 0), gathered
+        count, once = sum(one.count for one in gathered), self.runs * (dense + banks) * split
+        # for the gradient the compiler may gather twice; a stage of one layer has it gathered before its turns
+        least = 0 if self.axes["stage"] == self.row.model.depth else 2
+        assert least * once + split <= count <= 3 * once + split, gathered
 
     def check_gradients(self) -> None:
         """Every gradient is summed once, where rows or tokens are split."""
