@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError
-from llm_jax.io import layers
+from llm_jax.io import keys, layers
 
 CHECKSUMS = "checksums.json"
 
@@ -91,7 +91,7 @@ class Checkpointer:
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
             saved = manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(keys.taken_out(state)), extra=ocp.args.JsonSave(dict(extra))),
                 metrics=finite,
                 force=True,
             )
@@ -125,10 +125,10 @@ class Checkpointer:
             if damage is None:
                 try:
                     stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
-                    asked, back = layers.as_stored(_without_keys(abstract), stored)
+                    asked, back = layers.as_stored(keys.taken_out(abstract), stored)
                     args = ocp.args.Composite(state=_layout(asked), extra=ocp.args.JsonRestore())
                     found = self._open().restore(step, args=args)
-                    return step, _with_keys(back(found["state"]), abstract), found["extra"]
+                    return step, keys.put_back(back(found["state"]), abstract), found["extra"]
                 except ConfigError:  # of the program, not of the checkpoint
                     raise
                 except Exception as error:
@@ -229,7 +229,7 @@ def read(
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
         item = {name: stored[name] if like is None else like(stored) for name, like in parts.items()}
-        item = item if layout is None else _without_keys(layout(item))
+        item = item if layout is None else keys.taken_out(layout(item))
         one = (lambda _: ocp.RestoreArgs(restore_type=np.ndarray)) if layout is None else _as_laid_out
         with ocp.PyTreeCheckpointer() as reader:
             request = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(one, item), partial_restore=True)
@@ -283,27 +283,3 @@ def _layout(abstract: Any) -> ocp.args.PyTreeRestore:
 
 def _as_laid_out(x: Any) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _without_keys(state: Any) -> Any:
-    """Typed keys as the integers they hold, for arrays and for shapes alike."""
-
-    def plain(x):
-        if not _is_key(x):
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
-            spec = x.sharding.spec if isinstance(x.sharding, jax.sharding.NamedSharding) else None
-            where = jax.sharding.NamedSharding(x.sharding.mesh, spec) if spec is not None else x.sharding
-            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=where)
-        return jax.random.key_data(x)
-
-    return jax.tree.map(plain, state)
-
-
-def _with_keys(state: Any, abstract: Any) -> Any:
-    return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, state, abstract)
