@@ -112,8 +112,9 @@ def _described(computation: Computation, one: Instruction, mesh: Mapping[str, in
     kind, group = KINDS[one.opcode.removesuffix("-start")], members(one.rest, math.prod(mesh.values()))
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # as TPUs have it: a sum of which each keeps its part
-    operands = computation.operands(one)[: 1 if one.opcode.startswith("ragged") else None]  # the others: where, and how many
-    sent = [array for operand in operands for array in operand.arrays]
+    sent = [array for operand in computation.operands(one) for array in operand.arrays]
+    if one.opcode.startswith("ragged"):  # rows, and room for as many as may come; on average no more come than are sent
+        sent = [min(sent[:2], key=lambda array: array.bytes)]
     size = sum(array.bytes for array in sent) * (len(group) if kind == "all-gather" else 1)
     places = np.unravel_index(group, tuple(mesh.values()))
     axes = tuple(axis for axis, where in zip(mesh, places, strict=True) if len(set(where.tolist())) > 1)
