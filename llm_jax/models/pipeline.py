@@ -2,7 +2,8 @@
 
 Each of S stages works on another micro-batch at the same time: M of them take M + S - 1 turns, of which S - 1 are idle. In R rounds
 a stage has R shorter runs of layers, and micro-batches go round as often (the circular schedule; Narayanan et al. 2021, §2.2):
-M·R turns of 1/R the length, and S - 1 idle ones.
+M·R turns of 1/R the length, and S - 1 idle ones. Parameters lie over the stages in the layers' order, so in rounds every step
+begins by sending most of them to the stages that work with them, and ends by sending their gradients back.
 """
 
 from __future__ import annotations
