@@ -109,7 +109,9 @@ class Mesh(Config):
         for axis, size in sizes.items():
             if size == -1:
                 if devices % known:
-                    raise ConfigError(f"{wanted} does not divide {devices} devices: {known} is no divisor of {devices}", "mesh")
+                    divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+                    told = f"{wanted} does not divide {devices} devices: {known} is none of their divisors {divisors}"
+                    raise ConfigError(told, "mesh")
                 sizes[axis] = devices // known
         if math.prod(sizes.values()) != devices:
             raise ConfigError(

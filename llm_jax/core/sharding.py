@@ -141,6 +141,24 @@ def parts(axes: tuple[str, ...]) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
+def spec_over(axes: Sequence[str], names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """How the compiler splits an array over these of its mesh axes alone."""
+    return spec(names, shape, {axis: size for axis, size in _splitting().items() if axis in axes}, rules(layout()))
+
+
+def by_hand(message: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str | None) -> jax.Array:
+    """`message(x)` among devices along the axes of a `shard_map`, of the part that each has of `x` by the others.
+
+    axes: the logical names of the dimensions, None of those that the message changes. Without it the compiler gathers `x` along
+    all other axes before any message but a sum and one that is passed on.
+    """
+    where = spec(axes, x.shape, _splitting(), rules(layout()))
+    taken = {axis for entry in where if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+    if not taken:
+        return message(x)
+    return jax.shard_map(message, in_specs=where, out_specs=where, axis_names=taken, check_vma=False)(x)
+
+
 def sum_over_data(function: Callable) -> Callable:
     """`function(params, batch) -> sums` of a batch whose rows are split over the data axis, with one message for all small sums.
 

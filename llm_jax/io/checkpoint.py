@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jax.core import distributed
+from llm_jax.core.config import ConfigError
+from llm_jax.io import keys, layers
 
 CHECKSUMS = "checksums.json"
 
@@ -89,7 +91,7 @@ class Checkpointer:
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
             saved = manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(keys.taken_out(state)), extra=ocp.args.JsonSave(dict(extra))),
                 metrics=finite,
                 force=True,
             )
@@ -108,9 +110,10 @@ class Checkpointer:
     def restore(self, abstract: Any, *, at_most: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole, laid out as `abstract` says; None if there is none.
 
-        A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros.
+        A leading axis of another length, as a population has that is padded for other devices, is cut or filled up with zeros;
+        layers are stacked, or stand alone, as `abstract` has them.
         One whose checksums are wrong, or that has none and cannot be read, is set aside. at_most: those of later steps are removed.
-        Raises what Orbax raises on a whole one.
+        Raises what Orbax raises on a whole one, and `ConfigError` where an optimizer's state cannot be laid out so.
         """
         for step in self.steps() if at_most is not None else []:
             if at_most is not None and step > at_most:
@@ -120,9 +123,13 @@ class Checkpointer:
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:
                 try:
-                    args = ocp.args.Composite(state=_layout(without_keys(abstract)), extra=ocp.args.JsonRestore())
+                    stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
+                    asked, back = layers.as_stored(keys.taken_out(abstract), stored)
+                    args = ocp.args.Composite(state=_layout(asked), extra=ocp.args.JsonRestore())
                     found = self._open().restore(step, args=args)
-                    return step, with_keys(found["state"], abstract), found["extra"]
+                    return step, keys.put_back(back(found["state"]), abstract), found["extra"]
+                except ConfigError:  # of the program, not of the checkpoint
+                    raise
                 except Exception as error:
                     if sealed:  # every byte is as it was written: the fault is not the checkpoint's
                         raise
@@ -221,7 +228,7 @@ def read(
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
         item = {name: stored[name] if like is None else like(stored) for name, like in parts.items()}
-        item = item if layout is None else without_keys(layout(item))
+        item = item if layout is None else keys.taken_out(layout(item))
         one = (lambda _: ocp.RestoreArgs(restore_type=np.ndarray)) if layout is None else _as_laid_out
         with ocp.PyTreeCheckpointer() as reader:
             request = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(one, item), partial_restore=True)
@@ -275,28 +282,3 @@ def _layout(abstract: Any) -> ocp.args.PyTreeRestore:
 
 def _as_laid_out(x: Any) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def without_keys(state: Any) -> Any:
-    """Typed keys as the integers they hold, for arrays and for shapes alike."""
-
-    def plain(x):
-        if not _is_key(x):
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
-            spec = x.sharding.spec if isinstance(x.sharding, jax.sharding.NamedSharding) else None
-            where = jax.sharding.NamedSharding(x.sharding.mesh, spec) if spec is not None else x.sharding
-            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=where)
-        return jax.random.key_data(x)
-
-    return jax.tree.map(plain, state)
-
-
-def with_keys(state: Any, abstract: Any) -> Any:
-    """The reverse, where `abstract` has a key."""
-    return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, state, abstract)

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_jax.core import distributed
 from llm_jax.core.whole import whole_folder
-from llm_jax.io.checkpoint import with_keys, without_keys
+from llm_jax.io import keys
 
 KEPT = 2  # copies: a job may die while some processes have written the newest and others have not
 ARRAYS, REST = "arrays.safetensors", "rest.json"
@@ -37,17 +37,17 @@ class Nearby:
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Copies this process's part of the arrays to the host, and has a thread write it; they may be donated afterwards."""
         self.wait()
-        shards = {name: np.asarray(data) for name, (data, _) in _shards(without_keys(state)).items()}
+        shards = {name: np.asarray(data) for name, (data, _) in _shards(keys.taken_out(state)).items()}
         self._written = self._writer.submit(self._write, step, shards, dict(extra))
 
     def restore(self, abstract: Any, *, after: int) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, extra) of the newest copy of a step > after that all processes have whole, laid out as `abstract` says."""
         common = set.intersection(*(set(json.loads(said)) for said in distributed.everyones("nearby", json.dumps(self.steps()))))
         for step in sorted((step for step in common if step > after), reverse=True):
-            found = self._read(step, without_keys(abstract))
+            found = self._read(step, keys.taken_out(abstract))
             if distributed.first_said("nearby is damaged", "yes" if found is None else None) is None and found is not None:
                 state, extra = found
-                return step, with_keys(state, abstract), extra
+                return step, keys.put_back(state, abstract), extra
         return None
 
     def steps(self) -> list[int]:

@@ -120,8 +120,8 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
         raise ConfigError(
             "asks a trained model, which is not there yet: leave the arm out, or compile it without", "objective.teacher"
         )
-    check_mesh(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0])
     with platform.targeting("tpu"):
+        check_mesh(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0])
         compiled = compile_population(experiment, members, declared(experiment), devices=devices_of(topology))
         return _examined(experiment, compiled, topology)
 

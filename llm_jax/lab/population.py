@@ -174,12 +174,17 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises `ConfigError` unless a mesh, whose axes are worked out, divides the rows of every micro-batch and the model."""
+    """Raises `ConfigError` unless a mesh, whose axes are worked out, divides the rows of every micro-batch and the model.
+
+    And where one of its rules is of nothing that there is.
+    """
+    sharding.rules(mesh)
     parts, rows = experiment.train.accumulate * mesh.rows, experiment.data.batch_size
     axes = " × ".join(axis for axis in BATCH if axis in ("data", "fsdp") or mesh.sizes[axis] > 1)
-    require(
-        rows % parts == 0, "data.batch_size", f"must be a multiple of train.accumulate × {axes} = {parts} on this mesh, got {rows}"
+    sentence = (
+        f"must be a multiple of train.accumulate × {axes} = {parts} on this mesh, got {rows}: take {-(-rows // parts) * parts}"
     )
+    require(rows % parts == 0, "data.batch_size", sentence)
     micro, share = mesh.microbatches or mesh.stage, rows // parts * mesh.stage
     fits = mesh.stage == 1 or (micro % mesh.stage == 0 and share % micro == 0)
     problem = f"must be a multiple of stage={mesh.stage} that divides the {share} rows of each part of the mesh, got {micro}"

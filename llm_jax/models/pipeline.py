@@ -2,24 +2,27 @@
 
 Each of S stages works on another micro-batch at the same time: M of them take M + S - 1 turns, of which S - 1 are idle. In R rounds
 a stage has R shorter runs of layers, and micro-batches go round as often (the circular schedule; Narayanan et al. 2021, §2.2):
-M·R turns of 1/R the length, and S - 1 idle ones.
+M·R turns of 1/R the length, and S - 1 idle ones. Parameters lie over the stages in the layers' order, so in rounds every step
+begins by sending most of them to the stages that work with them, and ends by sending their gradients back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llm_jax.core.sharding import axes_over, layout, parts
+from llm_jax.core.sharding import axes_over, by_hand, layout, parts
 from llm_jax.nn.context import Context
 
 STAGE = "stage"
-Layer = Callable[[Any, jax.Array, jax.Array, Context, jax.Array], tuple[jax.Array, Any]]
+Layer = Callable[[Any, jax.Array, jax.Array, Context, jax.Array, Any], tuple[jax.Array, Any]]
+NAMES = "batch", None, "length"  # of the first dimensions of `[G, rows, L, …]`
 
 
 class Schedule(NamedTuple):
@@ -48,10 +51,13 @@ def schedule_of(rows: int) -> Schedule | None:
     return Schedule(stages, layout().rounds, micro, groups)
 
 
-def pipeline(layer: Layer, params: Any, x: jax.Array, context: Context, schedule: Schedule) -> tuple[jax.Array, Any]:
+def pipeline(
+    layer: Layer, params: Any, x: jax.Array, context: Context, schedule: Schedule, key: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
     """`x [B, …]` through n layers, and what each leaves, `[n, …]`, added up over micro-batches.
 
-    layer: `(its parameters, x, its number, Context, the micro-batch's number) -> (x, what it leaves)`; params: `[n, …]`.
+    layer: `(its parameters, x, its number, Context, the micro-batch's number, key) -> (x, what it leaves)`; params: `[n, …]`.
+    Nothing traced comes to it from outside.
     """
     S, R, G = schedule.stages, schedule.rounds, schedule.groups
 
@@ -64,12 +70,12 @@ def pipeline(layer: Layer, params: Any, x: jax.Array, context: Context, schedule
     own, common = _by_row(context, len(x))
     through = jax.shard_map(
         lambda *given: _through(layer, schedule, *given),
-        in_specs=(PartitionSpec(None, STAGE), PartitionSpec(None, STAGE), PartitionSpec(None, STAGE), PartitionSpec()),
+        in_specs=(*[PartitionSpec(None, STAGE)] * 3, PartitionSpec(), PartitionSpec()),
         out_specs=(PartitionSpec(None, STAGE), PartitionSpec(None, STAGE)),
         axis_names={STAGE},
         check_vma=False,
     )
-    y, left = through(jax.tree.map(in_stages, params), in_groups(x), jax.tree.map(in_groups, own), common)
+    y, left = through(jax.tree.map(in_stages, params), in_groups(x), jax.tree.map(in_groups, own), common, key)
     return y.reshape(x.shape), jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), left)
 
 
@@ -88,7 +94,12 @@ def _whole(own: list[Any], common: Context) -> Context:
     return replace(common, places=places, memory=memory)
 
 
-def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own: list[Any], common: Context):
+def _names(first: tuple[str | None, ...], x: jax.Array) -> tuple[str | None, ...]:
+    """A name for each dimension, None after the first."""
+    return (*first, *[None] * x.ndim)[: x.ndim]
+
+
+def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own: list[Any], common: Context, key: Any):
     """All turns on one stage; its rows and what it returns are `[G, B / (G·S), …]`."""
     S, R, M, G = schedule
     stage = jax.lax.axis_index(STAGE)
@@ -96,7 +107,8 @@ def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own
     each = len(jax.tree.leaves(params)[0][0])
 
     def micro_batches(leaf):  # `[M, rows, …]`
-        leaf = jax.lax.all_gather(leaf, STAGE, axis=1, tiled=True)
+        gather = partial(jax.lax.all_gather, axis_name=STAGE, axis=1, tiled=True)
+        leaf = by_hand(gather, leaf, *_names(NAMES, leaf))
         leaf = leaf.reshape(G, M, -1, *leaf.shape[2:]).swapaxes(0, 1)
         return leaf.reshape(M, -1, *leaf.shape[3:])
 
@@ -108,7 +120,7 @@ def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own
         def one(x, given):
             own_params, index = given
             number = (this_round * S + stage) * each + index
-            return layer(own_params, x, number, context, micro)
+            return layer(own_params, x, number, context, micro, key)
 
         return jax.lax.scan(one, x, (jax.tree.map(lambda leaf: leaf[this_round], params), jnp.arange(each)))
 
@@ -127,6 +139,7 @@ def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own
     left = jax.tree.map(lambda s: jnp.zeros((R, *s.shape), s.dtype), shapes)
     (done_M, _, left), _ = jax.lax.scan(turn, (rows_M, rows_M[0], left), jnp.arange(schedule.turns))
     # the first stage has what came back; every stage goes on with its part of the rows
-    mine = jax.lax.psum_scatter(jnp.where(stage == 0, done_M, 0), STAGE, scatter_dimension=0, tiled=True)
+    scatter = partial(jax.lax.psum_scatter, axis_name=STAGE, scatter_dimension=0, tiled=True)
+    mine = by_hand(scatter, jnp.where(stage == 0, done_M, 0), *_names((None, "batch", "length"), done_M))
     mine = mine.reshape(M // S, G, -1, *mine.shape[2:]).swapaxes(0, 1)
     return mine.reshape(G, -1, *mine.shape[3:]), jax.tree.map(lambda leaf: leaf[:, None], left)

@@ -214,7 +214,7 @@ class _Staged(nn.Module):
         period, key = _Period(self.config, self.cross, parent=None), self.make_rng("dropout") if self.has_rng("dropout") else None
         counted = ["routing"] if self.is_mutable_collection("routing") else []
 
-        def layer(params, x, number, context, micro):
+        def layer(params, x, number, context, micro, key):
             rngs = {} if key is None else {"dropout": jax.random.fold_in(jax.random.fold_in(key, number), micro)}
             start = len(self.config.first) + self.config.period * number
             (x, _), left = period.apply({"params": params}, x, start, context, rngs=rngs, mutable=counted)
@@ -222,7 +222,7 @@ class _Staged(nn.Module):
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[self.config.remat])
-        y, left = pipeline(layer, self.variables["params"], x, context, self.schedule)
+        y, left = pipeline(layer, self.variables["params"], x, context, self.schedule, key)
         for name, value in left.get("routing", {}).items():
             self.put_variable("routing", name, value)
         return y

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jax.core.config import require, require_positive, traced
-from llm_jax.core.sharding import axes_over, constrain, partitioned, parts
+from llm_jax.core.sharding import axes_over, by_hand, constrain, partitioned, parts, spec_over
 from llm_jax.core.types import Weighted
 from llm_jax.nn.activations import ACTIVATIONS
 from llm_jax.nn.dispatch import Away, Dispatch, Dropless, Over, Slots
@@ -24,6 +24,7 @@ from llm_jax.nn.kernels.product import product
 from llm_jax.nn.linear import Linear, normal
 from llm_jax.nn.routing import ExpertChoice, Router, Softmax, balance_loss, z_loss
 
+AXES = {"gate": ("embed", "hidden"), "up": ("embed", "hidden"), "down": ("hidden", "embed")}  # of each expert's kernels
 Weights = Mapping[str, tuple[jax.Array, jax.Array | None]]  # name → kernels [E, in, out], biases [E, out]
 
 
@@ -134,12 +135,12 @@ class Kernels(nn.Module):
         c, hidden = self.config, self.config.expert.hidden(self.width)
         require(hidden > 0, "ffn.expert.ratio", "leaves no hidden unit: raise it")
 
-        def bank(name: str, inputs: int, outputs: int, axes: tuple[str, str], gain: float = 1.0):
-            return Bank(c.experts, inputs, outputs, axes, gain, c.expert.bias, self.dtype, name=name)()
+        def bank(name: str, inputs: int, outputs: int, gain: float = 1.0):
+            return Bank(c.experts, inputs, outputs, AXES[name], gain, c.expert.bias, self.dtype, name=name)()
 
         ups = ("gate", "up") if c.expert.branches == 2 else ("up",)
-        weights = {name: bank(name, self.width, hidden, ("embed", "hidden")) for name in ups}
-        return weights | {"down": bank("down", hidden, self.width, ("hidden", "embed"), self.gain)}
+        weights = {name: bank(name, self.width, hidden) for name in ups}
+        return weights | {"down": bank("down", hidden, self.width, self.gain)}
 
 
 class Experts(nn.Module):
@@ -166,7 +167,7 @@ class Experts(nn.Module):
         where = NOWHERE if drop else split_of(c, x_BLD.shape)
         routed = partial(_routed, c, drop, where)
         given = x_BLD.astype(self.dtype), scores_BLE, valid_BL, bias_E, weights
-        y_BLD, load_BE, served_BL = (on_each_device(routed, where) if where.axes else routed)(*given)
+        y_BLD, load_BE, served_BL = (on_each_device(routed, where, weights) if where.axes else routed)(*given)
         self._sow(logits_BLE, scores_BLE, load_BE, served_BL, valid_BL)
         y_BLD = constrain(y_BLD, "batch", "length", "embed_act")
         return y_BLD if c.shared is None else y_BLD + MLP(c.shared, self.gain, self.dtype, name="shared")(x_BLD, rates)
@@ -186,16 +187,14 @@ class Experts(nn.Module):
 
     def _sow(self, logits_BLE, scores_BLE, load_BE, served_BL, valid_BL) -> None:
         c = self.config
-        logits_TE, scores_TE = (x.reshape(-1, c.experts) for x in (logits_BLE, scores_BLE))
-        valid_T = None if valid_BL is None else valid_BL.reshape(-1)
-        z = z_loss(logits_TE, valid_T)
+        z = z_loss(logits_BLE, valid_BL)
         chosen, served = load_BE.sum(), served_BL.sum()
         if isinstance(c.router, ExpertChoice):
             chosen, served = z.weight, (served_BL > 0).sum()
         found = {
             "load": load_BE.sum(0),
             "dropped": Weighted(chosen - served, chosen),
-            "balance": balance_loss(scores_TE, load_BE, valid_T, over=c.balance_over),
+            "balance": balance_loss(scores_BLE, load_BE, valid_BL, over=c.balance_over),
             "z_loss": z,
         }
         for name, value in found.items():
@@ -261,9 +260,41 @@ def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slot
     return linear(h_MF if drop is None else drop(h_MF), "down")[0]
 
 
-def on_each_device(routed: Any, where: Where) -> Any:
-    """`routed` on each device's tokens: they are sorted where they are, and travel only to experts of other devices."""
-    tokens, experts = PartitionSpec(where.rows or None, where.length or None), PartitionSpec(where.experts)
-    specs = (tokens, tokens, tokens, PartitionSpec(), experts)
-    outs = (tokens, PartitionSpec(where.rows or None), tokens)
-    return jax.shard_map(routed, in_specs=specs, out_specs=outs, axis_names=set(where.axes), check_vma=False)
+def on_each_device(routed: Any, where: Where, weights: Weights) -> Any:
+    """`routed` on each device's tokens: they are sorted where they are, and travel only to experts of other devices.
+
+    Weights are gathered inside, so that of the sum of their gradients a device gets no more than its part.
+    """
+    rows = PartitionSpec(where.rows or None)
+    tokens = PartitionSpec(*rows, where.length or None)
+    shares = {name: tuple(_share(x, axes, where) for x, axes in _named(name, pair)) for name, pair in weights.items()}
+
+    def local(x_BLD, scores_BLE, valid_BL, bias_E, weights):
+        whole = {
+            name: tuple(_gathered(x, axes, share, where) for (x, axes), share in zip(_named(name, pair), shares[name], strict=True))
+            for name, pair in weights.items()
+        }
+        return routed(x_BLD, scores_BLE, valid_BL, bias_E, whole)
+
+    specs = (tokens, tokens, tokens, PartitionSpec(), shares)
+    return jax.shard_map(local, in_specs=specs, out_specs=(tokens, rows, tokens), axis_names=set(where.axes), check_vma=False)
+
+
+def _named(name: str, pair: tuple[jax.Array, jax.Array | None]) -> tuple[tuple[jax.Array | None, tuple[str, ...]], ...]:
+    """A kernel and its bias, each with what its dimensions are called."""
+    return (pair[0], ("expert", *AXES[name])), (pair[1], ("expert", AXES[name][1]))
+
+
+def _share(x: jax.Array | None, names: tuple[str, ...], where: Where) -> PartitionSpec | None:
+    """How an array lies over the axes whose devices have tokens of their own."""
+    return None if x is None else spec_over(where.axes, names, x.shape)
+
+
+def _gathered(x: jax.Array | None, names: tuple[str, ...], share: PartitionSpec | None, where: Where) -> jax.Array | None:
+    """All of it that the device's experts have."""
+    for place, axes in enumerate(share or ()):
+        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != where.experts)
+        if axes and x is not None:
+            message = partial(jax.lax.all_gather, axis_name=axes, axis=place, tiled=True)
+            x = by_hand(message, x, *(None if at == place else name for at, name in enumerate(names)))
+    return x

@@ -158,29 +158,27 @@ class ExpertChoice(Router):
         return take(scores_TE, valid_T, share=share, groups=rows if self.over == "row" else 1, rows=rows)
 
 
-def balance_loss(scores_TE: jax.Array, load_BE: jax.Array, valid_T: jax.Array | None, *, over: Over = "batch") -> Weighted:
+def balance_loss(scores_BLE: jax.Array, load_BE: jax.Array, valid_BL: jax.Array | None, *, over: Over = "batch") -> Weighted:
     """E · Σ_e (share of tokens that chose e) · (mean score of e), a token's scores divided by their sum, once for every token.
 
     Fedus et al. 2021, eq. 4–6, with all k choices counted as Mixtral does: k where loads are even. over "row": the mean over
     sequences of each one's own loss, DeepSeek-V3 eq. 17–20 but for the factor 1/k. It is not linear: the sums of
     micro-batches are those of their own losses, not of the whole batch's.
     """
-    (rows, experts), tokens = load_BE.shape, len(scores_TE)
-    counted_T = jnp.ones(tokens, scores_TE.dtype) if valid_T is None else valid_T.astype(scores_TE.dtype)
-    share_TE = scores_TE / (scores_TE.sum(-1, keepdims=True) + 1e-20) * counted_T[:, None]
-    groups = rows if over == "row" else 1
-    score_GE = share_TE.reshape(groups, -1, experts).sum(1)
-    count_G = counted_T.reshape(groups, -1).sum(1)
-    load_GE = jax.lax.stop_gradient(load_BE).reshape(groups, -1, experts).sum(1)
-    total = (experts * (load_GE * score_GE).sum(-1) / jnp.maximum(count_G, 1)).sum()
-    return Weighted(total, counted_T.sum())
+    counted_BL = jnp.ones(scores_BLE.shape[:2], scores_BLE.dtype) if valid_BL is None else valid_BL.astype(scores_BLE.dtype)
+    share_BLE = scores_BLE / (scores_BLE.sum(-1, keepdims=True) + 1e-20) * counted_BL[..., None]
+    score_GE, count_G, load_GE = share_BLE.sum(1), counted_BL.sum(1), jax.lax.stop_gradient(load_BE)
+    if over == "batch":
+        score_GE, count_G, load_GE = (x.sum(0, keepdims=True) for x in (score_GE, count_G, load_GE))
+    total = (scores_BLE.shape[-1] * (load_GE * score_GE).sum(-1) / jnp.maximum(count_G, 1)).sum()
+    return Weighted(total, counted_BL.sum())
 
 
-def z_loss(logits_TE: jax.Array, valid_T: jax.Array | None) -> Weighted:
-    """(log Σ exp logits)² of every token, which keeps the router's logits small: Zoph et al. 2022, ST-MoE, eq. 5."""
-    square_T = jnp.square(jax.nn.logsumexp(logits_TE, axis=-1))
-    counted_T = jnp.ones_like(square_T) if valid_T is None else valid_T.astype(square_T.dtype)
-    return Weighted((square_T * counted_T).sum(), counted_T.sum())
+def z_loss(logits: jax.Array, valid: jax.Array | None) -> Weighted:
+    """(log Σ exp logits)² of every token, `[..., E]`, which keeps the router's logits small: Zoph et al. 2022, ST-MoE, eq. 5."""
+    square = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    counted = jnp.ones_like(square) if valid is None else valid.astype(square.dtype)
+    return Weighted((square * counted).sum(), counted.sum())
 
 
 def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate) -> jax.Array:

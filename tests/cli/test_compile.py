@@ -153,6 +153,18 @@ def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, s
 
 
 @slow
+def test_experts_in_stages_with_rows_cut(compiled):
+    axes = {"stage": 2, "fsdp": 2, "expert": 2, "sequence": 2}
+    (found,) = compiled("--topology=v5e:4x4", "--arm=experts", *(f"--set=mesh.{axis}={n}" for axis, n in axes.items()))[0].values()
+    assert found["fits"] and found["uncounted"] == 0
+    sent = {(one["kind"], *one["axes"]) for one in found["collectives"]}
+    assert {("all-to-all", "expert"), ("collective-permute", "stage"), ("all-gather", "sequence")} <= sent
+    # keys, values and rows of stages are those of a device's own rows: nobody else's are gathered first
+    along = {tuple(axes) for kind, *axes in sent if kind == "all-gather"}
+    assert along <= {("stage",), ("sequence",), ("fsdp", "sequence"), ("fsdp", "expert", "sequence"), ("expert",)}
+
+
+@slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_family_of_tpus(compiled, topology):
     found, done = compiled(f"--topology={topology}", "--all-arms")

@@ -168,13 +168,13 @@ def test_experts(moe):
 def test_losses():
     targets = jnp.asarray(np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % WIDTH)
     assert_derivative(lambda logits: cross_entropy(logits, targets), 3 * array(ROWS, LENGTH, WIDTH))
-    valid_T, load_BE = (SEGMENTS >= 0).reshape(-1), jnp.asarray(abs(array(ROWS, 4)))
+    valid_BL, load_BE = SEGMENTS >= 0, jnp.asarray(abs(array(ROWS, 4)))
     losses = (
-        lambda x: balance_loss(jax.nn.softmax(x), load_BE, valid_T, over="row").total,
+        lambda x: balance_loss(jax.nn.softmax(x), load_BE, valid_BL, over="row").total,
         lambda x: balance_loss(jax.nn.sigmoid(x), load_BE, None).total,
-        lambda x: z_loss(x, valid_T).total,
+        lambda x: z_loss(x, valid_BL).total,
     )
-    assert_derivative(lambda x: [loss(x) for loss in losses], array(ROWS * LENGTH, 4))
+    assert_derivative(lambda x: [loss(x) for loss in losses], array(ROWS, LENGTH, 4))
 
 
 RESIDUALS = [

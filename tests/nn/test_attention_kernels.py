@@ -219,3 +219,10 @@ def test_splash_refuses_pieces_of_rows_that_fill_no_register():
     sentence = "in pieces of a multiple of 128 tokens, got 128"
     with jax.set_mesh(Mesh(data=1, sequence=2).build()), pytest.raises(ConfigError, match=sentence):
         attend(x, x, x, backend="splash")
+
+
+def test_splash_can_be_one_stage_of_several():
+    x, stages = jax.ShapeDtypeStruct((2, 512, 2, 16), jnp.float32), jax.sharding.PartitionSpec("stage")
+    staged = {"in_specs": stages, "out_specs": stages, "axis_names": {"stage"}, "check_vma": False}
+    with jax.set_mesh(Mesh(data=1, stage=2, sequence=2, tensor=2).build()):
+        assert jax.eval_shape(jax.shard_map(lambda x: attend(x, x, x, backend="splash"), **staged), x).shape == x.shape

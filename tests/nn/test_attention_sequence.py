@@ -9,6 +9,7 @@ from llm_jax.core import sharding
 from llm_jax.core.mesh import Mesh
 from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, Prefix, SlidingWindow, attend
 from llm_jax.nn.kernels import sequence
+from llm_jax.train.ahead import collectives, hlo
 
 B, L, H, G, K = 2, 32, 4, 2, 8
 MASKS = {
@@ -89,6 +90,18 @@ def test_what_is_dealt_out_comes_back(size):
     dealt, back = there_and_back(x)
     np.testing.assert_array_equal(back, x)
     np.testing.assert_array_equal(dealt[0], x[0][line.owners(x.shape[1]).reshape(-1)])
+
+
+@pytest.mark.parametrize("context", ["gather", "ring"])
+def test_keys_come_only_from_devices_of_the_same_rows_and_heads(context):
+    mesh = Mesh(data=2, sequence=2, tensor=2, context=context)
+    devices = mesh.build()
+    where = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data", "sequence", "tensor"))
+    given = [jax.device_put(x, where) for x in arguments()[:3]]
+    with sharding.on(devices, mesh):
+        grad = jax.grad(lambda *arrays: attend(*arrays).sum(), argnums=(0, 1, 2))
+        text = jax.jit(lambda *arrays: grad(*arrays), out_shardings=(where,) * 3).lower(*given).compile().as_text()
+    assert {one.axes for one in collectives.of_module(hlo.parse(text), dict(devices.shape))} == {("sequence",)}
 
 
 def test_a_ring_passes_pieces_on_and_gathers_nothing():

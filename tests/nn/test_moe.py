@@ -310,14 +310,14 @@ def test_the_balance_loss_is_its_formula(over):
     if over == "batch":
         groups = [(load.sum(0), share[valid])]
     expected = sum(len(p) * 8 * (chosen / len(p) * p.mean(0)).sum() for chosen, p in groups)
-    got = balance_loss(scores, load.astype(np.float32), valid.reshape(-1), over=over)
+    got = balance_loss(scores.reshape(4, 6, 8), load.astype(np.float32), valid, over=over)
     np.testing.assert_allclose([got.total, got.weight], [expected, valid.sum()], rtol=1e-5)
 
 
 def test_even_loads_have_the_least_balance_loss():
-    even, load = np.ones((16, 8), np.float32), np.full((1, 8), 4.0, np.float32)
+    even, load = np.ones((1, 16, 8), np.float32), np.full((1, 8), 4.0, np.float32)
     np.testing.assert_allclose(balance_loss(even, load, None).mean, 2)
-    collapsed = np.eye(8, dtype=np.float32)[[0] * 16]
+    collapsed = np.eye(8, dtype=np.float32)[[0] * 16][None]
     np.testing.assert_allclose(balance_loss(collapsed, np.eye(8)[:1] * 16, None).mean, 8)
 
 

@@ -22,9 +22,10 @@ def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1, result: Any =
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
     rows = x.shape[: x.ndim - contract]
-    written_out = traits().transposed_weight_gradient and (result is None or result == x.dtype)
+    cut = "sequence" in split_axes()  # rows and their tokens, split over different axes, make no one dimension that is split
+    written_out = traits().transposed_weight_gradient and (result is None or result == x.dtype) and not cut
     multiply = _product if written_out else partial(jnp.matmul, preferred_element_type=result)
-    flat = multiply(x.reshape(-1, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
+    flat = multiply(x.reshape(*(rows if cut else (-1,)), math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from llm_jax.core.sharding import axes_over, parts
+from llm_jax.core.sharding import axes_over, by_hand, parts
 from llm_jax.nn.kernels import blockwise
 from llm_jax.nn.kernels.blockwise import Arrays, Rule
 from llm_jax.nn.kernels.call import Call
@@ -63,8 +63,9 @@ class Line(NamedTuple):
         return jnp.asarray(self.owners(length))[jax.lax.axis_index(self.axes)]
 
     def gathered(self, x: jax.Array) -> jax.Array:
-        """`[B, L, …]` of every device's `[B, L / n, …]`, in order."""
-        return jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
+        """Keys or values `[B, L, G, K]` of every device's `[B, L / n, G, K]`, in order."""
+        message = partial(jax.lax.all_gather, axis_name=self.axes, axis=1, tiled=True)
+        return by_hand(message, x, "batch", None, "kv_heads_act", None)
 
     def pass_on(self, tree: Any) -> Any:
         """What the neighbour before had."""

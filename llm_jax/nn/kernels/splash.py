@@ -40,7 +40,8 @@ def attend(call: Call) -> jax.Array:
         given = {"q_BLHK": q_BLHK, "k_BMGK": k_BMGK, "v_BMGV": v_BMGV, "sinks_H": sinks_H}
         return _attend(replace(call, **given, queries=places, keys=places), kernel, line)
 
-    shards = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, PartitionSpec(None, length)))
+    axes = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # splash cannot read one of which a `shard_map` has a part
+    shards = kernel.manual_sharding_spec(jax.sharding.NamedSharding(axes, PartitionSpec(None, length)))
     specs = shards, by_head, by_head, by_head, PartitionSpec(rows), PartitionSpec(heads)
     names = set(mesh.axis_names) - set(mesh.manual_axes)  # those of one device too, or lowering for TPUs refuses it
     split = jax.shard_map(local, in_specs=specs, out_specs=by_head, axis_names=names, check_vma=False)

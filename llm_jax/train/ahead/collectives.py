@@ -115,6 +115,8 @@ def _described(computation: Computation, one: Instruction, mesh: Mapping[str, in
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # as TPUs have it: a sum of which each keeps its part
     sent = [array for operand in computation.operands(one) for array in operand.arrays]
+    if one.opcode.startswith("ragged"):  # rows, and room for as many as may come; on average no more come than are sent
+        sent = [min(sent[:2], key=lambda array: array.bytes)]
     size = sum(array.bytes for array in sent) * (len(group) if kind == "all-gather" else 1)
     places = np.unravel_index(group, tuple(mesh.values()))
     axes = tuple(axis for axis, where in zip(mesh, places, strict=True) if len(set(where.tolist())) > 1)

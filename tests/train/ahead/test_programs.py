@@ -243,3 +243,20 @@ ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {{
 }}
 """
     assert [one.flops for one in operations.of_module(hlo.parse(text))] == [flops]
+
+
+RAGGED = """HloModule m
+
+ENTRY %main (x: bf16[64,8], room: bf16[256,8], sizes: s32[4]) -> bf16[256,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %room = bf16[256,8]{1,0} parameter(1)
+  %sizes = s32[4]{0} parameter(2)
+  ROOT %r = bf16[256,8]{1,0} ragged-all-to-all(%x, %room, %sizes, %sizes, %sizes, %sizes), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+@pytest.mark.parametrize("text", [RAGGED, RAGGED.replace("(%x, %room,", "(%room, %x,")], ids=["there", "back"])
+def test_rows_that_travel_in_unequal_parts_are_those_that_there_are(text):
+    (found,) = collectives.of_module(hlo.parse(text), {"expert": 4})
+    assert (found.kind, found.axes, found.bytes, found.dtype) == ("all-to-all", ("expert",), 64 * 8 * 2, "bf16")

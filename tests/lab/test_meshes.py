@@ -1,0 +1,163 @@
+"""Every axis of a mesh, alone and with others, against one device: losses, gradients, and what the compiled step sends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from llm_jax.models.model import abstract_parameters
+from llm_jax.train.ahead.collectives import Collective
+from tests.lab import meshes
+from tests.lab.meshes import LENGTH, ROWS, TABLE, VOCABULARY, Row
+
+QUICK = ("dense-population2-stage2", "experts-sequence2")
+COUNTED = 1024  # bytes up to which a message is one of numbers, or of a norm's scales
+WEIGHTS = {"fsdp", "expert", "sequence"}  # the axes that kernels are gathered along
+
+
+def check(found: dict) -> None:
+    assert found["learned"] > 1, "nothing was learned, so equality would show nothing"
+    assert found["losses"] < 1e-5 and found["gradients"] < 1e-4 * min(1, found["largest"]), found
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_mesh_changes_no_number(name):
+    found = meshes.compared(name)
+    check(found)
+    Sent(TABLE[name], found).check()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """All rows, from one process with sixteen devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
+    given = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    given |= {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    done = subprocess.run([sys.executable, "-m", "tests.lab.meshes"], env=given, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["row"]: row for row in rows}, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table(table, name):
+    rows, said = table
+    assert name in rows, said
+    check(rows[name])
+    Sent(TABLE[name], rows[name]).check()
+
+
+class Sent:
+    """The messages of a row's step, told apart."""
+
+    def __init__(self, row: Row, found: dict):
+        self.row, self.axes = row, row.mesh.sizes
+        self.all = [Collective(**one | {"axes": tuple(one["axes"])}) for one in found["sent"]]
+        self.large = [one for one in self.all if one.bytes > COUNTED]
+        axes, rounds = self.axes, row.rounds
+        # how often a device runs a layer's body, forwards
+        stages = axes["stage"]
+        self.runs = row.model.depth if stages == 1 else (stages * rounds + stages - 1) * row.model.depth // (stages * rounds)
+        self.parts = axes["replica"] * axes["data"] * axes["fsdp"] * axes["expert"]  # of the rows, beside stages
+        self.activation = 4 * ROWS * LENGTH * row.model.width // (self.parts * axes["sequence"])  # of all stages' rows
+
+    def over(self, kind: str, *axes: str) -> list[Collective]:
+        """The large ones of a kind along exactly these axes."""
+        return [one for one in self.large if one.kind == kind and one.axes == axes]
+
+    def check(self) -> None:
+        assert not [one for one in self.all if "population" in one.axes], "trials have nothing to say to each other"
+        if self.axes["population"] > 1:
+            return  # within a `shard_map` the compiler gathers rows for the gradient of the embedding too
+        self.check_weights()
+        self.check_gradients()
+        self.check_keys()
+        self.check_stages()
+        self.check_experts()
+
+    def kernels(self) -> tuple[set[float], set[float]]:
+        """Bytes of a layer's kernels (and of the table) as they are used, and of those that experts have."""
+        shapes = jax.tree_util.tree_leaves_with_path(abstract_parameters(self.row.model, VOCABULARY))
+        own, experts = set(), set()
+        for path, leaf in shapes:
+            names = [getattr(key, "key", "") for key in path]
+            size = leaf.size * 4 // (self.row.model.depth if "layers" in names else 1)
+            if "experts" in names:
+                experts.add(size / (self.axes["expert"] * self.axes["tensor"]))
+            else:
+                own |= {size, size / self.axes["tensor"]}
+        return own, experts
+
+    def check_weights(self) -> None:
+        """One layer's kernels are gathered along the axes that split them, forwards and again for the gradient; the table once."""
+        own, experts = self.kernels()
+        gathered = [
+            one for one in self.large if one.kind == "all-gather" and one not in self.keys() + self.over("all-gather", "stage")
+        ]
+        for one in gathered:
+            assert set(one.axes) <= WEIGHTS and one.bytes in own | experts, one
+            assert one.bytes in own or "expert" not in one.axes, f"experts' kernels should stay where they are: {one}"
+        split = any(self.axes[axis] > 1 for axis in WEIGHTS)
+        dense, banks = (4 + 3, 0) if self.row.model is meshes.DENSE else (4 + 1, 3)
+        banks *= self.axes["fsdp"] * self.axes["sequence"] > 1
+        count, once = sum(one.count for one in gathered), self.runs * (dense + banks) * split
+        # for the gradient the compiler may gather twice; a stage of one layer has it gathered before its turns
+        least = 0 if self.axes["stage"] == self.row.model.depth else 2
+        assert least * once + split <= count <= 3 * once + split, gathered
+
+    def check_gradients(self) -> None:
+        """Every gradient is summed once, where rows or tokens are split."""
+        copies = {"replica", "data", "fsdp", "expert", "sequence"}
+        sums = [one for one in self.all if one.kind in ("all-reduce", "reduce-scatter") and set(one.axes) & copies]
+        sums = [one for one in sums if one not in self.keys()]
+        whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(self.row.model, VOCABULARY)))
+        if set(self.row.axes) <= {"replica", "data"}:
+            assert {one.kind for one in self.all} == {"all-reduce"}
+            assert sum(one.total for one in self.all) < 1.1 * whole
+        elif self.axes["stage"] == 1:
+            # a sum over one axis, and of what each device is left with over the next
+            assert sum(one.total for one in sums) < 1.6 * whole, sums
+        if not set(self.row.axes) & copies | (set(self.row.axes) & {"stage"}):
+            assert not sums
+        experts = self.kernels()[1]
+        inside = self.axes["fsdp"] * self.axes["sequence"] > 1
+        scattered = [one for one in self.large if one.kind == "reduce-scatter" and one.bytes in experts and one not in self.keys()]
+        assert sum(one.count for one in scattered) == (3 * self.runs if experts and inside else 0), scattered
+
+    def keys(self) -> list[Collective]:
+        """Keys and values, all of a row's, and their gradients."""
+        size = self.activation * self.axes["sequence"] // (self.axes["tensor"] * self.axes["stage"])
+        kinds = ("all-gather", "reduce-scatter")
+        return [one for kind in kinds for one in self.over(kind, "sequence") if one.bytes == size and "attention" in one.label]
+
+    def check_keys(self) -> None:
+        counts = {kind: sum(one.count for one in self.keys() if one.kind == kind) for kind in ("all-gather", "reduce-scatter")}
+        gathers = self.axes["sequence"] > 1 and self.row.context == "gather"
+        expected = (4 * self.runs, 2 * self.runs) if gathers else (0, 0)
+        assert tuple(counts.values()) == expected, counts
+        passed = self.over("collective-permute", "sequence")
+        assert bool(passed) == (self.axes["sequence"] > 1)
+
+    def check_stages(self) -> None:
+        """Micro-batches from stage to stage; rows to all stages at the beginning, and from the last to all at the end."""
+        stages = self.axes["stage"]
+        if stages == 1:
+            return
+        turns = stages * self.row.rounds + stages - 1
+        passed = self.over("collective-permute", "stage")
+        assert sum(one.count for one in passed) == 2 * turns and {one.bytes for one in passed} == {self.activation / stages}
+        for kind in ("all-gather", "reduce-scatter"):
+            assert [(one.bytes, one.count) for one in self.over(kind, "stage")] == [(self.activation, 2)]
+
+    def check_experts(self) -> None:
+        """Tokens there and back: forwards, when that is done again, and for the gradient."""
+        travels = [one for one in self.large if one.kind == "all-to-all" and one.axes == ("expert",)]
+        assert sum(one.count for one in travels) == (6 * self.runs if self.axes["expert"] > 1 else 0)
+        others = [one for one in self.large if one.kind == "all-to-all" and one not in travels]
+        assert not others or self.row.rounds > 1, others  # with rounds, layers go to their stages
