@@ -11,11 +11,8 @@ papers disagree (Pearce & Song 2024; Porian et al. 2024).
 from __future__ import annotations
 
 import math
-import os
 import pathlib
 from collections.abc import Sequence
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the fits' products are tiny: waking threads for them takes five times as long
 
 from absl import flags
 

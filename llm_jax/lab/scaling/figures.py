@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import matplotlib
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llm_jax.lab.plots import PALETTE, Draw
 from llm_jax.lab.scaling.law import interval
@@ -12,6 +16,7 @@ from llm_jax.lab.scaling.study import Study
 AXES = {"N": "parameters N", "D": "training tokens D", "C": "training FLOPs C"}
 BEYOND = 10.0  # times the most compute (or size) that curves are drawn to
 POINTS = 60  # of a curve
+NAMED = 8  # sizes in a legend
 DRAWS = 100  # laws that a band is made from
 
 
@@ -28,8 +33,10 @@ def pictures(study: Study) -> dict[str, tuple[str, Draw]]:
     return found | {"residuals": ("What the law leaves", _residuals)}
 
 
-def _colours(study: Study) -> dict[float, str]:
-    return {N: PALETTE[i % len(PALETTE)] for i, N in enumerate(np.unique(study.runs.N))}
+def _colours(study: Study) -> dict[float, Any]:
+    """Of every size: from light to dark, since sizes have an order."""
+    sizes = np.unique(study.runs.N)
+    return dict(zip(sizes.tolist(), matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1, len(sizes))), strict=True))
 
 
 def _short(number: float) -> str:
@@ -39,14 +46,14 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _dots(ax, study: Study, x: np.ndarray, y: np.ndarray, colours: dict[float, str]) -> None:
-    """Each run, hollow where it was held out too."""
-    out = {held.arm for held in study.held}
+def _dots(ax, study: Study, x: np.ndarray, y: np.ndarray, colours: dict[float, Any]) -> None:
+    """Each run, hollow where it was held out too; the legend has as many sizes as can be read."""
+    out, named = {held.arm for held in study.held}, list(colours)[:: -(-len(colours) // NAMED)]
     for N, colour in colours.items():
+        ax.plot([], [], "o", color=colour, label=_short(N) if N in named else None)
         for hollow in (False, True):
             own = (study.runs.N == N) & np.array([(arm in out) == hollow for arm in study.runs.arms])
-            face = "white" if hollow else colour
-            ax.plot(x[own], y[own], "o", ms=5, mfc=face, mec=colour, ls="", label="" if hollow or not own.any() else f"{_short(N)}")
+            ax.plot(x[own], y[own], "o", ms=5, mfc="white" if hollow else colour, mec=colour)
 
 
 def _sizes(ax, study: Study) -> None:
@@ -118,8 +125,6 @@ def _residuals(ax, study: Study) -> None:
 
 def _plain(axis) -> None:
     """Plain numbers along a logarithmic axis of less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.set_major_locator(LogLocator(subs=tuple(np.arange(1.0, 10.0, 0.5)), numticks=40))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

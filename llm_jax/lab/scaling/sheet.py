@@ -17,7 +17,7 @@ from llm_jax.lab.workfolder import write as write_json
 
 PAGE = "fit.html"
 METHOD = (
-    "Fitted by the Huber loss (δ = 0.001) of the log of the loss, by L-BFGS from a grid of starts (Hoffmann et al. 2022, approach "
+    "Fitted by the Huber loss (δ = 0.001) of the log of the loss, by BFGS from a grid of starts (Hoffmann et al. 2022, approach "
     "3). Intervals are the middle 95% of fits to runs drawn with replacement. C is the FLOPs of the matrix products of each run's "
     "training, attention with them, counted from its shapes and not as 6ND; for sizes between those trained FLOPs a token are "
     "interpolated as a multiple of 6N, and beyond them held."

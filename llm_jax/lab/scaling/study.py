@@ -132,7 +132,7 @@ def check(runs: Runs, variables: Sequence[str]) -> None:
     law = " and ".join(variables)
     names = {"N": "sizes", "D": "token budgets", "C": "amounts of compute"}
     if len(variables) == 2 and _distinct(runs.D / runs.N) == 1:
-        raise ConfigError("cannot be told apart where D / N is the same in all runs: --law=N fits sizes alone", f"--law={law}")
+        raise ConfigError("cannot be told apart where D / N is the same in all runs: --law=N fits sizes alone", f"a law of {law}")
     least = 3 if len(variables) == 2 else 4
     for name in variables:
         have = _distinct(getattr(runs, name))
