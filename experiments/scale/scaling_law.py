@@ -4,9 +4,9 @@
     python -m llm_jax fit --workdir=runs/sizes --compute=1e14
 
 Four sizes × three token budgets, each with a schedule of its own length, which a law of both needs (Hoffmann et al. 2022). Sizes
-differ in width alone; µP (Yang et al. 2022) carries one learning rate, which was tuned on the narrowest, to all of them (see
-`mup_transfer.py`), so that the law is not one of how badly the wide ones are tuned. `fit` predicts the largest run from the others.
-Literature: Kaplan et al. 2020; Hoffmann et al. 2022, and what Besiroglu et al. 2024 found in their fit. TIME
+differ in width alone; µP (Yang et al. 2022) carries one learning rate, that of the narrowest, to all of them (`mup_transfer.py`
+finds it), so that the law is not one of how badly the wide ones are tuned. `fit` predicts the largest run from the others.
+Literature: Kaplan et al. 2020; Hoffmann et al. 2022, and what Besiroglu et al. 2024 found in their fit. About 12 minutes on 2 quiet cores, by estimate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from llm_jax.models.mup import MuP
 
 NAMES = ("xs", "s", "m", "l")
 BUDGETS = ("few", "more", "many")
-BASE = 32  # width that the learning rate was tuned on
+BASE = 32  # width that the learning rate is for
 
 
 def arms(widths: Sequence[int], steps: Sequence[int], *, head: int | None = None) -> dict[str, dict[str, Any]]:
-    """Every width with every number of steps. head: channels of a head, so that wider models have more; None: as many heads."""
+    """Every width with every number of steps, so that with FLOPs in steps of about three diagonals are IsoFLOP profiles. head: channels of a head, so that wider models have more; None: as many heads."""
     found = {}
     for name, width in zip(NAMES, widths, strict=True):
         for budget, count in zip(BUDGETS, steps, strict=True):

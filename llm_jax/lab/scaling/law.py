@@ -85,7 +85,7 @@ def _minimized(theta: np.ndarray, z_nK: np.ndarray, log_loss: np.ndarray) -> tup
     value = np.inf
     for _ in range(RESTARTS):
         found = optimize.minimize(
-            objective, theta, (z_nK, log_loss), method="BFGS", jac=True, options={"gtol": 1e-7, "maxiter": 500}
+            objective, theta, (z_nK, log_loss), method="BFGS", jac=True, options={"gtol": 1e-5, "maxiter": 300}
         )
         before = value
         if found.fun < value:
