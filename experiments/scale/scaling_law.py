@@ -6,7 +6,8 @@
 Four sizes × three token budgets, each with a schedule of its own length, which a law of both needs (Hoffmann et al. 2022). Sizes
 differ in width alone; µP (Yang et al. 2022) carries one learning rate, that of the narrowest, to all of them (`mup_transfer.py`
 finds it), so that the law is not one of how badly the wide ones are tuned. `fit` predicts the largest run from the others.
-Literature: Kaplan et al. 2020; Hoffmann et al. 2022, and what Besiroglu et al. 2024 found in their fit. About 12 minutes on 2 quiet cores, by estimate.
+Literature: Kaplan et al. 2020; Hoffmann et al. 2022, and what Besiroglu et al. 2024 found in their fit. About 12 minutes on 2
+quiet cores, by estimate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ BASE = 32  # width that the learning rate is for
 
 
 def arms(widths: Sequence[int], steps: Sequence[int], *, head: int | None = None) -> dict[str, dict[str, Any]]:
-    """Every width with every number of steps, so that with FLOPs in steps of about three diagonals are IsoFLOP profiles. head: channels of a head, so that wider models have more; None: as many heads."""
+    """Every width with every number of steps. head: channels of a head, so that wider models have more; None: as many heads."""
     found = {}
     for name, width in zip(NAMES, widths, strict=True):
         for budget, count in zip(BUDGETS, steps, strict=True):
@@ -33,7 +34,7 @@ def arms(widths: Sequence[int], steps: Sequence[int], *, head: int | None = None
     return found
 
 
-FULL: Mapping[str, Any] = {  # 75 M to 0.9 B parameters, 3 to 30 B tokens: 3e20 FLOPs in all
+FULL: Mapping[str, Any] = {  # 0.09 to 1 B parameters, 3 to 29 B tokens: about 5e20 FLOPs in all
     path: value for path, value in presets.FULL.items() if path not in ("nuisance", "tuning_seeds", "train.steps")
 } | {
     "model.width": 512,
@@ -49,7 +50,7 @@ FULL: Mapping[str, Any] = {  # 75 M to 0.9 B parameters, 3 to 30 B tokens: 3e20 
 ablation = Ablation(
     question="How does the loss fall with parameters and tokens?",
     base=override(presets.nano(), {"model.mup": MuP(base_width=BASE), "optimizer.learning_rate": 1e-2}),
-    scientific=Arms(arms((32, 64, 128, 224), (100, 300, 900))),
+    scientific=Arms(arms((32, 64, 128, 224), (100, 300, 900))),  # FLOPs in steps of three: diagonals are IsoFLOP profiles
     seeds=2,
     metric="valid/loss",
     baseline="l-many",
