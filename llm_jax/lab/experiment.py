@@ -145,7 +145,8 @@ class Steadier(Claim):
     """The best value of the nuisance parameter `nuisance` moves less from arm `since` to `better` than from `than_since` to `than`.
 
     Moves are in powers of two, either way, and each tuning seed has its own: between the lowest points of parabolas through the
-    best value of the grid and its neighbours. by: how much less. metric: what is best is judged by (default: the tuning metric).
+    best value of the grid and its neighbours; a seed whose best is the grid's last has none. by: how much less. metric: what is
+    best is judged by (default: the tuning metric).
     """
 
     since: str = ""

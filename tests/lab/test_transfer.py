@@ -44,8 +44,8 @@ def trial(arm, phase, seed, rate, loss):
 def test_the_lowest_point_of_a_parabola_is_found_between_the_grids():
     points = {x: 3 + 0.2 * (x + 6.3) ** 2 for x in np.log2(GRID)}
     assert transfer.lowest(points) == pytest.approx(-6.3)
-    assert transfer.lowest({x: x for x in (1.0, 2.0, 3.0)}) == 1.0, "at an edge the point itself"
-    assert transfer.lowest({-1.0: 2.0}) == -1.0
+    assert transfer.lowest({x: x for x in (1.0, 2.0, 3.0)}) is None, "at an edge nobody knows how far beyond"
+    assert transfer.lowest({1.0: 3.0, 2.0: 2.0, 3.0: math.inf}) == 2.0
 
 
 def test_moves_are_those_of_each_seed():
@@ -58,6 +58,11 @@ def test_a_rate_that_diverges_is_not_the_best():
     lost = [one | {"metrics": {"valid/loss": None}} if one["nuisance"][RATE] > 2.0**-6.5 else one for one in found]
     assert transfer.moves(lost, ("mup-1x", "mup-8x"), RATE, "valid/loss", sign=1)[0] == 0
     assert transfer._best(lost, "mup-1x", RATE, "valid/loss", 1)[0] == -7.0
+
+
+def test_seeds_whose_best_is_the_grids_last_say_nothing():
+    found = trials({"standard-1x": -6.0, "standard-8x": -12.0}, wobble=0)
+    assert transfer.moves(found, ("standard-1x", "standard-8x"), RATE, "valid/loss", sign=1) == {}
 
 
 def ablation(claims=(CLAIM,), arms=ARMS, **changes):

@@ -113,6 +113,9 @@ def _isoflop(ax, study: Study) -> None:
         if profile.N is not None:
             ax.plot(profile.N, np.polyval(profile.curve, np.log(profile.N)), "*", ms=11, color=colour)
     ax.set(xscale="log", xlabel=AXES["N"], ylabel=study.metric)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize=8)
 
 

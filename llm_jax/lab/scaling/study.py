@@ -203,6 +203,8 @@ def _doubts(done: Study) -> list[str]:
         times = budget.C / done.runs.C.max()
         if times > 100:
             found.append(f"{budget.C:.3g} FLOPs is {times:.3g} times the largest run: what is said of it is an extrapolation")
+        if not done.runs.N.min() / 10 <= budget.N <= done.runs.N.max() * 10:
+            found.append(f"N = {budget.N:.3g} for {budget.C:.3g} FLOPs is far from all sizes that were trained")
     if done.profiles and power(done.profiles) is None:
         found.append("fewer than two IsoFLOP profiles have their lowest point between their sizes: train smaller or larger ones")
     return found
