@@ -11,6 +11,7 @@ COMMANDS = {
     "tokenize": "train a tokenizer, encode with it, see the pieces of a text in colour, compare several",
     "evaluate": "score a model on corpora, on questions in JSON lines, and by EleutherAI's harness",
     "compile": "compile the step for TPUs that are not attached: memory, FLOPs, messages, and the time they will take",
+    "fit": "a scaling law over a population of sizes: its parameters, how well it predicts, and how to spend a budget",
     "check": "a model's gradient against finite differences, its causality, and that all ways to compute it agree",
 }
 

@@ -140,6 +140,30 @@ class Claim:
     metric: str | None = None
     by: float = 0.0
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All that it is about."""
+        return self.better, self.than
+
+
+@dataclass(frozen=True)
+class Steadier(Claim):
+    """The best value of the nuisance parameter `nuisance` moves less from arm `since` to `better` than from `than_since` to `than`.
+
+    Moves are in powers of two, either way, and each tuning seed has its own: between the lowest points of parabolas through the
+    best value of the grid and its neighbours; a seed whose best is the grid's last has none. by: how much less. metric: what is
+    best is judged by (default: the tuning metric).
+    """
+
+    since: str = ""
+    than_since: str = ""
+    nuisance: str = ""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The four."""
+        return self.better, self.than, self.since, self.than_since
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -178,8 +202,11 @@ class Ablation:
             require(len(values) > 0, where, "is an empty grid: give it at least one value")
         for claim in self.claims:
             require(isinstance(claim, Claim), "claims", f"must be Claim(…)s, got {claim!r}")
-            for arm in (claim.better, claim.than):
+            for arm in claim.arms:
                 self._known(arm, f"claim {claim.text!r}")
+            if isinstance(claim, Steadier) and claim.nuisance not in self.nuisance:
+                tuned = ", ".join(self.nuisance) or "there is none"
+                raise ConfigError(f"is about {claim.nuisance!r}, but what is tuned is: {tuned}", f"claim {claim.text!r}")
         if self.baseline is not None:
             self._known(self.baseline, "baseline")
         for arm in self.arms:
@@ -237,7 +264,7 @@ class Ablation:
         for name in names:
             self._known(name, "--arms")
         kept = Arms({name: changes for name, changes in self.arms.items() if name in names})
-        claims = tuple(c for c in self.claims if c.better in names and c.than in names)
+        claims = tuple(c for c in self.claims if set(c.arms) <= set(names))
         return replace(self, scientific=kept, claims=claims, baseline=self.baseline if self.baseline in names else None)
 
     def described(self, scale: str | None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ STYLE = {
 }
 AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds (a trial's share of the machine)"}
 
-Draw = Callable[[Any, Summary], None]
+Draw = Callable[[Any, Any], None]  # on matplotlib's axes, what is drawn: here a summary
 
 
 def pictures(summary: Summary) -> dict[str, Draw]:
@@ -62,21 +62,21 @@ def pictures(summary: Summary) -> dict[str, Draw]:
     return found
 
 
-def svg(draw: Draw, summary: Summary) -> str:
+def svg(draw: Draw, drawn: Any) -> str:
     """The picture as an `<svg>` element."""
-    text = _render(draw, summary, "svg").decode()
+    text = _render(draw, drawn, "svg").decode()
     return text[text.index("<svg") :]
 
 
-def png(draw: Draw, summary: Summary, file: pathlib.Path) -> None:
+def png(draw: Draw, drawn: Any, file: pathlib.Path) -> None:
     """The picture as a file."""
-    write_whole(file, _render(draw, summary, "png"))
+    write_whole(file, _render(draw, drawn, "png"))
 
 
-def _render(draw: Draw, summary: Summary, kind: str) -> bytes:
+def _render(draw: Draw, drawn: Any, kind: str) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure()
-        draw(figure.subplots(), summary)
+        draw(figure.subplots(), drawn)
         out = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=150, metadata=metadata)

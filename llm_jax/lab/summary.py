@@ -15,10 +15,10 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError
 from llm_jax.io import profile
-from llm_jax.lab import statistics
+from llm_jax.lab import statistics, transfer
 from llm_jax.lab.experiment import sign as direction
 from llm_jax.lab.problems import Trial, problems, settings
-from llm_jax.lab.workfolder import WorkFolder, merged
+from llm_jax.lab.workfolder import SIDES, WorkFolder, merged
 
 OTHER_SETTINGS = "other settings"  # the verdict on arms of a folder that does not compare with the baseline's
 
@@ -195,40 +195,53 @@ def _answer(rows: Sequence[dict[str, Any]], metric: str, sign: int) -> str:
 
 def _claims(trials, ablation, alike) -> list[dict[str, Any]]:
     claims = [named for claim in ablation["claims"] for named in _as_reported(trials, claim)]
-    differences, signs = [], []
+    differences, signs, metrics = [], [], []
     for claim in claims:
-        metric = claim["metric"] or ablation["metric"]
-        signs.append(direction(metric, judged=ablation["metric"], mode=ablation["mode"]))
-        a, b = (_by_seed(trials, arm, metric) for arm in (claim["better"], claim["than"]))
+        metric, sign, (a, b) = _claimed(trials, ablation, claim)
+        metrics.append(metric)
+        signs.append(sign)
         tested = alike(claim["better"], claim["than"])
         differences.append(statistics.paired_difference(a, b, shift=-signs[-1] * claim["by"]) if tested else None)
     adjusted = statistics.holm([d.p if d else None for d in differences])
     return [
         claim
         | {
-            "metric": claim["metric"] or ablation["metric"],
+            "metric": metric,
             "difference": asdict(d) if d else None,
             "p": p,
             "verdict": "inconclusive"
             if any(_diverged(trials, claim[side]) for side in ("better", "than"))
             else statistics.claim_verdict(d, p, by=claim["by"], sign=sign),
         }
-        for claim, d, p, sign in zip(claims, differences, adjusted, signs, strict=True)
+        for claim, metric, d, p, sign in zip(claims, metrics, differences, adjusted, signs, strict=True)
     ]
+
+
+def _claimed(trials, ablation, claim) -> tuple[str, int, list[dict[int, float]]]:
+    """What a claim is about, +1 where less of it is better, and seed → value for either side."""
+    path = claim.get("nuisance")
+    metric = claim["metric"] or ablation["tuning_metric" if path else "metric"]
+    sign = direction(metric, judged=ablation["metric"], mode=ablation["mode"])
+    if not path:
+        return metric, sign, [_by_seed(trials, claim[side], metric) for side in ("better", "than")]
+    ends = ((claim["since"], claim["better"]), (claim["than_since"], claim["than"]))
+    return f"moves of {path}, log2", 1, [transfer.moves(trials, arms, path, metric, sign=sign) for arms in ends]
 
 
 def _as_reported(trials, claim) -> list[dict[str, Any]]:
     """The claim in the names that its arms have in the report: once for every folder that holds both, or else across folders."""
-    homes: dict[str, dict[str, str]] = {claim["better"]: {}, claim["than"]: {}}  # arm → folder → reported name
+    sides = [side for side in SIDES if side in claim]
+    homes: dict[str, dict[str, str]] = {claim[side]: {} for side in sides}  # arm → folder → reported name
     for trial in trials:
         if trial["own_arm"] in homes:
             homes[trial["own_arm"]][trial["folder"]] = trial["arm"]
-    better, than = homes[claim["better"]], homes[claim["than"]]
-    both = [folder for folder in better if folder in than]
+    both = [folder for folder in homes[claim["better"]] if all(folder in homes[claim[side]] for side in sides)]
     if not both:
-        return [claim | {side: next(iter(homes[claim[side]].values()), claim[side]) for side in ("better", "than")}]
+        return [claim | {side: next(iter(homes[claim[side]].values()), claim[side]) for side in sides}]
     return [
-        claim | {"text": claim["text"] + (f" ({folder})" if both[1:] else ""), "better": better[folder], "than": than[folder]}
+        claim
+        | {"text": claim["text"] + (f" ({folder})" if both[1:] else "")}
+        | {side: homes[claim[side]][folder] for side in sides}
         for folder in both
     ]
 

@@ -23,6 +23,7 @@ ENDED = "done", "diverged"
 SHOWN = 6  # differences named in an error
 OWN = ("shared", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
 FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
+SIDES = "better", "than", "since", "than_since"  # where a claim names an arm
 
 
 class WorkFolder:
@@ -163,7 +164,7 @@ def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     A claim that `given` could make, having both arms, and does not make is gone; the baseline stays where its arm is not given.
     """
     arms, texts = given["arms"], {claim["text"] for claim in given["claims"]}
-    kept = [c for c in known["claims"] if c["text"] not in texts and not {c["better"], c["than"]} <= set(arms)]
+    kept = [c for c in known["claims"] if c["text"] not in texts and not {c[side] for side in SIDES if side in c} <= set(arms)]
     whole = set(known["arms"]) <= set(arms)
     return dict(given) | {
         "arms": arms if whole else list(dict.fromkeys([*known["arms"], *arms])),
