@@ -86,7 +86,11 @@ def _memory(name: str, found: Examined) -> Table:
 def _messages(found: Examined) -> Table:
     from llm_jax.train.ahead.roofline import seconds_of
 
-    flags = f" Compiled with LIBTPU_INIT_ARGS='{found.flags}', which the run must have too." if found.flags else ""
+    flags = (
+        f" Compiled with LIBTPU_INIT_ARGS='{found.flags}', which `run` sets too where TPU_ACCELERATOR_TYPE names the chips."
+        if found.flags
+        else ""
+    )
     shown = _table(
         "Messages of a step",
         caption=f"What is sent while something is computed is half hidden, or less where it outlasts it.{flags}",

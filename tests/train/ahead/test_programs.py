@@ -243,3 +243,26 @@ ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {{
 }}
 """
     assert [one.flops for one in operations.of_module(hlo.parse(text))] == [flops]
+
+
+RAGGED = """HloModule m
+
+ENTRY %main (x: bf16[64,8], out: bf16[128,8], n: s32[4]) -> bf16[128,8] {
+  %x = bf16[64,8] parameter(0)
+  %out = bf16[128,8] parameter(1)
+  %n = s32[4] parameter(2)
+  ROOT %sent = bf16[128,8] ragged-all-to-all(%x, %out, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+@pytest.mark.parametrize("operands", ["%x, %out", "%out, %x"])
+def test_rows_of_unequal_numbers_are_at_most_those_that_one_end_has_place_for(operands):
+    (found,) = collectives.of_module(hlo.parse(RAGGED.replace("%x, %out", operands)), {"expert": 4})
+    assert (found.kind, found.bytes, found.axes) == ("all-to-all", 2 * 64 * 8, ("expert",))
+
+
+def test_a_permutation_in_which_the_first_keeps_its_own_is_one():
+    text = "source_target_pairs={{0,0},{1,3},{3,1},{2,2}}, channel_id=3"
+    assert collectives.members(text, 4) == [1, 3]
+    assert collectives.members("source_target_pairs={{0,0},{1,1}}", 2) == [0, 0]
