@@ -17,7 +17,7 @@ from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.footprint import ENTRY, held, kinds, parts, room
 from llm_jax.lab.messages import messages, schedule
 from llm_jax.models import count
-from llm_jax.models.block import layer_entries
+from llm_jax.models.block import Layer, layer_entries
 from llm_jax.nn.moe import MoE
 from llm_jax.train.ahead import roofline
 from llm_jax.train.ahead.roofline import Estimate
@@ -40,7 +40,7 @@ def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], t
     for stack in model.stacks.values():
         for layer, number in kinds(stack).items():
             entries, again, through = layer_entries(stack, layer), stack.remat == "full", number * tokens * idle
-            last = layer.ffn.hidden(stack.width) * stack.width if layer.ffn and again else 0  # no gradient asks for its result
+            last = _last(layer, stack.width) if again else 0
             products += through * ((8.0 if again else 6.0) * entries - 2.0 * last)
             scores = layer.attention.scores(stack.width) if layer.attention else 0
             kernels += 2.0 * scores * words * through * seen * (1 + BACK + again)
@@ -56,6 +56,12 @@ def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], t
         model=data.batch_size * _flops_per_row(model, vocabulary, words, inputs),
         head=head(experiment),
     )
+
+
+def _last(layer: Layer, width: int) -> int:
+    """Entries of the layer's last matrix, where no gradient asks for its result: that of experts is for their weights."""
+    ffn = layer.ffn.shared if isinstance(layer.ffn, MoE) else layer.ffn
+    return ffn.hidden(width) * width if ffn else 0
 
 
 _flops_per_row = functools.lru_cache(count.flops_per_row)
