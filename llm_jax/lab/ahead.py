@@ -49,7 +49,7 @@ class Examined:
     parameters, model: of one trial, and the model's FLOPs of a step of all of them; machine: those of the program, all devices
     together; memory, collectives: of one device; device: FLOPs of products of one device, as compiled: more than its share of the
     machine's where work is repeated on several; tokens: of a step; steps: in one call of the program.
-    seconds: to compile; flags: libtpu's.
+    seconds: to compile; flags: libtpu's; kernels: names of those that are written by hand, or of XLA's for experts.
     """
 
     topology: Topology
@@ -67,6 +67,7 @@ class Examined:
     uncounted: int
     compiled: bool = True
     flags: str = ""
+    kernels: tuple[str, ...] = ()
 
     @property
     def limit(self) -> float:
@@ -176,6 +177,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         machine.uncounted + module.unknown,
         stats is not None,
         os.environ.get(platform.LIBTPU, ""),
+        operations.kernels(done),
     )
 
 

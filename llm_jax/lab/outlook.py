@@ -128,7 +128,7 @@ def _time(found: Examined) -> Table:
         f"{found.tokens / estimate.seconds:,.0f} tokens/s. The machine does {found.machine.total:.4g} FLOPs by the traced program, "
         f"{found.machine.total / found.model:.2f} × the model's, with what is computed again "
         f"and all blocks of attention; the devices do {repeated:.2f} × its products. "
-        f"{1e3 * estimate.hidden:.1f} ms of messages are hidden."
+        f"{1e3 * estimate.hidden:.1f} ms of messages are hidden. Kernels: {', '.join(found.kernels) or 'none'}."
         + (f" {found.uncounted} loops of unknown length are counted once." if found.uncounted else "")
     )
     shown = _table(f"Time of {'a step' if found.steps == 1 else f'{found.steps} steps'}, estimated", caption=caption)

@@ -266,3 +266,18 @@ def test_a_permutation_in_which_the_first_keeps_its_own_is_one():
     text = "source_target_pairs={{0,0},{1,3},{3,1},{2,2}}, channel_id=3"
     assert collectives.members(text, 4) == [1, 3]
     assert collectives.members("source_target_pairs={{0,0},{1,1}}", 2) == [0, 0]
+
+
+KERNELS = """HloModule m
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
+  %x = bf16[64,8] parameter(0)
+  %attend.1 = bf16[64,8] custom-call(%x), custom_call_target="tpu_custom_call"
+  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call"
+  ROOT %ragged-dot-none = bf16[64,8] custom-call(%attend.12), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_kernels_have_the_names_that_they_were_given():
+    assert operations.kernels(operations.of_module(hlo.parse(KERNELS))) == ("attend", "ragged-dot-none")
