@@ -23,6 +23,7 @@ from llm_jax.train.ahead import roofline
 from llm_jax.train.ahead.roofline import Estimate
 
 BACK = 3.5  # products of fused attention's gradient for each of its forward ones: both of its kernels compute the scores again
+ROUTED = 16  # times that rows on their way to experts and back are read or written, where they are sorted and sent
 NORMS = 6  # times that a pass over a layer reads or writes its stream, beside its products
 
 
@@ -45,7 +46,7 @@ def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], t
             scores = layer.attention.scores(stack.width) if layer.attention else 0
             kernels += 2.0 * scores * words * through * seen * (1 + BACK + again)
             inner = layer.attention.inner(stack.width) if layer.attention else 0
-            moved += through * size * (2 + again) * (NORMS * stack.width * tensor + 2 * inner)
+            moved += through * size * (2 + again) * (NORMS * stack.width * tensor + 2 * inner + _routed(layer, stack.width, mesh))
     optimizer = 2.0 * ENTRY * (2 + experiment.optimizer.slots) * held(experiment, vocabulary, mesh)
     return roofline.estimate(
         products=products / tensor,
@@ -56,6 +57,14 @@ def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], t
         model=data.batch_size * _flops_per_row(model, vocabulary, words, inputs),
         head=head(experiment),
     )
+
+
+def _routed(layer: Layer, width: int, mesh: Mapping[str, int]) -> float:
+    """Times a channel that a token is written and read on its way through experts, empty places among their rows too."""
+    if not isinstance(layer.ffn, MoE):
+        return 0.0
+    hidden = layer.ffn.expert.hidden(width) * (layer.ffn.branches + 1)
+    return layer.ffn.used * room(layer, mesh) * (ROUTED * width + 2 * hidden)
 
 
 def _last(layer: Layer, width: int) -> int:

@@ -99,8 +99,9 @@ class _Step:
         turns, tensor = turns_of_a_layer(self.plan), self.mesh.get("tensor", 1)
         for entries, over in split_weights(self.experiment, self.mesh, stack, layer):
             devices, whole = parts(self.mesh, over), stack.precision.dtype.itemsize * entries / tensor
-            gathering: Kind = "all-gather" if stack.width >= ROWS * devices else "all-reduce"
-            summing: Kind = "reduce-scatter" if self._aside or devices <= max(self.topology.shape) else "all-reduce"
+            enough = stack.width >= ROWS * devices
+            gathering: Kind = "all-gather" if enough else "all-reduce"
+            summing: Kind = "reduce-scatter" if enough and (self._aside or devices <= max(self.topology.shape)) else "all-reduce"
             yield from self.send(gathering, whole, over, 2 * turns * self.again)
             yield from self.send(summing, whole, over, turns * self.again, overlaps=self._aside)
             yield from self.send("all-reduce", whole / devices / self.plan.stages, COPIES, 1)

@@ -83,6 +83,17 @@ def test_weights_of_experts_stay_with_them():
     assert along["reduce-scatter"] == pytest.approx(2 * banks / 8)
 
 
+def test_a_few_rows_of_a_matrix_on_each_device_are_added_up_instead_of_gathered():
+    wide = Topology.parse("v5p:8x8x8")
+    kinds = {
+        devices: {
+            one.kind for one in messages(training(llama3("8B"), rows=512), IDS, {"fsdp": devices}, 8192, wide) if one.overlaps
+        }
+        for devices in (256, 512)
+    }
+    assert kinds == {256: {"all-gather", "reduce-scatter"}, 512: {"all-reduce"}}
+
+
 def test_keys_and_values_are_gathered_or_go_round():
     pieces, rest = 2 * 4096 * 2 * 8 * 128, 32 * 2 * (2 + 1) * 2 * 4096 * 4096  # of a device; queries and results, dealt and back
     gathered = sent(training(llama3("8B")), "sequence", fsdp=16, sequence=4)

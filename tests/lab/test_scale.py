@@ -1,20 +1,23 @@
 """The files of experiments/scale: their meshes divide what they split, and the slow tests compile some for their chips."""
 
 import json
+import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from llm_jax.core import platform, sharding
 from llm_jax.core.chips import Topology
 from llm_jax.lab import footprint
 from llm_jax.lab.ahead import declared
 from llm_jax.lab.expected import estimate
 from llm_jax.lab.experiment import load
-from llm_jax.lab.population import check_mesh, layout
+from llm_jax.lab.population import check_mesh, layout, trial
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "scale"
 COMMAND = re.compile(r"python -m llm_jax compile --experiment=(\S+) --topology=(\S+)")
@@ -44,6 +47,24 @@ def test_a_file_has_a_mesh_for_the_chips_that_it_names(file):
     sizes, vocabulary = mesh.shape(devices), declared(experiment).vocabulary  # of all devices: none is idle
     assert footprint.memory(experiment, vocabulary, sizes) < topology.chip.memory / topology.chip.devices
     assert estimate(experiment, vocabulary, sizes, topology).mfu > 0.3
+
+
+@pytest.mark.parametrize("file", TRAINED_ELSEWHERE, ids=lambda file: file.stem)
+def test_the_formula_splits_parameters_as_the_rules_do(file):
+    experiment, topology = load(file).base, topology_of(file)
+    devices, tokens = topology.chips * topology.chip.devices, declared(experiment)
+    mesh = layout(experiment, 1, devices)[0]
+    sizes = mesh.shape(devices)
+    with platform.targeting("tpu"):
+        boxed = trial(experiment, tokens).parameters
+    specs = sharding.parameter_specs(boxed, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)), mesh)
+
+    def own(leaf, spec):
+        axes = [axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)]
+        return leaf.size / math.prod(sizes[axis] for axis in axes)
+
+    held = sum(jax.tree.leaves(jax.tree.map(own, sharding.unbox(boxed), specs)))
+    assert footprint.held(experiment, tokens.vocabulary, sizes) == pytest.approx(held, rel=0.01)  # norms and the router are whole
 
 
 # ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
