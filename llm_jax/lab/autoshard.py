@@ -23,6 +23,7 @@ from llm_jax.train.ahead.roofline import Estimate
 GIB = 2**30
 SAFE = 0.9  # of a device's memory that the formula may fill: compiled programs took up to a tenth more than it says
 SHOWN = 10  # candidates in the table
+MICRO = 1, 2, 4, 8  # micro-batches, in stages, that are tried where the experiment names none
 TENSOR = 16  # devices along it, at most: every layer waits for its messages four times
 
 
@@ -53,12 +54,14 @@ class Candidate:
     @property
     def split(self) -> str:
         """The axes that have more than one device."""
-        return " × ".join(f"{axis}={size}" for axis, size in self.mesh.sizes.items() if size > 1) or "one device"
+        micro = [f"microbatches={self.mesh.microbatches}"] if self.mesh.stage > 1 else []
+        return " × ".join([f"{axis}={size}" for axis, size in self.mesh.sizes.items() if size > 1] + micro) or "one device"
 
     @property
     def flags(self) -> list[str]:
         """The assignments that `--set` takes for it."""
-        return [f"mesh.{axis}={size}" for axis, size in self.mesh.sizes.items() if axis != "population"]
+        micro = [f"mesh.microbatches={self.mesh.microbatches}"] if self.mesh.stage > 1 else []
+        return [f"mesh.{axis}={size}" for axis, size in self.mesh.sizes.items() if axis != "population"] + micro
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def _meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
     devices, given = topology.chips * topology.chip.devices // topology.slices, experiment.mesh
     most = _most(experiment)
     for sizes in _factored(devices, list(most.values())):
-        yield replace(given, population=None, replica=topology.slices, **dict(zip(most, sizes, strict=True)))
+        mesh = replace(given, population=None, replica=topology.slices, **dict(zip(most, sizes, strict=True)))
+        free = mesh.stage > 1 and given.microbatches is None
+        yield from (replace(mesh, microbatches=n * mesh.stage) for n in MICRO) if free else [mesh]
 
 
 def _most(experiment: Experiment) -> dict[str, int]:

@@ -63,6 +63,13 @@ def test_only_mixtures_have_an_expert_axis():
     assert {one.mesh.expert for one in autoshard.rank([(training(llama3_2("1B")), IDS)], HOST).fitting} == {1}
 
 
+def test_stages_are_filled_with_micro_batches():
+    found = autoshard.rank([(training(llama3_2("1B"), rows=64), IDS)], HOST).fitting
+    staged = [one for one in found if one.mesh.stage == 2 and one.mesh.data == 4]
+    assert [one.mesh.microbatches for one in staged] == [16, 8, 4, 2]  # the more, the less idle
+    assert "mesh.microbatches=16" in staged[0].flags
+
+
 def test_where_nothing_fits_the_least_is_named():
     with pytest.raises(ConfigError, match=r"--autoshard none of \d+ meshes fits: \w+=.* needs the least, \d+\.\d of 14\.2 GiB"):
         autoshard.rank([(training(llama3("8B")), IDS)], HOST)
