@@ -113,6 +113,8 @@ def test_stages_wait_for_the_first_rows():
     assert estimate(rounds, IDS, {"fsdp": 16, "stage": 4}, POD).products - head == pytest.approx(
         (alone.products - head) * (1 + 3 / 16)
     )
+    moving = sent(training(mixtral(), mesh=Mesh(microbatches=8)), "expert", fsdp=2, stage=4, expert=8)  # in idle turns too
+    assert moving == {"all-to-all": pytest.approx(32 * 2 * 3 * 2 * 2 * 4096 * 4096 * 11 / 8)}
     whole = 2 * 4 * 4096 * 4096  # bytes of the rows of four stages
     along = sent(experiment, "stage", fsdp=16, stage=4)
     assert along == {
