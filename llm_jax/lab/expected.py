@@ -24,7 +24,7 @@ from llm_jax.train.ahead.roofline import Estimate
 
 BACK = 3.5  # products of fused attention's gradient for each of its forward ones: both of its kernels compute the scores again
 ROUTED = 16  # times that rows on their way to experts and back are read or written, where they are sorted and sent
-NORMS = 6  # times that a pass over a layer reads or writes its stream, beside its products
+NORMS = 12  # times that a pass over a layer reads or writes its stream, beside its products
 
 
 def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], topology: Topology) -> Estimate:
