@@ -1,7 +1,7 @@
 """Pods on Google Kubernetes Engine, as a JobSet or through xpk: TPU slices, several of them, or GPU nodes.
 
-python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 --slices=2 -- --experiment=FILE --workdir=gs://B/c06
-python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --nodes=4 -- --experiment=FILE --workdir=gs://B/c06
+python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
+python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
 python -m launch.gke VERB --name=c06
 
 The other verbs: status, logs (follow the first pod of each slice), delete. --workers=N makes N JobSets that share one ablation.
@@ -38,6 +38,9 @@ flags.DEFINE_string("queue", None, "Kueue's local queue.", flag_values=FLAGS)
 flags.DEFINE_string("service_account", None, "Kubernetes' service account of the pods.", flag_values=FLAGS)
 flags.DEFINE_multi_string("selector", [], "LABEL=VALUE that nodes must have besides.", flag_values=FLAGS)
 flags.DEFINE_multi_string("env", [], "NAME=VALUE for the run.", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "volume", [], "CLAIM=PATH: a persistent volume of the cluster, and where all pods have it.", flag_values=FLAGS
+)
 flags.DEFINE_boolean("spot", False, "On nodes that can be taken away.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "restarts", 3, "How often all start anew after a failure; preemptions are free.", lower_bound=0, flag_values=FLAGS
@@ -116,12 +119,13 @@ def planned() -> Pods:
         spot=FLAGS.spot,
         restarts=FLAGS.restarts,
         grace=FLAGS.grace,
+        volumes=pairs("volume"),
     )
 
 
 def through_xpk(shell: Shell, run: Run) -> int:
     """Hands the run, or each worker, to xpk, which has its own manifest, namespace and queue."""
-    for name in ("namespace", "queue", "selector"):
+    for name in ("namespace", "queue", "selector", "volume"):
         if FLAGS[name].value:
             raise LaunchError(f"--{name} is not for --through=xpk: xpk has its own")
     pods = planned()

@@ -24,7 +24,8 @@ class Pods:
     """The pods of one JobSet: `slices` jobs of `nodes` pods each, all alike.
 
     limits: devices of a pod, as Kubernetes counts them; selector: labels of the nodes that they go to; restarts: how often all are
-    started anew after one has failed, not counting nodes that were taken away; grace: seconds that a pod has to save.
+    started anew after one has failed, not counting nodes that were taken away; grace: seconds that a pod has to save; volumes:
+    claim of a persistent volume → where pods have it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Pods:
     spot: bool = False
     restarts: int = 3
     grace: int = 120
+    volumes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
@@ -106,13 +108,15 @@ def _pod(pods: Pods, command: Sequence[str]) -> dict[str, Any]:
         "nodeSelector": dict(pods.selector),
         "tolerations": [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in pods.limits],
         "containers": [container],
+        "volumes": [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in pods.volumes],
     }
+    container["volumeMounts"] = [{"name": claim, "mountPath": path} for claim, path in pods.volumes.items()]
     if pods.tpu:
         container["securityContext"] = {"privileged": True, "runAsUser": 0}  # the chips' files are root's
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}  # the fastest way from slice to slice
     else:
-        container["volumeMounts"] = [{"name": "shm", "mountPath": "/dev/shm"}]  # NCCL's, for which Docker's 64 MB are too small
-        spec["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # NCCL's, for which Docker's 64 MB are too small
+        spec["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     if pods.spot:
         spec["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
         spec["tolerations"].append(

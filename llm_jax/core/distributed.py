@@ -197,21 +197,24 @@ def give_up(text: str, code: int) -> NoReturn:
 
 def first_said(what: str, value: str | None) -> str | None:
     """Of what all processes say, that of the first that says something; None: none does. Raises `Missing`."""
-    return next((own for own in _everyones(what, value or "") if own), None) if several() else value
+    return next((own for own in everyones(what, value or "") if own), None) if several() else value
 
 
 def require_same(what: str, value: str) -> None:
     """Raises `ConfigError` on every process unless all give the same value; it names who differs from the first."""
     if not several():
         return
-    found = _everyones(what, value)
+    found = everyones(what, value)
     others = [process for process, own in enumerate(found) if own != found[0]]
     if others:
         told = f"{_names(others)} has {found[others[0]]!r} and {_names([0])} {found[0]!r}"
         raise ConfigError(f"differs: {told}; install the same everywhere and start again", what)
 
 
-def _everyones(what: str, value: str) -> list[str]:
+def everyones(what: str, value: str) -> list[str]:
+    """What all processes say, in their order. Raises `Missing`."""
+    if not several():
+        return [value]
     name = f"llm_jax/said/{what}/{next(_turns['said ' + what])}"
     _client().key_value_set(f"{name}/{index()}", value)
     meet(what)

@@ -89,7 +89,7 @@ class Checkpointer:
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
             saved = manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(without_keys(state)), extra=ocp.args.JsonSave(dict(extra))),
                 metrics=finite,
                 force=True,
             )
@@ -120,9 +120,9 @@ class Checkpointer:
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:
                 try:
-                    args = ocp.args.Composite(state=_layout(_without_keys(abstract)), extra=ocp.args.JsonRestore())
+                    args = ocp.args.Composite(state=_layout(without_keys(abstract)), extra=ocp.args.JsonRestore())
                     found = self._open().restore(step, args=args)
-                    return step, _with_keys(found["state"], abstract), found["extra"]
+                    return step, with_keys(found["state"], abstract), found["extra"]
                 except Exception as error:
                     if sealed:  # every byte is as it was written: the fault is not the checkpoint's
                         raise
@@ -221,7 +221,7 @@ def read(
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
         item = {name: stored[name] if like is None else like(stored) for name, like in parts.items()}
-        item = item if layout is None else _without_keys(layout(item))
+        item = item if layout is None else without_keys(layout(item))
         one = (lambda _: ocp.RestoreArgs(restore_type=np.ndarray)) if layout is None else _as_laid_out
         with ocp.PyTreeCheckpointer() as reader:
             request = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(one, item), partial_restore=True)
@@ -281,7 +281,7 @@ def _is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _without_keys(state: Any) -> Any:
+def without_keys(state: Any) -> Any:
     """Typed keys as the integers they hold, for arrays and for shapes alike."""
 
     def plain(x):
@@ -297,5 +297,6 @@ def _without_keys(state: Any) -> Any:
     return jax.tree.map(plain, state)
 
 
-def _with_keys(state: Any, abstract: Any) -> Any:
+def with_keys(state: Any, abstract: Any) -> Any:
+    """The reverse, where `abstract` has a key."""
     return jax.tree.map(lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, state, abstract)

@@ -75,15 +75,21 @@ class Evaluation(Config):
 
 @dataclass(frozen=True)
 class Checkpoints(Config):
-    """every: steps between saves; keep_last, keep_every, keep_best: which of them stay on disk."""
+    """every: steps between saves; keep_last, keep_every, keep_best: which of them stay on disk.
+
+    nearby: a folder on every machine's own disk, where a second copy is written every `nearby_every` steps, for a job that is
+    started again on the same machines.
+    """
 
     every: int = 250
     keep_last: int = 1
     keep_every: int | None = None
     keep_best: bool = True
+    nearby: str | None = None
+    nearby_every: int = 50
 
     def validate(self):
-        require_positive(self, "every", "keep_last", "keep_every")
+        require_positive(self, "every", "keep_last", "keep_every", "nearby_every")
 
 
 @dataclass(frozen=True)

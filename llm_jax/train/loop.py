@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
+from llm_jax.io.nearby import Nearby
 from llm_jax.io.profile import Profiler
 from llm_jax.train.guard import Watch
 from llm_jax.train.interruption import Stop, interruptions
@@ -69,7 +70,8 @@ class Session:
 
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
-    rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's.
+    rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's;
+    nearby: copies on this machine's own disk.
     proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
     flops_per_step, tokens_per_step: of one member.
     """
@@ -82,6 +84,7 @@ class Session:
     tokens_per_step: float
     flops_per_step: float
     checkpointer: Checkpointer | None = None
+    nearby: Nearby | None = None
     proceed: Callable[[], None] = lambda: None
     watch: Watch = field(default_factory=Watch)
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -133,6 +136,9 @@ class _Training:
             saved = restored
             if not restored and (stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every)):
                 saved = self._save(row)
+            if not saved and not restored and self._is_due_nearby():
+                self._settle()
+                self.session.nearby.save(self.step, self.state, self._rest())
             if stopping:
                 checkpointer = self.session.checkpointer
                 raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
@@ -194,8 +200,15 @@ class _Training:
         self._settle()
         if self.session.checkpointer is None:
             return False
+        return self.session.checkpointer.save(self.step, self.state, self._rest(), row)
+
+    def _rest(self) -> dict[str, Any]:
+        """What is saved with the state."""
         sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
-        return self.session.checkpointer.save(self.step, self.state, {"seconds": self.clock.read(), "sums": sums}, row)
+        return {"seconds": self.clock.read(), "sums": sums}
+
+    def _is_due_nearby(self) -> bool:
+        return self.session.nearby is not None and self.step % self.session.nearby.every < self.rhythm.dispatch
 
 
 def scores(
@@ -262,8 +275,13 @@ def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, member
 
 
 def _start(program: Program, session: Session, at_most: int | None) -> tuple[Any, int, float, Sums]:
-    checkpointer = session.checkpointer
-    restored = checkpointer.restore(program.abstract, at_most=at_most) if checkpointer is not None else None
+    checkpointer, nearby, restored = session.checkpointer, session.nearby, None
+    if nearby is not None and at_most is not None:
+        nearby.clear()  # it may be of what training goes back from
+    if nearby is not None:
+        restored = nearby.restore(program.abstract, after=max(checkpointer.steps() if checkpointer is not None else [], default=0))
+    if restored is None and checkpointer is not None:
+        restored = checkpointer.restore(program.abstract, at_most=at_most)
     if restored is None:
         return program.init(), 0, 0.0, {}
     step, state, extra = restored

@@ -173,12 +173,12 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
 
 
 def test_a_group_that_does_not_fit_is_tried_in_halves(declared, tmp_path, monkeypatch):
-    from llm_jax.lab import runner
+    from llm_jax.lab import group, runner
     from llm_jax.lab.experiment import load
     from llm_jax.lab.workfolder import WorkFolder
 
     monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
-    fit, tried = runner.fit, []
+    fit, tried = group.fit, []
 
     def room_for_two(program, *args):
         tried.append(program.members)
@@ -186,7 +186,7 @@ def test_a_group_that_does_not_fit_is_tried_in_halves(declared, tmp_path, monkey
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
         return fit(program, *args)
 
-    monkeypatch.setattr(runner, "fit", room_for_two)
+    monkeypatch.setattr(group, "fit", room_for_two)
     notes: list[str] = []
     ablation = load(declared).changed(
         {"mesh.data": 1, "mesh.population": 8, "train.steps": 6, "train.log_every": 6, "evaluation.every": 6, "seeds": 5}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from llm_jax.core.config import ConfigError
-from llm_jax.lab import runner
+from llm_jax.lab import group, runner
 from llm_jax.lab.experiment import load
 from llm_jax.lab.workfolder import WorkFolder
 from tests.lab.test_runner import command, declared, environment, outcomes  # noqa: F401
@@ -118,7 +118,7 @@ def test_a_worker_that_lapses_in_the_middle_of_training_goes_on_from_its_checkpo
     notes: list[str] = []
     worker = runner.Runner(ablation, WorkFolder(tmp_path / "w"), lease=60.0, note=notes.append)
     worker._compiled = undisturbed._compiled
-    fit, lapsed = runner.fit, []
+    fit, lapsed = group.fit, []
 
     def lapses(program, feed, rhythm, session):
         def record(step, rows):
@@ -130,7 +130,7 @@ def test_a_worker_that_lapses_in_the_middle_of_training_goes_on_from_its_checkpo
         inner, session.record = session.record, record
         return fit(program, feed, rhythm, session)
 
-    monkeypatch.setattr(runner, "fit", lapses)
+    monkeypatch.setattr(group, "fit", lapses)
     assert [r["metrics"] for r in worker.run()] == [r["metrics"] for r in expected] and worker.failures == 0
     assert outcomes(tmp_path / "w") == outcomes(tmp_path / "expected")
     assert lapsed and sum("claims it next" in note for note in notes) == 1

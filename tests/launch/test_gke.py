@@ -30,7 +30,7 @@ CASES = {
     "chips that GKE alone has": ["--topology=tpu7x:4x4x4", "--selector=cloud.google.com/reservation-name=r"],
     "GPUs": ["--gpu=nvidia-h100-80gb", "--nodes=4"],
     "one GPU": ["--gpu=nvidia-l4", "--gpus_per_node=1", "--spot"],
-    "workers": ["--topology=v5e:4x4", "--workers=3"],
+    "workers": ["--topology=v5e:4x4", "--workers=3", "--volume=claim=/w"],
 }
 
 
@@ -218,3 +218,10 @@ def test_mistakes_are_told(programs, capsys, words, sentence):
 def test_verbatim(word):
     """By the rules of Kubernetes' own page "Define a Command and Arguments for a Container"."""
     assert expanded(verbatim(word), A="wrong") == word
+
+
+@pytest.mark.parametrize("devices", [["--topology=v5e:4x4"], ["--gpu=nvidia-l4"]], ids=["TPUs", "GPUs"])
+def test_pods_have_the_volumes_that_are_asked_for(programs, devices):
+    (jobset,) = applied(programs, *devices, "--volume=claim=/shared")
+    assert {"name": "claim", "mountPath": "/shared"} in container(jobset)["volumeMounts"]
+    assert {"name": "claim", "persistentVolumeClaim": {"claimName": "claim"}} in job(jobset)["template"]["spec"]["volumes"]

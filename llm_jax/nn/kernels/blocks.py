@@ -56,6 +56,9 @@ def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.
     A derivative forwards is refused; Hessian-vector products as the derivative of the gradient are not.
     """
     count, (axes, tokens) = _blocks(unembedding), _split(unembedding)
+    # over these each device keeps its part of the matrix's gradient alone, as the matrix itself is split
+    own = tuple(axis for axis in axes_over("embed", unembedding.hidden.shape[-1]) if axis in axes)
+    dimension = int(unembedding.table)
 
     @jax.custom_vjp
     def summed(unembedding, targets, weights_BL, values):
@@ -64,13 +67,13 @@ def total(judge: Judge, unembedding: Unembedding, targets: Any, weights_BL: jax.
     def forward(unembedding, targets, weights_BL, values):
         def local(*given):
             sums, by_token = _differentiated(judge, count, *given)
-            return jax.lax.psum(sums, axes) if axes else sums, by_token
+            return _added(sums, axes, own, dimension) if axes else sums, by_token
 
         if axes:
             ins = (_specs(unembedding, tokens), tokens, tokens, WHOLE)
-            (result, grads), (loss_BL, hidden_BLD) = _on_tokens(local, axes, ins, (WHOLE, tokens))(
-                unembedding, targets, weights_BL, values
-            )
+            split = {"matrix": PartitionSpec(*[None] * dimension, own or None), "bias": WHOLE}
+            outs = (WHOLE, {name: split[name] for name in _trained(unembedding)}), tokens
+            (result, grads), (loss_BL, hidden_BLD) = _on_tokens(local, axes, ins, outs)(unembedding, targets, weights_BL, values)
         else:
             (result, grads), (loss_BL, hidden_BLD) = local(unembedding, targets, weights_BL, values)
         return result, (replace(unembedding, hidden=hidden_BLD, **grads), loss_BL)
@@ -140,7 +143,7 @@ def _differentiated(
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, found), (loss_N, grads.hidden)
 
     wide = jnp.promote_types(unembedding.hidden.dtype, jnp.float32)
-    shapes = {name: getattr(unembedding, name) for name in ("matrix", "bias") if getattr(unembedding, name) is not None}
+    shapes = _trained(unembedding)
     start = jnp.zeros((), wide), {name: jnp.zeros(x.shape, wide) for name, x in shapes.items()}
     sums, by_token = jax.lax.scan(step, start, _cut((unembedding.hidden, targets, weights_BL), count))
     return sums, jax.tree.map(lambda x: _joined(x, unembedding.hidden), by_token)
@@ -155,6 +158,21 @@ def _split(unembedding: Unembedding) -> tuple[tuple[str, ...], PartitionSpec]:
 
 def _specs(unembedding: Unembedding, tokens: PartitionSpec) -> Unembedding:
     return replace(jax.tree.map(lambda _: WHOLE, unembedding), hidden=tokens)
+
+
+def _trained(unembedding: Unembedding) -> dict[str, jax.Array]:
+    return {name: getattr(unembedding, name) for name in ("matrix", "bias") if getattr(unembedding, name) is not None}
+
+
+def _added(sums: tuple[jax.Array, dict[str, jax.Array]], axes: tuple[str, ...], own: tuple[str, ...], dimension: int) -> Any:
+    """The sums of all devices; of the matrix's each keeps its part along a dimension, over its `own` axes."""
+    value, grads = sums
+    rest = tuple(axis for axis in axes if axis not in own)
+    if own:
+        part = jax.lax.psum_scatter(grads["matrix"], own, scatter_dimension=dimension, tiled=True)
+        grads = grads | {"matrix": jax.lax.psum(part, rest) if rest else part}
+    summed = {name: jax.lax.psum(x, axes) for name, x in grads.items() if name != "matrix" or not own}
+    return jax.lax.psum(value, axes), grads | summed
 
 
 def _on_tokens(local: Callable, axes: tuple[str, ...], ins: Any, outs: Any) -> Callable:
