@@ -106,12 +106,13 @@ def _written_out(stack: Stack, words: int) -> float:
 
 
 def _travelling(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
-    """Bytes for each token of what travels to the experts of a layer and lies there."""
+    """Bytes for each token of what travels to the experts of a layer and lies there: sorted, packed, sent, sorted again, answered,
+    and so back, three times in places of its own device and four in those of the experts', and the gradients of all."""
     if mesh.get("expert", 1) == 1 or not isinstance(layer.ffn, MoE):
         return 0.0
     ffn, more = layer.ffn, room(layer, mesh)
     hidden = ffn.active * ffn.expert.hidden(stack.width) * (ffn.branches + 1)
-    return stack.precision.dtype.itemsize * (2 * (1 + more) * ffn.active * stack.width + (more - 1) * hidden)
+    return stack.precision.dtype.itemsize * (2 * (3 + 4 * more) * ffn.active * stack.width + (more - 1) * hidden)
 
 
 def _gathered(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
