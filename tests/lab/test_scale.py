@@ -67,6 +67,23 @@ def test_the_formula_splits_parameters_as_the_rules_do(file):
     assert footprint.held(experiment, tokens.vocabulary, sizes) == pytest.approx(held, rel=0.01)  # norms and the router are whole
 
 
+# what `compile` found with libtpu 0.0.52, of the same meshes: MFU, GiB of a device
+COMPILED = {
+    "llama_8b": (0.624, 9.51),
+    "llama_8b_128k": (0.553, 8.10),
+    "deepseek_v3": (0.437, 89.9),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_formulas_are_near_what_was_compiled(name):
+    file, (mfu, gib) = FOLDER / f"{name}.py", COMPILED[name]
+    experiment, topology = load(file).base, topology_of(file)
+    mesh, vocabulary = layout(experiment, 1, topology.chips)[0].shape(topology.chips), declared(experiment).vocabulary
+    assert estimate(experiment, vocabulary, mesh, topology).mfu == pytest.approx(mfu, abs=0.03)
+    assert footprint.memory(experiment, vocabulary, mesh) / 2**30 == pytest.approx(gib, rel=0.15)
+
+
 # ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.slow
 @pytest.mark.parametrize("name, mfu, kernels", [("llama_1b", 0.4, ["splash"]), ("mixtral_8x7b", 0.4, ["splash", "ragged-dot"])])
