@@ -71,7 +71,7 @@ def test_the_formula_splits_parameters_as_the_rules_do(file):
 COMPILED = {
     "llama_8b": (0.624, 9.51),
     "llama_8b_128k": (0.553, 8.10),
-    "deepseek_v3": (0.437, 89.9),
+    "deepseek_v3": (0.444, 89.96),
 }
 
 
