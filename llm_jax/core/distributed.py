@@ -50,6 +50,7 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
         raise ConfigError(f"must be at least 0 and below --processes={processes}, got {process}", "--process")
     if os.environ.get("JAX_PLATFORMS") in (None, "", "cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs under way together can wait for each other without end
     jax.config.update("jax_enable_recoverability", True)  # the death of a process is told to `_watch`, which says who it was
     try:
         jax.distributed.initialize(
