@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 from rich.table import Table
 
-from llm_jax.core import chips
+from llm_jax.core import chips, platform
 from llm_jax.core.chips import TPUS, Topology
 from llm_jax.core.config import ConfigError
 from llm_jax.core.mesh import Mesh
@@ -86,7 +86,8 @@ def of_ablation(ablation: Ablation, topology: Topology) -> Ranking:
 
 def rank(experiments: Sequence[tuple[Experiment, int]], topology: Topology) -> Ranking:
     """Of a mesh for all of these (experiment, size of its vocabulary) together. Raises `ConfigError` where there is none."""
-    found = [one for mesh in _meshes(experiments[0][0], topology) if (one := _judged(experiments, mesh, topology))]
+    with platform.targeting("tpu"):  # where layers are scanned, and may be split into stages
+        found = [one for mesh in _meshes(experiments[0][0], topology) if (one := _judged(experiments, mesh, topology))]
     if not found:
         rows = experiments[0][0].data.batch_size
         raise ConfigError(

@@ -70,6 +70,11 @@ def test_stages_are_filled_with_micro_batches():
     assert "mesh.microbatches=16" in staged[0].flags
 
 
+def test_layers_that_scan_on_tpus_are_offered_stages_from_any_machine():
+    automatic = override(training(llama3_2("1B"), rows=64), {"model.layers": "auto"})
+    assert {one.mesh.stage for one in autoshard.rank([(automatic, IDS)], HOST).fitting} >= {1, 2}
+
+
 def test_where_nothing_fits_the_least_is_named():
     with pytest.raises(ConfigError, match=r"--autoshard none of \d+ meshes fits: \w+=.* needs the least, \d+\.\d of 14\.2 GiB"):
         autoshard.rank([(training(llama3("8B")), IDS)], HOST)
