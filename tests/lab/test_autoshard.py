@@ -65,9 +65,9 @@ def test_only_mixtures_have_an_expert_axis():
 
 def test_stages_are_filled_with_micro_batches():
     found = autoshard.rank([(training(llama3_2("1B"), rows=64), IDS)], HOST).fitting
-    staged = [one for one in found if one.mesh.stage == 2 and one.mesh.data == 4]
-    assert [one.mesh.microbatches for one in staged] == [16, 8, 4, 2]  # the more, the less idle
-    assert "mesh.microbatches=16" in staged[0].flags
+    staged = [one for one in found if one.mesh.stage == 4 and one.mesh.data == 2]
+    assert [one.mesh.microbatches for one in staged] == [32, 16, 8, 4]  # the more, the less idle
+    assert "mesh.microbatches=32" in staged[0].flags
 
 
 def test_layers_that_scan_on_tpus_are_offered_stages_from_any_machine():
