@@ -3,7 +3,8 @@
     python -m llm_jax compile --experiment=experiments/scale/llama_8b_128k.py --topology=v5p:8x8x8
 
 Continued training at a longer context (Llama Team 2024, §3.4.2): rows are split over 16 chips along their length, keys and values
-are gathered, and every chip has as much of the causal triangle to do. Positions are scaled as Llama 3.1 scales them.
+are gathered, and every chip has as much of the causal triangle to do. Positions are scaled as Llama 3.1 scales them. Parameters
+are split over 128 chips, of which there are four copies: fewer than 32 rows of a matrix on each are a slow message.
 """
 
 from llm_jax.core.config import override
@@ -24,5 +25,5 @@ experiment = Experiment(
     train=Train(steps=24_000),
     evaluation=Evaluation(every=1000, bytes=4_194_304),
     checkpoints=Checkpoints(every=500),
-    mesh=Mesh(data=1, fsdp=-1, sequence=16),
+    mesh=Mesh(data=-1, fsdp=8, sequence=16),
 )

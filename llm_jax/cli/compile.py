@@ -1,6 +1,8 @@
 """Compile the very same training step for TPUs that are not attached, and say what it will take there before they are rented.
 
 python -m llm_jax compile --experiment=experiments/c06_positional_encoding.py --scale=full --topology=v5e:16x16 --all-arms
+
+With `--autoshard` it ranks the meshes that would do, by formula and in seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ flags.DEFINE_string("topology", None, "Chips: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6
 flags.DEFINE_integer("slices", 1, "How many such slices, on one network.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("arm", None, "The arm that is compiled (default: the first).", flag_values=FLAGS)
 flags.DEFINE_boolean("all-arms", False, "Compile every program that the arms make.", short_name="all_arms", flag_values=FLAGS)
+flags.DEFINE_boolean("autoshard", False, "Rank the meshes of that topology by formula; compile nothing.", flag_values=FLAGS)
 flags.DEFINE_integer("population", 1, "Trials in one program.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "A JSON file for all that is found.", flag_values=FLAGS)
 
@@ -46,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     from llm_jax.lab import ahead, outlook
 
     ablation, _ = declared(FLAGS)
+    if FLAGS.autoshard:
+        return _rank(ablation.only([FLAGS.arm]) if FLAGS.arm else ablation, topology)
     programs, found = _programs(ablation), {}
     for arms, experiment in programs.items():
         print(f"compiling {arms} for {topology.name}", file=sys.stderr)
@@ -62,6 +67,14 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.out:
         pathlib.Path(FLAGS.out).write_text(json.dumps({arms: outlook.as_json(one) for arms, one in found.items()}, indent=1) + "\n")
     return 0 if all(one.fits for one in found.values()) else 1
+
+
+def _rank(ablation: Ablation, topology: Topology) -> int:
+    from llm_jax.lab import autoshard
+
+    data = ablation.base.data
+    console().print(autoshard.table(autoshard.of_ablation(ablation, topology), data.batch_size * data.sequence_length))
+    return 0
 
 
 def _programs(ablation: Ablation) -> dict[str, Experiment]:

@@ -77,6 +77,7 @@ flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bo
 flags.DEFINE_integer(
     "heartbeat", 30, "Seconds without a sign of life after which one of them counts as dead.", lower_bound=5, flag_values=FLAGS
 )
+flags.DEFINE_boolean("autoshard", False, "Rank the meshes of these TPUs by formula, and train on the best.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
 LEASE = 60.0  # seconds
@@ -136,6 +137,7 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError("is how long a worker may be silent: give --worker too", f"--lease={FLAGS.lease:g}")
     if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
+    argv = _autosharded(argv) if FLAGS.autoshard else argv
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
     trials = None if distributed.leads() else tempfile.mkdtemp(prefix="llm_jax-")
@@ -173,6 +175,20 @@ def _run(argv: Sequence[str]) -> int:
         console().print(report.table(summary))
         print(f"report: {FLAGS.workdir}/report.html")
     return 0 if results and runner.failures == 0 else 1
+
+
+def _autosharded(argv: Sequence[str]) -> list[str]:
+    """The command with the best mesh in place of the search, which is set as if it had been typed."""
+    import jax
+
+    from llm_jax.lab import autoshard
+
+    ablation, _ = _declared()
+    data, ranking = ablation.base.data, autoshard.of_ablation(ablation, autoshard.attached(jax.devices()))
+    if distributed.leads():
+        console().print(autoshard.table(ranking, data.batch_size * data.sequence_length))
+    FLAGS["set"].value = [*FLAGS.set, *ranking.best.flags]
+    return [*(one for one in argv if one.lstrip("-") != "autoshard"), *(f"--set={flag}" for flag in ranking.best.flags)]
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

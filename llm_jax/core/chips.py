@@ -94,6 +94,12 @@ def of_kind(device_kind: str) -> Chip | None:
     return known[max(found, key=len)] if found else None
 
 
+def of_accelerator(name: str) -> Chip | None:
+    """The chip of a slice by what Cloud TPU calls it in `TPU_ACCELERATOR_TYPE`: v4-8, v5litepod-16, v5p-512, v6e-256."""
+    family = name.partition("-")[0]
+    return TPUS.get({"v5litepod": "v5e"}.get(family, family))
+
+
 @dataclass(frozen=True)
 class Topology:
     """Slices of TPUs, as `v5e:16x16`: `slices` of them, each a torus of `shape` chips."""

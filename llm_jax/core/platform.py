@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from llm_jax.core import chips
 from llm_jax.core.config import ConfigError
 
+LIBTPU = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -118,7 +120,7 @@ def cores() -> int:
 
 
 def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool = False, alone: bool = True) -> None:
-    """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS` wins.
+    """Process-wide settings, to be called before JAX opens a backend; what the user set in `XLA_FLAGS`, `LIBTPU_INIT_ARGS` wins.
 
     A CPU becomes one single-threaded device a core (or `devices` of them), so that the data or population axis uses the cores:
     1.5× faster than one device with a thread pool at GPT-2-tiny sizes. Compiled programs are cached on disk (`LLM_JAX_CACHE`).
@@ -141,11 +143,22 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
         if count > 1 and alone and "xla_cpu_multi_thread_eigen" not in flags:
             flags += " --xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = flags.strip()
+    _set_libtpu_flags()
     if cache:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _set_libtpu_flags() -> None:
+    """Those with which messages overlap, on a slice whose environment says what chips it has: GKE's and Cloud TPU's do."""
+    chip, given = chips.of_accelerator(os.environ.get("TPU_ACCELERATOR_TYPE", "")), os.environ.get(LIBTPU, "")
+    if chip is None or os.environ.get("JAX_PLATFORMS") not in (None, "", "tpu"):
+        return
+    flags = [flag for flag in chip.libtpu if flag.partition("=")[0] not in given]
+    if flags:
+        os.environ[LIBTPU] = " ".join([*flags, given]).strip()
 
 
 def require_devices() -> None:

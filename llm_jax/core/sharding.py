@@ -40,7 +40,7 @@ RULES: Rules = MappingProxyType(
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "head_dim": (),
-        "latent": (),
+        "latent": ("fsdp", "sequence", "expert"),
         "embed_out": (),
         "gates": (),
         "hidden_in": (),

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm_jax.core.config import ConfigError, override
+from llm_jax.core.mesh import BATCH
 from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.footprint import kept, parts
 from llm_jax.models import count
 from llm_jax.train.ahead.memory import TEMPORARY, Memory
 
@@ -32,26 +34,26 @@ def changes(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], me
 def _state(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> list[Change]:
     """What parameters, gradients and the optimizer's numbers give way to."""
     one = 4.0 * count.parameters(experiment.model, vocabulary)
-    parts, slots = _parts(mesh, "fsdp", "tensor", "expert", "stage"), experiment.optimizer.slots
+    pieces, slots = parts(mesh, ("fsdp", "tensor", "expert", "sequence", "stage")), experiment.optimizer.slots
     found = []
     if mesh.get("data", 1) > 1:
-        spread = one * (2 + slots) / parts * (1 - 1 / mesh["data"])
+        spread = one * (2 + slots) / pieces * (1 - 1 / mesh["data"])
         found.append(
             Change(f"mesh.fsdp={mesh['fsdp'] * mesh['data']} mesh.data=1", spread, "parameters are gathered when they are used")
         )
     else:
         twice = f"twice as many devices, mesh.fsdp={2 * mesh['fsdp']}"
-        found.append(Change(twice, one * (2 + slots) / parts / 2, "devices"))
+        found.append(Change(twice, one * (2 + slots) / pieces / 2, "devices"))
     if slots > 1:
         found.append(
-            Change("optimizer=Lion()", one * (slots - 1) / parts, f"another update rule, 1 number a parameter and not {slots}")
+            Change("optimizer=Lion()", one * (slots - 1) / pieces, f"another update rule, 1 number a parameter and not {slots}")
         )
     return found
 
 
 def _activations(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], memory: Memory) -> list[Change]:
-    """What the backward pass keeps of the rows gives way to; estimated by `models.count`, at most what is temporary."""
-    most, now = memory.parts.get(TEMPORARY, math.inf), _kept(experiment, vocabulary, mesh)
+    """What the backward pass keeps of the rows gives way to; estimated by `lab.footprint`, at most what is temporary."""
+    most, now = memory.parts.get(TEMPORARY, math.inf), kept(experiment, vocabulary, mesh)
     accumulate, length = experiment.train.accumulate, experiment.data.sequence_length
     candidates = [
         ({"train.accumulate": 2 * accumulate}, "twice as many, smaller products"),
@@ -66,8 +68,8 @@ def _activations(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int
         except ConfigError:
             continue
         rows = smaller.data.batch_size // smaller.train.accumulate
-        if rows % _parts(mesh, "data", "fsdp") == 0:
-            saves = min(now - _kept(smaller, vocabulary, mesh), most)
+        if rows % parts(mesh, BATCH) == 0:
+            saves = min(now - kept(smaller, vocabulary, mesh), most)
             found.append(Change(" ".join(f"{path}={value}" for path, value in change.items()), saves, costs))
     return found
 
@@ -76,18 +78,3 @@ def _keeping(experiment: Experiment) -> list[str]:
     """The paths of stacks that keep what every layer computes."""
     names = {name: stack for name, stack in experiment.model.stacks.items() if stack.remat == "none"}
     return ["model" if stack is experiment.model else f"model.{name}" for name, stack in names.items()]
-
-
-def _kept(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
-    """Bytes that one device keeps of its rows."""
-    model, micro = experiment.model, experiment.data.batch_size // experiment.train.accumulate
-    words, inputs = experiment.objective.lengths(
-        experiment.data.sequence_length, model=model, packed=experiment.data.packing.segmented
-    )
-    rows = max(micro // _parts(mesh, "data", "fsdp"), 1)
-    whole = count.training_memory(model, vocabulary, rows, words, experiment.optimizer.slots, inputs)
-    return (whole - count.training_memory(model, vocabulary, 0, words, experiment.optimizer.slots, inputs)) / _parts(mesh, "tensor")
-
-
-def _parts(mesh: Mapping[str, int], *axes: str) -> int:
-    return math.prod(mesh.get(axis, 1) for axis in axes)

@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from llm_jax.core.chips import Topology
 from llm_jax.core.config import ConfigError
 from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
-from llm_jax.lab.expected import head, visited
+from llm_jax.lab.expected import filled, head, visited
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout
 from llm_jax.models import count
@@ -33,7 +33,6 @@ from llm_jax.train.ahead.memory import Memory
 from llm_jax.train.ahead.roofline import Estimate
 from llm_jax.train.loop import Rhythm
 
-FLAGS = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
 # libtpu may be opened by several processes at once, since no chip is, and need not ask a metadata server what machine this is
 QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -50,7 +49,7 @@ class Examined:
     parameters, model: of one trial, and the model's FLOPs of a step of all of them; machine: those of the program, all devices
     together; memory, collectives: of one device; device: FLOPs of products of one device, as compiled: more than its share of the
     machine's where work is repeated on several; tokens: of a step; steps: in one call of the program.
-    seconds: to compile; flags: libtpu's.
+    seconds: to compile; flags: libtpu's; kernels: names of those that are written by hand, or of XLA's for experts.
     """
 
     topology: Topology
@@ -68,6 +67,7 @@ class Examined:
     uncounted: int
     compiled: bool = True
     flags: str = ""
+    kernels: tuple[str, ...] = ()
 
     @property
     def limit(self) -> float:
@@ -93,7 +93,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in (QUIET | {FLAGS: " ".join(topology.chip.libtpu)}).items():
+    for name, value in (QUIET | {platform.LIBTPU: " ".join(topology.chip.libtpu)}).items():
         os.environ.setdefault(name, value)
     jax.devices()  # so that JAX has read its flags, of which libtpu ends the process for those it does not know
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu"))
@@ -131,6 +131,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
     batch, values = _batch(experiment, compiled, steps), _values(compiled)
     traced = compiled.steps.trace(values, compiled.abstract, batch)
     machine, begun = flops.of_jaxpr(traced.jaxpr), time.perf_counter()
+    machine = replace(machine, grouped=machine.grouped * filled(experiment, compiled.mesh.shape))
     text, report, stats = _compiled(traced.lower())
     seconds = time.perf_counter() - begun
     module = hlo.parse(text)
@@ -175,7 +176,8 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         seconds,
         machine.uncounted + module.unknown,
         stats is not None,
-        os.environ.get(FLAGS, ""),
+        os.environ.get(platform.LIBTPU, ""),
+        operations.kernels(done),
     )
 
 

@@ -1,97 +1,101 @@
 """What a step will take by formula, without compiling it: to search meshes, and to hold the model of time to published runs.
 
 What XLA makes of a program is better read from it (`lab.ahead`); this is its shape: products of every layer, forward, again where
-the backward pass recomputes, and back; weights gathered over `fsdp` forward and back, and their gradients summed; activations
-gathered and scattered over `tensor` around both branches of a layer; gradients summed over `data`.
+the backward pass recomputes, and back; turns of a pipeline that have nothing to do; and the messages (`lab.messages`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.core import platform
 from llm_jax.core.chips import Topology
+from llm_jax.core.mesh import BATCH
 from llm_jax.lab.experiment import Experiment
+from llm_jax.lab.footprint import ENTRY, held, kinds, parts, room
+from llm_jax.lab.messages import messages, schedule
 from llm_jax.models import count
-from llm_jax.models.block import layer_entries, layer_parameters
+from llm_jax.models.block import Layer, layer_entries
+from llm_jax.nn.moe import MoE
 from llm_jax.train.ahead import roofline
-from llm_jax.train.ahead.collectives import Collective, Kind
 from llm_jax.train.ahead.roofline import Estimate
 
 BACK = 3.5  # products of fused attention's gradient for each of its forward ones: both of its kernels compute the scores again
-NORMS = 6  # times that a pass over a layer reads or writes its stream, beside its products
+ROUTED = 16  # times that rows on their way to experts and back are read or written, where they are sorted and sent
+NORMS = 12  # times that a pass over a layer reads or writes its stream, beside its products
 
 
 def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], topology: Topology) -> Estimate:
-    """The time of a step on a mesh (axis → devices)."""
+    """The time of a step on a mesh (axis → devices). Raises `ConfigError` where it cannot be divided into the slices."""
     model, data, final = experiment.model, experiment.data, experiment.model.final
     words, inputs = experiment.objective.lengths(data.sequence_length, model=model, packed=data.packing.segmented)
-    tokens = data.batch_size * words / (mesh.get("data", 1) * mesh.get("fsdp", 1))  # that one model's share of devices works on
-    tensor, size = mesh.get("tensor", 1), final.precision.dtype.itemsize
+    tokens = data.batch_size * words / parts(mesh, (*BATCH, "sequence"))  # that one model's share of devices works on
+    plan, tensor, size = schedule(experiment, mesh), mesh.get("tensor", 1), final.precision.dtype.itemsize
+    idle = plan.turns / (plan.micro * plan.rounds)
     output = model.head.entries(final, vocabulary) or model.embedding.entries(final.width, vocabulary)
     products, kernels, moved = 6.0 * output * tokens, 0.0, 0.0
     with platform.targeting("tpu"):
         seen = visited(experiment, words)
     for stack in model.stacks.values():
-        for layer in stack.in_full:
-            entries, again = layer_entries(stack, layer), stack.remat == "full"
-            last = layer.ffn.hidden(stack.width) * stack.width if layer.ffn and again else 0  # no gradient asks for its result
-            products += tokens * ((8.0 if again else 6.0) * entries - 2.0 * last)
+        for layer, number in kinds(stack).items():
+            entries, again, through = layer_entries(stack, layer), stack.remat == "full", number * tokens * idle
+            last = _last(layer, stack.width) if again else 0
+            products += through * ((8.0 if again else 6.0) * entries - 2.0 * last)
             scores = layer.attention.scores(stack.width) if layer.attention else 0
-            kernels += 2.0 * scores * words * tokens * seen * (1 + BACK + again)
+            kernels += 2.0 * scores * words * through * seen * (1 + BACK + again)
             inner = layer.attention.inner(stack.width) if layer.attention else 0
-            moved += tokens * size * (2 + again) * (NORMS * stack.width * tensor + 2 * inner)
-    optimizer = 4.0 * 2 * (2 + experiment.optimizer.slots) * count.parameters(model, vocabulary) / mesh.get("fsdp", 1)
+            moved += through * size * (2 + again) * (NORMS * stack.width * tensor + 2 * inner + _routed(layer, stack.width, mesh))
+    optimizer = 2.0 * ENTRY * (2 + experiment.optimizer.slots) * held(experiment, vocabulary, mesh)
     return roofline.estimate(
         products=products / tensor,
         kernels=kernels / tensor,
-        memory=(moved + optimizer) / tensor,
-        collectives=list(_messages(experiment, vocabulary, mesh, tokens, max(topology.shape))),
+        memory=moved / tensor + optimizer,
+        collectives=messages(experiment, vocabulary, mesh, tokens, topology),
         topology=topology,
-        model=data.batch_size * count.flops_per_row(model, vocabulary, words, inputs),
+        model=data.batch_size * _flops_per_row(model, vocabulary, words, inputs),
         head=head(experiment),
     )
 
 
-def _messages(
-    experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], tokens: float, longest: int
-) -> Iterator[Collective]:
-    """longest: chips along a slice's longest dimension: libtpu scatters sums within one; over several it adds up everywhere."""
-    model, tensor = experiment.model, mesh.get("tensor", 1)
-    summing: Kind = "reduce-scatter" if mesh.get("fsdp", 1) <= longest else "all-reduce"
+def _routed(layer: Layer, width: int, mesh: Mapping[str, int]) -> float:
+    """Times a channel that a token is written and read on its way through experts, empty places among their rows too."""
+    if not isinstance(layer.ffn, MoE):
+        return 0.0
+    hidden = layer.ffn.expert.hidden(width) * (layer.ffn.branches + 1)
+    return layer.ffn.used * room(layer, mesh) * (ROUTED * width + 2 * hidden)
 
-    def send(kind: Kind, size: float, axis: str, count: float, overlaps: bool = True) -> Iterator[Collective]:
-        if mesh.get(axis, 1) > 1 and size > 0:
-            yield Collective(kind, size, mesh[axis], (axis,), count=count, overlaps=overlaps)
 
-    turns = experiment.train.accumulate
-    for stack in model.stacks.values():
-        size, passes = stack.precision.dtype.itemsize, 3 if stack.remat == "full" else 2
-        for layer in stack.in_full:
-            weights = size * layer_parameters(stack, layer) / tensor
-            yield from send("all-gather", weights, "fsdp", 2 * turns)
-            yield from send(summing, weights, "fsdp", turns, overlaps=False)
-            yield from send("all-reduce", weights / mesh.get("fsdp", 1), "data", 1)
-            branches = sum(part is not None for part in (layer.attention, layer.ffn))
-            stream = size * tokens * stack.width / turns
-            for kind in ("all-gather", "reduce-scatter"):
-                yield from send(kind, stream, "tensor", branches * passes * turns)
-    final = model.final
-    tables = [model.embedding.parameters(final.width, vocabulary), model.head.parameters(final, vocabulary)]
-    for table in tables:
-        whole = final.precision.dtype.itemsize * table / tensor
-        yield from send("all-gather", whole, "fsdp", turns, overlaps=False)
-        yield from send("all-reduce", whole, "fsdp", turns, overlaps=False)
-        yield from send("all-reduce", whole / mesh.get("fsdp", 1), "data", 1, overlaps=False)
+def _last(layer: Layer, width: int) -> int:
+    """Entries of the layer's last matrix, where no gradient asks for its result: that of experts is for their weights."""
+    ffn = layer.ffn.shared if isinstance(layer.ffn, MoE) else layer.ffn
+    return ffn.hidden(width) * width if ffn else 0
+
+
+_flops_per_row = functools.lru_cache(count.flops_per_row)
+
+
+def filled(experiment: Experiment, mesh: Mapping[str, int]) -> float:
+    """Share of the rows that experts have room for that are multiplied, on average: kernels leave out what comes after the last."""
+    found = [
+        (layer.ffn.entries(stack.width), room(layer, mesh))
+        for stack in experiment.model.stacks.values()
+        for layer in stack.in_full
+        if isinstance(layer.ffn, MoE)
+    ]
+    return sum(entries for entries, _ in found) / sum(entries * more for entries, more in found) if found else 1.0
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _attending(experiment: Experiment) -> list[tuple[Any, int]]:
     """Every mixer that attends, and the width of its stack."""
-    stacks = experiment.model.stacks.values()
+    layers = [(stack, layer, number) for stack in experiment.model.stacks.values() for layer, number in kinds(stack).items()]
     return [
-        (layer.attention, stack.width) for stack in stacks for layer in stack.in_full if layer.attention and layer.attention.attends
+        one
+        for stack, layer, number in layers
+        if layer.attention and layer.attention.attends
+        for one in [(layer.attention, stack.width)] * number
     ]
 
 
@@ -106,7 +110,11 @@ def visited(experiment: Experiment, length: int) -> float:
 
 def shown(mask: Any, length: int) -> float:
     """The same of one mask over rows of `length` tokens."""
-    size = min(platform.traits().attention_block, length)
+    return _shown(mask, length, min(platform.traits().attention_block, length))
+
+
+@functools.lru_cache
+def _shown(mask: Any, length: int, size: int) -> float:
     blocks = -(-length // size)
     if mask is None:
         return (blocks + 1) / (2 * blocks)

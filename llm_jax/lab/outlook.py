@@ -86,7 +86,11 @@ def _memory(name: str, found: Examined) -> Table:
 def _messages(found: Examined) -> Table:
     from llm_jax.train.ahead.roofline import seconds_of
 
-    flags = f" Compiled with LIBTPU_INIT_ARGS='{found.flags}', which the run must have too." if found.flags else ""
+    flags = (
+        f" Compiled with LIBTPU_INIT_ARGS='{found.flags}', which `run` sets too where TPU_ACCELERATOR_TYPE names the chips."
+        if found.flags
+        else ""
+    )
     shown = _table(
         "Messages of a step",
         caption=f"What is sent while something is computed is half hidden, or less where it outlasts it.{flags}",
@@ -124,7 +128,7 @@ def _time(found: Examined) -> Table:
         f"{found.tokens / estimate.seconds:,.0f} tokens/s. The machine does {found.machine.total:.4g} FLOPs by the traced program, "
         f"{found.machine.total / found.model:.2f} × the model's, with what is computed again "
         f"and all blocks of attention; the devices do {repeated:.2f} × its products. "
-        f"{1e3 * estimate.hidden:.1f} ms of messages are hidden."
+        f"{1e3 * estimate.hidden:.1f} ms of messages are hidden. Kernels: {', '.join(found.kernels) or 'none'}."
         + (f" {found.uncounted} loops of unknown length are counted once." if found.uncounted else "")
     )
     shown = _table(f"Time of {'a step' if found.steps == 1 else f'{found.steps} steps'}, estimated", caption=caption)

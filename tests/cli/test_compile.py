@@ -93,6 +93,19 @@ def test_a_teacher_is_refused(small, monkeypatch, capsys):
         ahead.examine(taught, Topology.parse("v5e:2x2"))
 
 
+def test_autoshard_ranks_meshes_without_libtpu(small, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, _ = outcome("compile", [f"--experiment={small}", "--topology=v5e:4x4", "--autoshard"], monkeypatch, capsys)
+    assert code == 0
+    assert "Meshes for v5e:4x4, the fastest first" in out
+    assert "expert=" not in out  # as the dense arm could not take it
+    code, out, _ = outcome(
+        "compile", [f"--experiment={small}", "--topology=v5e:4x4", "--autoshard", "--arm=experts"], monkeypatch, capsys
+    )
+    assert "expert=2" in out
+
+
 # ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
 slow = pytest.mark.slow
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from llm_jax.core.chips import TPUS, Topology, of_kind
+from llm_jax.core.chips import TPUS, Topology, of_accelerator, of_kind
 from llm_jax.core.config import ConfigError
 
 
@@ -14,6 +14,14 @@ def test_device_kinds_of_libtpu(kind, name):
     chip = of_kind(kind)
     assert chip is not None
     assert chip.name == name
+
+
+@pytest.mark.parametrize(
+    "accelerator, family", [("v4-8", "v4"), ("v5litepod-16", "v5e"), ("v5p-512", "v5p"), ("v6e-256", "v6e"), ("tpu7x-128", "tpu7x")]
+)
+def test_what_cloud_tpu_calls_a_slice(accelerator, family):
+    assert of_accelerator(accelerator) is TPUS[family]
+    assert of_accelerator("") is None and of_accelerator("a100-8") is None
 
 
 def test_an_unknown_kind_is_no_chip():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from llm_jax.core import platform
+from llm_jax.core import chips, platform
 from llm_jax.core.config import ConfigError
 
 WANTED = "--xla_gpu_deterministic_ops=true"
@@ -35,3 +35,29 @@ def test_the_opposite_in_the_environment_is_a_contradiction(flags):
 def test_the_number_of_devices_that_the_user_set_stays(flags):
     assert flags("--xla_force_host_platform_device_count=3") == ["--xla_force_host_platform_device_count=3"]
     assert "--xla_force_host_platform_device_count=5" in flags(devices=5)
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """libtpu's flags after `setup` on a slice."""
+
+    def given(accelerator, text=None, platforms=""):
+        monkeypatch.setenv("TPU_ACCELERATOR_TYPE", accelerator)
+        monkeypatch.setenv("XLA_FLAGS", "")
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        monkeypatch.setenv(platform.LIBTPU, text or "")
+        platform.setup(cache=False)
+        return os.environ[platform.LIBTPU].split()
+
+    return given
+
+
+def test_messages_overlap_on_the_slices_that_need_flags_for_it(libtpu):
+    assert libtpu("v5p-512") == libtpu("v6e-256", platforms="tpu") == list(chips.SPARSE_CORES)
+    assert libtpu("v5litepod-16") == libtpu("v4-8") == libtpu("") == []
+    assert libtpu("v5p-512", platforms="cpu") == []  # compiling ahead, perhaps for others
+
+
+def test_what_the_user_told_libtpu_stays(libtpu):
+    off = chips.SPARSE_CORES[0].replace("true", "false")
+    assert sorted(libtpu("v5p-512", f"{off} --xla_a=1")) == sorted([off, "--xla_a=1", *chips.SPARSE_CORES[1:]])

@@ -34,7 +34,8 @@ def test_the_first_saves_most_and_every_flag_can_be_typed():
 
 def test_savings_are_the_analytic_models():
     whole, less = (count.training_memory(replace(MODEL, remat=remat), 4096, 8, 1024, 2) for remat in ("none", "full"))
-    assert advised()["model.remat=full"].saves == pytest.approx(whole - less)
+    scores = 8 * 1024 * 2 * 4 * MODEL.attention.heads * 1024  # of a layer, in float32, with their gradient: kernels write none
+    assert advised()["model.remat=full"].saves == pytest.approx(whole - less - (8 - 1) * scores)
     parameters = 4.0 * count.parameters(MODEL, 4096)
     assert advised()["optimizer=Lion()"].saves == pytest.approx(parameters / 8)  # one number a parameter less, over 8 devices
     spread = advised(mesh=MESH | {"data": 2, "fsdp": 4})["mesh.fsdp=8 mesh.data=1"]

@@ -115,7 +115,7 @@ def _described(computation: Computation, one: Instruction, mesh: Mapping[str, in
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # as TPUs have it: a sum of which each keeps its part
     sent = [array for operand in computation.operands(one) for array in operand.arrays]
-    if one.opcode.startswith("ragged"):  # rows, and room for as many as may come; on average no more come than are sent
+    if one.opcode.startswith("ragged-all-to-all"):  # of rows, into room for as many or more, or back
         sent = [min(sent[:2], key=lambda array: array.bytes)]
     size = sum(array.bytes for array in sent) * (len(group) if kind == "all-gather" else 1)
     places = np.unravel_index(group, tuple(mesh.values()))
@@ -132,8 +132,9 @@ def members(text: str, devices: int) -> list[int]:
     """The devices of the first group of a collective, by any of the ways that XLA writes them; all where it writes none."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(n) for n in listed[1].split(",")]
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return [int(pairs[1]), int(pairs[2])]
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
+        found = [[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        return next((pair for pair in found if pair[0] != pair[1]), found[0])  # who keeps its own sends nothing
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         order = np.arange(devices).reshape([int(n) for n in iota[3].split(",")])
         order = order.transpose([int(n) for n in iota[4].split(",")]) if iota[4] else order

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -52,12 +52,11 @@ def of_program(stats: Any, given: Mapping[str, float], report: str = "") -> Memo
 
     given: bytes of its arguments by what they are; report: XLA's memory-usage report.
     """
-    arguments = sum(given.values())
     if stats is None:
-        said = re.search(r"Total bytes: (\d+)", report)
-        return Memory(dict(given) | {TEMPORARY: max(float(said[1]) - arguments, 0.0) if said else math.nan}, largest(report))
+        end = max((place.end for place in _places(report)), default=math.nan)
+        return Memory(dict(given) | {TEMPORARY: end}, largest(report))
     parts = {
-        "padding": max(stats.argument_size_in_bytes - arguments, 0.0),
+        "padding": max(stats.argument_size_in_bytes - sum(given.values()), 0.0),
         TEMPORARY: float(stats.temp_size_in_bytes),
         "output": max(float(stats.output_size_in_bytes - stats.alias_size_in_bytes), 0.0),
         "program": float(stats.generated_code_size_in_bytes),
@@ -67,12 +66,24 @@ def of_program(stats: Any, given: Mapping[str, float], report: str = "") -> Memo
 
 def largest(report: str, count: int = 8) -> tuple[Largest, ...]:
     """The largest places that XLA's memory-usage report names."""
-    found = []
-    for line in re.split(r"\nMemory Space: ", report)[0].splitlines():  # the first is HBM
-        fields = re.match(r"\s*[\d.]+\w*\(\s*\d+%\);\s*([\d.]+)\s*([KMGT]?)i?B;\s*\d+;\s*\d+;\s*(.*)$", line)
-        if fields:
-            found.append(Largest(float(fields[1]) * UNITS[fields[2]], _shapes(fields[3])))
+    found = (Largest(place.bytes, _shapes(place.arrays)) for place in _places(report))
     return tuple(sorted(found, key=lambda one: -one.bytes)[:count])
+
+
+class _Place(NamedTuple):
+    """Of what is temporary; the report's own total counts some that overlap twice, and the last one's end does not."""
+
+    bytes: float
+    end: float
+    arrays: str
+
+
+def _places(report: str) -> Iterator[_Place]:
+    for line in re.split(r"\nMemory Space: ", report)[0].splitlines():  # the first is HBM
+        fields = re.match(r"\s*[\d.]+\w*\(\s*\d+%\);\s*([\d.]+)\s*([KMGT]?)i?B;\s*(\d+);\s*\d+;\s*(.*)$", line)
+        if fields:
+            size = float(fields[1]) * UNITS[fields[2]]
+            yield _Place(size, int(fields[3]) + size, fields[4])
 
 
 def _shapes(text: str, most: int = 3) -> str:

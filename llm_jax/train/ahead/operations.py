@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,11 @@ def of_module(module: Module) -> list[Operation]:
         for one in computation
         if one.opcode not in FREE and 'custom_call_target="AllocateBuffer"' not in one.rest
     ]
+
+
+def kernels(done: Iterable[Operation]) -> tuple[str, ...]:
+    """The names of kernels among them."""
+    return tuple(sorted({re.sub(r"\.\d+$", "", one.name) for one in done if one.kernel}))
 
 
 # ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────

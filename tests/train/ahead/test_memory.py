@@ -44,7 +44,8 @@ def test_parts_add_up_to_what_xla_says():
 
 
 def test_what_does_not_fit_is_known_from_the_report_alone():
-    assert memory.of_program(None, {"parameters": 1000}, REPORT).parts == {"parameters": 1000, memory.TEMPORARY: 2000}
+    found = memory.of_program(None, {"parameters": 1000}, REPORT).parts  # the end of the last place, whatever lies before it
+    assert found == {"parameters": 1000, memory.TEMPORARY: pytest.approx(1.96 * 2**30)}
 
 
 def test_the_largest_places_of_hbm_the_largest_first():

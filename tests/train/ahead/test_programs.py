@@ -247,16 +247,37 @@ ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {{
 
 RAGGED = """HloModule m
 
-ENTRY %main (x: bf16[64,8], room: bf16[256,8], sizes: s32[4]) -> bf16[256,8] {
-  %x = bf16[64,8]{1,0} parameter(0)
-  %room = bf16[256,8]{1,0} parameter(1)
-  %sizes = s32[4]{0} parameter(2)
-  ROOT %r = bf16[256,8]{1,0} ragged-all-to-all(%x, %room, %sizes, %sizes, %sizes, %sizes), replica_groups={{0,1,2,3}}
+ENTRY %main (x: bf16[64,8], out: bf16[128,8], n: s32[4]) -> bf16[128,8] {
+  %x = bf16[64,8] parameter(0)
+  %out = bf16[128,8] parameter(1)
+  %n = s32[4] parameter(2)
+  ROOT %sent = bf16[128,8] ragged-all-to-all(%x, %out, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
 }
 """
 
 
-@pytest.mark.parametrize("text", [RAGGED, RAGGED.replace("(%x, %room,", "(%room, %x,")], ids=["there", "back"])
-def test_rows_that_travel_in_unequal_parts_are_those_that_there_are(text):
-    (found,) = collectives.of_module(hlo.parse(text), {"expert": 4})
-    assert (found.kind, found.axes, found.bytes, found.dtype) == ("all-to-all", ("expert",), 64 * 8 * 2, "bf16")
+@pytest.mark.parametrize("operands", ["%x, %out", "%out, %x"])
+def test_rows_of_unequal_numbers_are_at_most_those_that_one_end_has_place_for(operands):
+    (found,) = collectives.of_module(hlo.parse(RAGGED.replace("%x, %out", operands)), {"expert": 4})
+    assert (found.kind, found.bytes, found.axes) == ("all-to-all", 2 * 64 * 8, ("expert",))
+
+
+def test_a_permutation_in_which_the_first_keeps_its_own_is_one():
+    text = "source_target_pairs={{0,0},{1,3},{3,1},{2,2}}, channel_id=3"
+    assert collectives.members(text, 4) == [1, 3]
+    assert collectives.members("source_target_pairs={{0,0},{1,1}}", 2) == [0, 0]
+
+
+KERNELS = """HloModule m
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
+  %x = bf16[64,8] parameter(0)
+  %attend.1 = bf16[64,8] custom-call(%x), custom_call_target="tpu_custom_call"
+  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call"
+  ROOT %ragged-dot-none = bf16[64,8] custom-call(%attend.12), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_kernels_have_the_names_that_they_were_given():
+    assert operations.kernels(operations.of_module(hlo.parse(KERNELS))) == ("attend", "ragged-dot-none")

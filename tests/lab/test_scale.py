@@ -1,0 +1,109 @@
+"""The files of experiments/scale: their meshes divide what they split, and the slow tests compile some for their chips."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from llm_jax.core import platform, sharding
+from llm_jax.core.chips import Topology
+from llm_jax.lab import footprint
+from llm_jax.lab.ahead import declared
+from llm_jax.lab.expected import estimate
+from llm_jax.lab.experiment import load
+from llm_jax.lab.population import check_mesh, layout, trial
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "scale"
+COMMAND = re.compile(r"python -m llm_jax compile --experiment=(\S+) --topology=(\S+)")
+FILES = sorted(FOLDER.glob("*.py"))
+TRAINED_ELSEWHERE = [file for file in FILES if COMMAND.search(file.read_text())]
+
+
+def topology_of(file: pathlib.Path) -> Topology:
+    """Of the command in its docstring."""
+    named, topology = COMMAND.search(file.read_text()).groups()
+    assert named == f"experiments/scale/{file.name}"
+    return Topology.parse(topology)
+
+
+def test_there_are_models_of_all_sizes():
+    names = {"gpt2_124m", "llama_1b", "llama_8b", "llama_8b_128k", "mixtral_8x7b", "deepseek_v3"}
+    assert names <= {file.stem for file in TRAINED_ELSEWHERE}
+
+
+@pytest.mark.parametrize("file", TRAINED_ELSEWHERE, ids=lambda file: file.stem)
+def test_a_file_has_a_mesh_for_the_chips_that_it_names(file):
+    experiment, topology = load(file).base, topology_of(file)
+    devices = topology.chips * topology.chip.devices
+    mesh, members = layout(experiment, 1, devices)
+    assert (members, mesh.sizes["population"]) == (1, 1)
+    check_mesh(experiment, mesh)
+    sizes, vocabulary = mesh.shape(devices), declared(experiment).vocabulary  # of all devices: none is idle
+    assert footprint.memory(experiment, vocabulary, sizes) < topology.chip.memory / topology.chip.devices
+    assert estimate(experiment, vocabulary, sizes, topology).mfu > 0.3
+
+
+@pytest.mark.parametrize("file", TRAINED_ELSEWHERE, ids=lambda file: file.stem)
+def test_the_formula_splits_parameters_as_the_rules_do(file):
+    experiment, topology = load(file).base, topology_of(file)
+    devices, tokens = topology.chips * topology.chip.devices, declared(experiment)
+    mesh = layout(experiment, 1, devices)[0]
+    sizes = mesh.shape(devices)
+    with platform.targeting("tpu"):
+        boxed = trial(experiment, tokens).parameters
+    specs = sharding.parameter_specs(boxed, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)), mesh)
+
+    def own(leaf, spec):
+        axes = [axis for part in spec if part for axis in ([part] if isinstance(part, str) else part)]
+        return leaf.size / math.prod(sizes[axis] for axis in axes)
+
+    held = sum(jax.tree.leaves(jax.tree.map(own, sharding.unbox(boxed), specs)))
+    assert footprint.held(experiment, tokens.vocabulary, sizes) == pytest.approx(held, rel=0.01)  # norms and the router are whole
+
+
+# what `compile` found with libtpu 0.0.52, of the same meshes: MFU, GiB of a device
+COMPILED = {
+    "llama_1b": (0.479, 4.23),
+    "llama_8b": (0.624, 9.51),
+    "llama_8b_128k": (0.553, 8.10),
+    "deepseek_v3": (0.444, 89.96),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_formulas_are_near_what_was_compiled(name):
+    file, (mfu, gib) = FOLDER / f"{name}.py", COMPILED[name]
+    experiment, topology = load(file).base, topology_of(file)
+    mesh, vocabulary = layout(experiment, 1, topology.chips)[0].shape(topology.chips), declared(experiment).vocabulary
+    assert estimate(experiment, vocabulary, mesh, topology).mfu == pytest.approx(mfu, abs=0.03)
+    assert footprint.memory(experiment, vocabulary, mesh) / 2**30 == pytest.approx(gib, rel=0.15)
+
+
+# ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.slow
+@pytest.mark.parametrize("name, mfu, kernels", [("llama_1b", 0.4, ["splash"]), ("mixtral_8x7b", 0.4, ["splash", "ragged-dot"])])
+def test_a_step_for_its_chips(name, mfu, kernels, tmp_path):
+    """In a process of its own, as libtpu reads its flags once."""
+    pytest.importorskip("libtpu")
+    file, out = FOLDER / f"{name}.py", tmp_path / "out.json"
+    topology, experiment = topology_of(file), load(file).base
+    command = [sys.executable, "-m", "llm_jax", "compile", f"--experiment={file}", f"--topology={topology.name}", f"--out={out}"]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text()).values()
+    assert found["fits"]
+    assert found["estimate"]["mfu"] > mfu
+    for kernel in kernels:
+        assert any(kernel in one for one in found["kernels"]), found["kernels"]
+    vocabulary = declared(experiment).vocabulary
+    formula = estimate(experiment, vocabulary, found["mesh"], topology)
+    for part in ("products", "kernels"):
+        assert found["estimate"][part] == pytest.approx(getattr(formula, part), rel=0.05)
+    assert found["estimate"]["mfu"] == pytest.approx(formula.mfu, rel=0.2)
+    assert found["memory_bytes"] == pytest.approx(footprint.memory(experiment, vocabulary, found["mesh"]), rel=0.35)
