@@ -3,7 +3,7 @@
     python -m llm_jax compile --experiment=experiments/scale/gpt2_124m.py --topology=v5e:4x4
 
 The architecture of Radford et al. 2019 with today's optimizer settings. A chip holds all of it, so the devices share nothing but
-rows.
+rows; layers are computed again in the backward pass, as 32 rows a chip would keep twice what it has memory for.
 """
 
 from llm_jax.core.config import override
@@ -19,7 +19,7 @@ from llm_jax.train.pretrain import Train
 experiment = Experiment(
     data=Data(Jsonl(path="corpus"), sequence_length=1024, batch_size=512),
     tokenizer=ByteLevelBPE(vocabulary=50_304),
-    model=override(gpt2(), {"precision.compute": "bfloat16", "layers": "scanned"}),
+    model=override(gpt2(), {"precision.compute": "bfloat16", "layers": "scanned", "remat": "full"}),
     optimizer=AdamW(learning_rate=6e-4, weight_decay=0.1),
     train=Train(steps=19_000),
     evaluation=Evaluation(every=1000, bytes=4_194_304),
