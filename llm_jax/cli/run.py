@@ -107,9 +107,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _join() -> None:
-    """Meets the other processes of the job, if there are any. Raises `ConfigError` where it is one of many and was not told."""
+    """Sets this process up, and meets the others of the job, if there are any.
+
+    Raises `ConfigError` where it is one of many and was not told.
+    """
     given = {"coordinator": FLAGS.coordinator, "processes": FLAGS.processes, "process": FLAGS.process}
-    if FLAGS.distributed or any(value is not None for value in given.values()):
+    joins = FLAGS.distributed or any(value is not None for value in given.values())
+    platform.setup(deterministic=FLAGS.deterministic, alone=not joins)
+    if joins:
         if FLAGS.worker:
             raise ConfigError("trains with others, and --worker for itself: leave one of them out", "--distributed")
         distributed.start(**given, heartbeat=FLAGS.heartbeat)
@@ -121,8 +126,6 @@ def _join() -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
-    joins = FLAGS.distributed or FLAGS.coordinator is not None
-    platform.setup(deterministic=FLAGS.deterministic, alone=not joins)
     _join()
     platform.require_devices()
     from llm_jax.io.tracker import is_full

@@ -20,13 +20,12 @@ from typing import Any, NoReturn
 from llm_jax.core.config import ConfigError
 
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
-
 GOODBYE = 5  # seconds for which a process that gives up waits for others that may do so too
+NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
 _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
 _watcher: threading.Thread | None = None
-NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
 
 class Missing(RuntimeError):
@@ -198,13 +197,11 @@ def give_up(text: str, code: int) -> NoReturn:
 
 def first_said(what: str, value: str | None) -> str | None:
     """Of what all processes say, that of the first that says something; None: none does. Raises `Missing`."""
-    return next((own for own in everyones(what, value or "") if own), None) if several() else value
+    return next((own for own in everyones(what, value or "") if own), None)
 
 
 def require_same(what: str, value: str) -> None:
     """Raises `ConfigError` on every process unless all give the same value; it names who differs from the first."""
-    if not several():
-        return
     found = everyones(what, value)
     others = [process for process, own in enumerate(found) if own != found[0]]
     if others:

@@ -132,10 +132,10 @@ class Mesh(Config):
         return jax.sharding.Mesh(_placed(shape, devices), tuple(shape), axis_types=types)
 
 
-def across_slices(shape: dict[str, int], slices: int) -> dict[str, int]:
+def across_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:
     """Axis → how many of its devices lie in different slices. Raises `ConfigError` where the axes do not divide into the slices."""
     across, left = dict.fromkeys(shape, 1), slices
-    for axis in BETWEEN_SLICES:
+    for axis in [axis for axis in BETWEEN_SLICES if axis in shape]:
         across[axis] = math.gcd(shape[axis], left)
         left //= across[axis]
     if left > 1:

@@ -33,7 +33,6 @@ RULES: Rules = MappingProxyType(
         "kv_heads_act": ("tensor",),
         "hidden_act": ("tensor",),
         "vocab_act": ("tensor",),
-        "stage": ("stage",),
         "layers": ("stage",),
         "expert": ("expert",),
         "embed": ("fsdp", "sequence", "expert"),
@@ -115,8 +114,9 @@ def dividing(axes: Sequence[str], size: int, mesh: Mapping[str, int]) -> tuple[s
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` with its dimensions laid out as the logical `axes` say; the identity where no mesh splits anything."""
-    where = spec(axes, x.shape, _splitting(), rules(layout()))
-    return jax.lax.with_sharding_constraint(x, where) if _splitting() else x
+    mesh = _splitting()
+    where = spec(axes, x.shape, mesh, rules(layout()))
+    return jax.lax.with_sharding_constraint(x, where) if mesh else x
 
 
 def split_axes() -> set[str]:

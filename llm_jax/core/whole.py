@@ -79,6 +79,11 @@ def write_new(file: pathlib.Path, content: str | bytes) -> bool:
         partial.unlink(missing_ok=True)
 
 
+def safe(name: str) -> str:
+    """A name without what files and shells take for something else."""
+    return "".join(c if c.isalnum() or c in "+-_." else "-" for c in name)
+
+
 def try_file(file: pathlib.Path) -> None:
     """Writes a file beside it and removes it. Raises `OSError`, which names `file`, where that cannot be."""
     partial = _beside(file)

@@ -115,10 +115,11 @@ class Checkpointer:
         One whose checksums are wrong, or that has none and cannot be read, is set aside. at_most: those of later steps are removed.
         Raises what Orbax raises on a whole one, and `ConfigError` where an optimizer's state cannot be laid out so.
         """
-        for step in self.steps() if at_most is not None else []:
-            if at_most is not None and step > at_most:
-                self._open().delete(step)
-        for step in reversed(self.steps()):
+        there = self.steps()
+        for step in [step for step in there if at_most is not None and step > at_most]:
+            self._open().delete(step)
+            there.remove(step)
+        for step in reversed(there):
             sealed = distributed.agreed("sealed", _sealed(self.folder / str(step)))
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:

@@ -37,7 +37,7 @@ class Nearby:
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Copies this process's part of the arrays to the host, and has a thread write it; they may be donated afterwards."""
         self.wait()
-        shards = {name: np.asarray(data) for name, (data, _) in _shards(keys.taken_out(state)).items()}
+        shards = {name: np.asarray(data) for name, data in _shards(keys.taken_out(state)).items()}
         self._written = self._writer.submit(self._write, step, shards, dict(extra))
 
     def restore(self, abstract: Any, *, after: int) -> tuple[int, Any, dict[str, Any]] | None:
@@ -96,12 +96,12 @@ def _name(path: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     return f"{path}@{','.join('{}:{}'.format(*one.indices(size)[:2]) for one, size in zip(index, shape, strict=True))}"
 
 
-def _shards(state: Any) -> dict[str, tuple[jax.Array, jax.Device]]:
+def _shards(state: Any) -> dict[str, jax.Array]:
     """Name → one copy of each part of each array that this process's devices hold."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         for shard in leaf.addressable_shards:
-            found[_name(jax.tree_util.keystr(path), shard.index, leaf.shape)] = shard.data, shard.device
+            found[_name(jax.tree_util.keystr(path), shard.index, leaf.shape)] = shard.data
     return found
 
 

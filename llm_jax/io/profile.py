@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llm_jax.core.whole import write_whole
+from llm_jax.core.whole import safe, write_whole
 
 PRODUCTS = {"dot", "convolution", "ragged-dot"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-", "ragged-all-to-all", "send", "recv")
@@ -86,7 +86,7 @@ class Profiler:
 def once(workdir: pathlib.Path, steps: tuple[int, int] | None, arms: Iterable[str]) -> Profiler:
     """Of these steps of a program that trains these arms, unless a trace of them is in the work folder."""
     label = "+".join(dict.fromkeys(arms))
-    folder = workdir / FOLDER / "".join(c if c.isalnum() or c in "+-_." else "-" for c in label)[:100]
+    folder = workdir / FOLDER / safe(label)[:100]
     return Profiler() if steps is None or (folder / SUMMARY).exists() else Profiler(folder, *steps, label=label)
 
 

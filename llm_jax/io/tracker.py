@@ -20,6 +20,17 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def whole_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    """What a file has a JSON line of each, the oldest first, up to one that was cut short; nothing where there is no file."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # cut short when the process died
+    return found
+
+
 class Tracker:
     """Appends records to `folder/metrics.jsonl`. A mirror that fails is switched off with one warning and never slows a run.
 
@@ -68,14 +79,7 @@ class Tracker:
     @staticmethod
     def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
         """All whole records, oldest first."""
-        file = pathlib.Path(folder) / "metrics.jsonl"
-        records = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # cut short when the process died
-        return records
+        return whole_lines(pathlib.Path(folder) / "metrics.jsonl")
 
     def close(self) -> None:
         """Closes the files. Raises `OSError` if records could not be written."""

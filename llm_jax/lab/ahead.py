@@ -24,14 +24,13 @@ from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
 from llm_jax.lab.expected import filled, head, visited
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout
+from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout, rhythm_of
 from llm_jax.models import count
 from llm_jax.train.ahead import collectives, flops, hlo, memory, operations, roofline
 from llm_jax.train.ahead.collectives import Collective
 from llm_jax.train.ahead.flops import Flops
 from llm_jax.train.ahead.memory import Memory
 from llm_jax.train.ahead.roofline import Estimate
-from llm_jax.train.loop import Rhythm
 
 # libtpu may be opened by several processes at once, since no chip is, and need not ask a metadata server what machine this is
 QUIET = {
@@ -127,7 +126,7 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
 
 
 def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) -> Examined:
-    steps, vocabulary = _dispatch(experiment), declared(experiment).vocabulary
+    steps, vocabulary = rhythm_of(experiment).dispatch, declared(experiment).vocabulary
     batch, values = _batch(experiment, compiled, steps), _values(compiled)
     traced = compiled.steps.trace(values, compiled.abstract, batch)
     machine, begun = flops.of_jaxpr(traced.jaxpr), time.perf_counter()
@@ -140,9 +139,7 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
     sent = collectives.of_module(module, mesh, where)
     done = operations.of_module(module)
     products = sum(one.flops * one.times for one in done) + machine.grouped / compiled.mesh.size
-    words, inputs = experiment.objective.lengths(
-        experiment.data.sequence_length, model=experiment.model, packed=experiment.data.packing.segmented
-    )
+    words, inputs = experiment.lengths
     rows = compiled.members * experiment.data.batch_size * steps
     model = rows * count.flops_per_row(experiment.model, vocabulary, words, inputs)
     estimate = roofline.estimate(
@@ -182,24 +179,12 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
 
 
 # ── what the program is given ────────────────────────────────────────────────────────────────────────────────────────
-def _dispatch(experiment: Experiment) -> int:
-    """Steps in one call of the program, as `run` has them."""
-    train = experiment.train
-    return Rhythm.fitting(
-        steps=train.steps,
-        log_every=train.log_every,
-        evaluate_every=experiment.evaluation.every,
-        checkpoint_every=experiment.checkpoints.every,
-        dispatch=train.steps_per_dispatch or platform.traits().steps_per_dispatch,
-    ).dispatch
-
-
 def _batch(experiment: Experiment, compiled: Compiled, steps: int) -> Batch:
     """A batch as the packing gives it: with weights, documents and places where rows hold several."""
     shape = (compiled.members, steps, experiment.data.batch_size, experiment.data.sequence_length)
 
     def array(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=compiled._rows)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=compiled.rows)
 
     if not experiment.data.packing.segmented:
         return Batch(array(jnp.int32), array(jnp.int32))

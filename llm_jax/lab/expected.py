@@ -30,7 +30,7 @@ NORMS = 12  # times that a pass over a layer reads or writes its stream, beside 
 def estimate(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], topology: Topology) -> Estimate:
     """The time of a step on a mesh (axis → devices). Raises `ConfigError` where it cannot be divided into the slices."""
     model, data, final = experiment.model, experiment.data, experiment.model.final
-    words, inputs = experiment.objective.lengths(data.sequence_length, model=model, packed=data.packing.segmented)
+    words, inputs = experiment.lengths
     tokens = data.batch_size * words / parts(mesh, (*BATCH, "sequence"))  # that one model's share of devices works on
     plan, tensor, size = schedule(experiment, mesh), mesh.get("tensor", 1), final.precision.dtype.itemsize
     idle = plan.turns / (plan.micro * plan.rounds)

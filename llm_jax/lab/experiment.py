@@ -117,6 +117,12 @@ class Experiment(Config):
         whole = every % log == 0 or every >= self.train.steps
         require(whole, "evaluation.every", f"must be a multiple of train.log_every={log}, got {every}")
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of a row that the model says something of, and those of its encoder's input: see `Objective.lengths`."""
+        data = self.data
+        return self.objective.lengths(data.sequence_length, model=self.model, packed=data.packing.segmented)
+
     def fitted(self, cache: str | os.PathLike) -> Fitted:
         """The tokenizer, made from the corpus or read from the `cache` folder, with ids for what the objective writes itself."""
         return self.tokenizer.fit(self.data.corpus, cache).with_specials(self.objective.specials)

@@ -80,9 +80,7 @@ def memory(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> 
 def kept(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
     """Bytes that one device keeps of its rows for the backward pass: the stream that every layer begins with is whole on each."""
     model, micro = experiment.model, experiment.data.batch_size // experiment.train.accumulate
-    words, inputs = experiment.objective.lengths(
-        experiment.data.sequence_length, model=model, packed=experiment.data.packing.segmented
-    )
+    words, inputs = experiment.lengths
     rows, slots = max(micro // parts(mesh, BATCH), 1), experiment.optimizer.slots
     whole = _of_rows(model, vocabulary, rows, words, slots, inputs)
     stream = sum(s.depth * s.precision.dtype.itemsize * s.width * rows * words for s in model.stacks.values())

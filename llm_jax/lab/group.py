@@ -18,7 +18,7 @@ from llm_jax.io.tracker import Tracker
 from llm_jax.lab import plan, results
 from llm_jax.lab.experiment import Ablation
 from llm_jax.lab.plan import Run
-from llm_jax.lab.population import Compiled
+from llm_jax.lab.population import Compiled, rhythm_of
 from llm_jax.lab.schedule import Schedule, group_name
 from llm_jax.lab.sources import Source, Sources
 from llm_jax.lab.workfolder import WorkFolder, write
@@ -60,13 +60,7 @@ class Group:
         first = self.runs[0].experiment
         compiled = self.runner.program(self.runs, self.source)
         program = compiled.bind([run.experiment for run in self.runs])
-        rhythm = Rhythm.fitting(
-            steps=first.train.steps,
-            log_every=first.train.log_every,
-            evaluate_every=first.evaluation.every,
-            checkpoint_every=first.checkpoints.every,
-            dispatch=first.train.steps_per_dispatch or platform.traits().steps_per_dispatch,
-        )
+        rhythm = rhythm_of(first)
         peak = platform.peak_flops()  # measured, on a CPU, before other threads compile
         seeds = [run.seed for run in self.runs]
         compiled.expect(

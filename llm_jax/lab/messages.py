@@ -92,7 +92,7 @@ class _Step:
 
     @property
     def _across(self) -> Mapping[str, int]:
-        return across_slices({"population": 1, **ONES, **self.mesh}, self.topology.slices) if self.topology.slices > 1 else {}
+        return across_slices(self.mesh, self.topology.slices) if self.topology.slices > 1 else {}
 
     def weights(self, stack: Stack, layer: Layer) -> Iterator[Collective]:
         """v5e scatters sums within one dimension of a slice, and over several adds up everywhere; sparse cores do neither."""
@@ -141,6 +141,3 @@ class _Step:
         )
         for kind in ("all-gather", "reduce-scatter"):
             yield from self.send(kind, whole, ("stage",), 2 * self.again, overlaps=False)
-
-
-ONES = dict.fromkeys(("replica", "data", "stage", "fsdp", "expert", "sequence", "tensor"), 1)

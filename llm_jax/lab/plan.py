@@ -11,6 +11,7 @@ import jax
 from rich.table import Table
 
 from llm_jax.core.config import fingerprint
+from llm_jax.core.whole import safe
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.population import groups, layout, structure
 from llm_jax.lab.sources import Reading
@@ -42,8 +43,7 @@ class Run:
     @property
     def name(self) -> str:
         """The trial's folder: readable, and unique because it ends in the experiment's fingerprint."""
-        safe = "".join(c if c.isalnum() or c in "+-_." else "-" for c in self.arm)
-        return f"{safe}-{self.phase}-{fingerprint(self.experiment)}"
+        return f"{safe(self.arm)}-{self.phase}-{fingerprint(self.experiment)}"
 
 
 def tuning_runs(ablation: Ablation) -> list[Run]:
@@ -124,7 +124,7 @@ def cost(
 
     forward = sum(n / m * flops(each, m) / 3 for n, m in scored for each in experiment.objective.evaluated.values())
     asked = 0.0 if teacher is None else flops(experiment.objective, length, teacher.model, teacher.vocabulary) / 3
-    words, inputs = experiment.objective.lengths(length, model=model, packed=data.packing.segmented)
+    words, inputs = experiment.lengths
     micro, slots = data.batch_size // experiment.train.accumulate, experiment.optimizer.slots
     memory = count.training_memory(model, vocabulary, micro, words, slots, inputs)
     return Cost(

@@ -28,7 +28,7 @@ from llm_jax.data.tokenizers import Fitted
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.teachers import Found
 from llm_jax.models.split import check_split
-from llm_jax.train.loop import Program
+from llm_jax.train.loop import Program, Rhythm
 from llm_jax.train.pretrain import Trial, trial
 from llm_jax.train.step import TrainState
 
@@ -106,7 +106,7 @@ class Compiled:
         if fresh:
             self.init.expect(pool, self.values)
         several = jax.tree.map(lambda x: np.broadcast_to(x[:1], (self.members, *x.shape[1:])), batch)
-        self.steps.expect(pool, self.values, self.abstract, *self.taught, _abstract(several, self._rows))
+        self.steps.expect(pool, self.values, self.abstract, *self.taught, _abstract(several, self.rows))
         for batches in evaluations:
             self.evaluate.expect(pool, self.values, self.abstract, _abstract(batches, self._common))
         pool.shutdown(wait=False)
@@ -121,7 +121,8 @@ class Compiled:
         return Host(tuple(np.unique(blocks).tolist()), math.prod(sizes))
 
     @property
-    def _rows(self) -> NamedSharding:
+    def rows(self) -> NamedSharding:
+        """How batches `[members, k, B, L]` are split."""
         return NamedSharding(self.mesh, PartitionSpec("population", None, BATCH))
 
     @property
@@ -150,7 +151,7 @@ class Compiled:
             return self.init(values)
 
         def steps(state, batches):
-            return self.steps(values, state, *self.taught, put(batches, self._rows, 2, here, pad=self.members - wanted))
+            return self.steps(values, state, *self.taught, put(batches, self.rows, 2, here, pad=self.members - wanted))
 
         def evaluate(state, batches):
             return self.evaluate(values, state, put(batches, self._common, 1, Host()))
@@ -171,6 +172,17 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
     mesh = experiment.mesh.for_population(members, devices, experiment.data.batch_size // experiment.train.accumulate)
     parts = mesh.sizes["population"]
     return mesh, -(-members // parts) * parts
+
+
+def rhythm_of(experiment: Experiment) -> Rhythm:
+    """When things happen in its training, with as many steps in one call of the program as it or the platform asks for."""
+    return Rhythm.fitting(
+        steps=experiment.train.steps,
+        log_every=experiment.train.log_every,
+        evaluate_every=experiment.evaluation.every,
+        checkpoint_every=experiment.checkpoints.every,
+        dispatch=experiment.train.steps_per_dispatch or traits().steps_per_dispatch,
+    )
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:

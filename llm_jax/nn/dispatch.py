@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require_positive
 from llm_jax.core.platform import traits
-from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, sort, spare
+from llm_jax.nn.kernels.grouped import batched_products, exchange, grouped_products, in_groups, sort
 from llm_jax.nn.travel import STAYING, Journey, Ways, by_expert, chained, in_equal_parts, in_parts, packing, within
 
 Over = Literal["batch", "row"]
@@ -178,23 +178,18 @@ class Dropless(Dispatch):
 
     def plan(self, expert_TK, weight_TK, valid_T, *, experts, rows):
         blocks = traits().expert_blocks if self.form == "auto" else self.form == "blocks"
-        count = expert_TK.size
-        block = min(self.block, count) if blocks else None
+        block = min(self.block, expert_TK.size) if blocks else None
         segment_TK = expert_TK if valid_T is None else jnp.where(valid_T[:, None], expert_TK, experts)
-        order, place, sizes_E = sort(segment_TK.reshape(-1), experts)
-        ends_E = jnp.cumsum(sizes_E)
-        slots = count + (spare(block) if block else 0)
-        pair_M = jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order, (0, slots - count)), count)
-        slot_TK = jnp.where(segment_TK < experts, place.reshape(expert_TK.shape), slots)
+        found = in_groups(segment_TK.reshape(-1), experts, block)
         return Sorted(
             loads(segment_TK, experts, rows),
             (segment_TK < experts).sum(1).astype(jnp.float32),
-            lambda x_MD, kernels: grouped_products(x_MD, kernels, sizes_E, block=block),
-            jnp.searchsorted(ends_E, jnp.arange(slots), side="right").clip(max=experts - 1),
-            pair_M,
-            slot_TK,
+            lambda x_MD, kernels: grouped_products(x_MD, kernels, found.sizes_E, block=block),
+            found.group_M,
+            found.source_M,
+            found.slot_N.reshape(expert_TK.shape),
             weight_TK,
-            sizes_E,
+            found.sizes_E,
             block,
             self.room,
         )

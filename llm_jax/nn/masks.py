@@ -44,8 +44,15 @@ class Places:
 
     def rows(self, start: int, stop: int) -> Places:
         """Those of the tokens [start, stop), with the index written out."""
-        index = jnp.arange(start, stop)[None] if self.index is None else self.index[:, start:stop]
-        return Places(index, *(None if x is None else x[:, start:stop] for x in (self.segment, self.prefix, self.position)))
+        return self._of(slice(start, stop), jnp.arange(start, stop))
+
+    def at(self, own: jax.Array) -> Places:
+        """Those of the tokens with these numbers, `[l]`, with the index written out."""
+        return self._of(own, own)
+
+    def _of(self, own: Any, numbers: jax.Array) -> Places:
+        index = numbers[None] if self.index is None else self.index[:, own]
+        return Places(index, *(None if x is None else x[:, own] for x in (self.segment, self.prefix, self.position)))
 
 
 @dataclass(frozen=True)

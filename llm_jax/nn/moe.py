@@ -233,15 +233,15 @@ def _routed(config: MoE, drop: Any, where: Where, x_BLD, scores_BLE, valid_BL, b
     x_TD, scores_TE = x_BLD.reshape(-1, width), scores_BLE.reshape(rows * length, -1)
     valid_T = None if valid_BL is None else valid_BL.reshape(-1)
     plan = config.router.plan(scores_TE, bias_E, valid_T, active=config.active, rows=rows, dispatch=config.dispatch)
-    served_T, x_MD = plan.served_T, plan.spread(x_TD)
+    x_MD, kept_M = plan.spread(x_TD), None
     if where.experts:
         away = plan.away(where.experts, parts((where.experts,)))
         y_MD = away.journey.back(network(config.expert, weights, away.journey.there(x_MD), away, drop))
-        served_T = plan.served(away.kept_M)
+        kept_M = away.kept_M
     else:
         y_MD = network(config.expert, weights, x_MD, plan, drop)
     load_BE = jax.lax.psum(plan.load_BE, where.length) if where.length else plan.load_BE
-    return plan.collect(y_MD).reshape(x_BLD.shape), load_BE, served_T.reshape(rows, length)
+    return plan.collect(y_MD).reshape(x_BLD.shape), load_BE, plan.served(kept_M).reshape(rows, length)
 
 
 def network(config: Dense | Gated, weights: Weights, x_MD: jax.Array, plan: Slots | Away, drop: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.platform import traits
-from llm_jax.nn.kernels.grouped import exchange, sort, spare
+from llm_jax.nn.kernels.grouped import exchange, in_groups
 
 Rows = Callable[[jax.Array], jax.Array]
 
@@ -172,9 +172,5 @@ def by_expert(sizes_nE: jax.Array, arriving: int, block: int | None) -> Arrived:
     devices, experts = sizes_nE.shape
     cell_N = jnp.searchsorted(jnp.cumsum(sizes_nE.reshape(-1)), jnp.arange(arriving), side="right")
     segment_N = jnp.where(cell_N < devices * experts, cell_N % experts, experts)
-    order_N, place_N, sizes_E = sort(segment_N, experts)
-    rows = arriving + (spare(block) if block else 0)
-    ends_E = jnp.cumsum(sizes_E)
-    source_M = jnp.where(jnp.arange(rows) < ends_E[-1], jnp.pad(order_N, (0, rows - arriving)), arriving)
-    whose_M = jnp.searchsorted(ends_E, jnp.arange(rows), side="right").clip(max=experts - 1)
-    return Arrived(reordered(source_M, jnp.where(segment_N < experts, place_N, rows)), sizes_E, whose_M)
+    found = in_groups(segment_N, experts, block)
+    return Arrived(reordered(found.source_M, found.slot_N), found.sizes_E, found.group_M)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_jax.core.whole import write_whole
-from llm_jax.io.tracker import Tracker
+from llm_jax.io.tracker import Tracker, whole_lines
 
 NAME = "incidents.jsonl"
 MOST = 200  # lines of a trial that say where a batch comes from
@@ -63,10 +63,4 @@ class Incidents:
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     """All whole lines of the trial whose folder it is, oldest first."""
-    file, found = folder / NAME, []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # cut short when the process died
-    return found
+    return whole_lines(folder / NAME)

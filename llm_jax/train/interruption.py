@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
+
+from llm_jax.core.distributed import leave
 
 _open: list[Stop] = []  # of this process's main thread, the innermost last
 _POLLS = itertools.count()  # how often processes have asked each other: all as often, whatever they train
@@ -104,5 +104,4 @@ def leave_at_once(code: int) -> NoReturn:
     """Ends this process and its children without waiting for threads, as Python does at a usual end."""
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    os._exit(code)
+    leave(code)

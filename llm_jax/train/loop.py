@@ -136,8 +136,7 @@ class _Training:
             saved = restored
             if not restored and (stopping or self.rhythm.at(self.step, self.rhythm.checkpoint_every)):
                 saved = self._save(row)
-            if not saved and not restored and self._is_due_nearby():
-                self._settle()
+            if not saved and self._is_due_nearby():
                 self.session.nearby.save(self.step, self.state, self._rest())
             if stopping:
                 checkpointer = self.session.checkpointer
@@ -197,13 +196,13 @@ class _Training:
         return [] if self.session.checkpointer is None else self.session.checkpointer.steps()
 
     def _save(self, row: Row) -> bool:
-        self._settle()
         if self.session.checkpointer is None:
             return False
         return self.session.checkpointer.save(self.step, self.state, self._rest(), row)
 
     def _rest(self) -> dict[str, Any]:
         """What is saved with the state."""
+        self._settle()
         sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
         return {"seconds": self.clock.read(), "sums": sums}
 

@@ -109,7 +109,7 @@ def train(row: Row) -> Trained:
     members = row.members
     devices = jax.devices()[: math.prod(row.axes.values())]
     compiled = population.compile_population(experiment(row), members, nameless(VOCABULARY), devices=devices)
-    batches = [jax.device_put(_batch(step, members), compiled._rows) for step in range(STEPS)]
+    batches = [jax.device_put(_batch(step, members), compiled.rows) for step in range(STEPS)]
     program = compiled.steps.lower(_values(row, [1.0] * members), compiled.abstract, batches[0]).compile()
 
     def start():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +158,29 @@ def sort(segment_N: jax.Array, segments: int) -> tuple[jax.Array, jax.Array, jax
         order_N = jnp.argsort(segment_N, stable=True)
     place_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(count), unique_indices=True)
     return order_N, place_N, jnp.bincount(segment_N, length=segments).astype(jnp.int32)
+
+
+class Groups(NamedTuple):
+    """N entries in M slots, sorted by group.
+
+    source_M: the entry in each slot; N: none. slot_N: where each entry is; M: nowhere. sizes_E: of each group. group_M: whose each
+    slot is.
+    """
+
+    source_M: jax.Array
+    slot_N: jax.Array
+    sizes_E: jax.Array
+    group_M: jax.Array
+
+
+def in_groups(group_N: jax.Array, groups: int, block: int | None) -> Groups:
+    """Entries of the group `groups` are in none. block: spare slots follow for it."""
+    count = group_N.size
+    order_N, place_N, sizes_E = sort(group_N, groups)
+    slots, ends_E = count + (spare(block) if block else 0), jnp.cumsum(sizes_E)
+    return Groups(
+        jnp.where(jnp.arange(slots) < ends_E[-1], jnp.pad(order_N, (0, slots - count)), count),
+        jnp.where(group_N < groups, place_N, slots),
+        sizes_E,
+        jnp.searchsorted(ends_E, jnp.arange(slots), side="right").clip(max=groups - 1),
+    )

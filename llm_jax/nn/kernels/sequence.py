@@ -94,12 +94,6 @@ def line_of(call: Call, *, unit: int = 1) -> Line | None:
     return Line(axes, parts(axes), uneven and length % (2 * parts(axes) * unit) == 0)
 
 
-def _chosen(places: Places, own: jax.Array) -> Places:
-    """Places of the tokens `own` of a row."""
-    index = own[None] if places.index is None else places.index[:, own]
-    return Places(index, *(None if x is None else x[:, own] for x in (places.segment, places.prefix, places.position)))
-
-
 # ── all keys for everyone ────────────────────────────────────────────────────────────────────────────────────────────
 def gather(call: Call, line: Line, attend: Callable[[Call], jax.Array]) -> jax.Array:
     """`[B, L, H, V]`; attend: how a device attends."""
@@ -110,7 +104,7 @@ def gather(call: Call, line: Line, attend: Callable[[Call], jax.Array]) -> jax.A
         own = replace(
             call,
             **dict(zip(HEADS, (line.deal(q_BLHK), *map(line.gathered, pieces)), strict=True)),
-            queries=_chosen(queries, line.own(call.lengths[0])),
+            queries=queries.at(line.own(call.lengths[0])),
             keys=keys,
             bias=bias,
             sinks_H=sinks_H,
@@ -152,7 +146,7 @@ class Ring:
         device = jax.lax.axis_index(self.line.axes)
         source = (device - step) % self.line.size
         owners = jnp.asarray(self.line.owners(self.length))
-        queries, keys = _chosen(given.queries, owners[device]), _chosen(given.keys, owners[source])
+        queries, keys = given.queries.at(owners[device]), given.keys.at(owners[source])
         key = None if given.key is None else jax.random.fold_in(given.key, device * self.line.size + source)
         return blockwise.context(replace(self.call, queries=queries, keys=keys, rate=given.rate, key=key), self.block, self.block)
 
