@@ -21,6 +21,7 @@ setup(
         "grain>=0.2.18",
         "array_record>=0.8; sys_platform != 'win32'",  # grain's own format
         "fsspec>=2025.3",
+        "etils[epath]>=1.12",
         "sentencepiece>=0.2",
         "protobuf>=4",  # to read what a SentencePiece model says of itself
         "tokenizers>=0.21",
@@ -35,12 +36,15 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://
+        # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://; and
+        # work folders in a bucket
         "data": ["pyarrow>=20", "datasets>=4", "gcsfs>=2025.3", "s3fs>=2025.3"],
         "harness": ["lm_eval>=0.4.13"],  # EleutherAI's tasks, run over a model of ours
         "test": [
             "pyarrow>=20",
             "datasets>=4",
+            "gcsfs>=2025.3",
+            "gcp-storage-emulator>=2026.7",  # a bucket of this machine
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pytest-timeout>=2.3",

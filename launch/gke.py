@@ -1,12 +1,13 @@
 """Pods on Google Kubernetes Engine, as a JobSet or through xpk: TPU slices, several of them, or GPU nodes.
 
-python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
+python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 -- --experiment=FILE --workdir=gs://B/c06
 python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
 python -m launch.gke VERB --name=c06
 
 The other verbs: status, logs (follow the first pod of each slice), delete. --workers=N makes N JobSets that share one ablation.
 --dry_run prints the manifest, which is JSON, and the command that applies it. --through=xpk hands the same run to `xpk workload
-create`. Pods that are preempted get SIGTERM and --grace seconds to save, and all are started anew. The image is launch.docker's.
+create`. Pods that are preempted get SIGTERM and --grace seconds to save, and all are started anew. The image is launch.docker's. A
+bucket asks for a --service_account that may write there.
 """
 
 from __future__ import annotations

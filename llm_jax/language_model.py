@@ -26,6 +26,7 @@ import numpy as np
 
 from llm_jax.core.config import ConfigError, check_type, override
 from llm_jax.core.mesh import Mesh
+from llm_jax.core.paths import to_path
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.infer import decode, forward
 from llm_jax.infer.forward import Pooling
@@ -334,7 +335,7 @@ def load(
     given = {"path": (path, str | os.PathLike), "arm": (arm, str | None), "trial": (trial, str | None), "step": (step, int | None)}
     for name, (value, kind) in (given | {"dtype": (dtype, Dtype), "mesh": (mesh, Mesh | None)}).items():
         check_type(value, kind, name)
-    folder = pathlib.Path(path).expanduser()
+    folder = to_path(path).expanduser()
     if pretrained.is_here(folder):
         if (arm, trial, step) != (None, None, None):
             raise ConfigError("is a model of Hugging Face, which has no arms, trials and steps", str(path))

@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import tempfile
+import uuid
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -13,6 +14,9 @@ if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
+import pytest
+
+from tests.buckets import NAME, serving
 
 CACHE = pathlib.Path(os.environ.get("LLM_JAX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "llm_jax_test_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -22,3 +26,17 @@ jax.config.update("jax_disable_most_optimizations", True)
 gc.set_threshold(
     100_000, 20, 100
 )  # programs are large heaps of objects that live on: looking through them took a fifth of the time
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """What a process must have in its environment to see the bucket, as this one then has."""
+    with serving() as values:
+        os.environ.update(values)
+        yield values
+
+
+@pytest.fixture
+def bucket(cloud) -> str:
+    """The address of an empty folder in a bucket."""
+    return f"gs://{NAME}/{uuid.uuid4().hex}"

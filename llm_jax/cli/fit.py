@@ -11,13 +11,13 @@ papers disagree (Pearce & Song 2024; Porian et al. 2024).
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from llm_jax.cli.terminal import console, parse
 from llm_jax.core.config import ConfigError
+from llm_jax.core.paths import to_path
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string("workdir", [], "A work folder of finished runs; several are fitted together.", flag_values=FLAGS)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is missing: name a folder that `run` has trained a population of sizes into")
     if FLAGS.out is None and len(folders) > 1:
         raise ConfigError("--out is missing: several work folders are fitted in a folder of their own")
-    out = pathlib.Path(FLAGS.out or pathlib.Path(folders[0]) / "fit").expanduser()
+    out = to_path(FLAGS.out or to_path(folders[0]) / "fit").expanduser()
     budgets = [_flops(word) for word in FLAGS.compute]
     from llm_jax.lab import scaling
 

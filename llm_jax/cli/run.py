@@ -20,6 +20,7 @@ from llm_jax.cli.declared import declared, define
 from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import distributed, platform
 from llm_jax.core.config import ConfigError
+from llm_jax.core.paths import in_bucket
 from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
 FLAGS = flags.FlagValues()
@@ -144,7 +145,8 @@ def _run(argv: Sequence[str]) -> int:
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
     trials = None if distributed.leads() else tempfile.mkdtemp(prefix="llm_jax-")
-    watchdog = Watchdog(pathlib.Path(FLAGS.workdir or "."), FLAGS.watchdog, FLAGS.watchdog_exits)
+    here = "." if in_bucket(FLAGS.workdir or ".") else FLAGS.workdir or "."  # what hangs may be what lies between this and a bucket
+    watchdog = Watchdog(pathlib.Path(here), FLAGS.watchdog, FLAGS.watchdog_exits)
     runner = Runner(
         ablation,
         WorkFolder(FLAGS.workdir or ".", trials=trials),

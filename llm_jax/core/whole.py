@@ -1,7 +1,7 @@
 """Files and folders that are whole under their names: each is written beside its place and renamed when all of it is there.
 
 Processes on several hosts may write the same one at a time: the partial names are random, because process ids are equal in
-containers. What is killed leaves ".NAME.…" behind, which `remove_left` takes away.
+containers. What is killed leaves ".NAME.…" behind, which `remove_left` takes away. A file in a bucket is whole by itself.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ import errno
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+
+from llm_jax.core.paths import in_bucket, opened
 
 NO_LINKS = errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP  # what file systems without hard links say
 
 
 @contextlib.contextmanager
 def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which then takes the place of `file`; nothing is left of it after an error."""
+    """A path of this machine to write to, which then takes the place of `file`; nothing is left of it after an error."""
+    if in_bucket(file):
+        with tempfile.TemporaryDirectory() as scratch:
+            partial = pathlib.Path(scratch) / file.name
+            yield partial
+            file.write_bytes(partial.read_bytes())
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(file)
     try:
@@ -63,13 +72,22 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
 def write_new(file: pathlib.Path, content: str | bytes) -> bool:
     """Writes a small file unless there is one, and says whether it did: of several processes on any hosts exactly one does.
 
-    Raises `OSError` with one of `NO_LINKS` where there are no hard links, by which alone a name is given whole and only once.
+    In a bucket a process that had to ask twice may be told that there was one, which it wrote itself. Raises `OSError` with one of
+    `NO_LINKS` where a disk has no hard links, by which alone a name is given whole and only once.
     """
+    data = content.encode() if isinstance(content, str) else content
+    if in_bucket(file):
+        system, name = opened(file)
+        try:
+            system.pipe_file(name, data, mode="create")  # if-generation-match: 0
+        except FileExistsError:
+            return False
+        return True
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(file)
     try:
         with _naming(partial, file):
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_bytes(data)
             try:
                 os.link(partial, file)
             except FileExistsError:

@@ -25,6 +25,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError
+from llm_jax.core.paths import absolute, in_bucket, move_folder, opened, to_path
+from llm_jax.core.whole import write_whole
 from llm_jax.io import keys, layers
 
 CHECKSUMS = "checksums.json"
@@ -48,7 +50,7 @@ class Checkpointer:
         asynchronous: bool = True,
         warn: Callable[[str], None] = warnings.warn,
     ):
-        self.folder, self.warn = pathlib.Path(folder).absolute(), warn
+        self.folder, self.warn = absolute(folder), warn
         self._best_metric, self._best_mode = best_metric, best_mode
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last + 1)]  # one more than asked for: the newest may prove damaged
         if keep_every is not None:
@@ -182,7 +184,7 @@ class Checkpointer:
         """Has a thread write the checksums of the checkpoints that have been committed since."""
         for step in sorted(self._unchecked):
             folder = self.folder / str(step)
-            if folder.is_dir():
+            if ocp.utils.is_checkpoint_finalized(folder):
                 self._unchecked.discard(step)
                 self._sealing.append(self._sealer.submit(_write_checksums, folder))
 
@@ -193,20 +195,19 @@ class Checkpointer:
         self._open().close()
         self._manager = None
         if distributed.leads():
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / str(step)).rename(aside)
+            move_folder(self.folder / str(step), aside)
         distributed.meet("a damaged checkpoint")
 
 
 def steps(folder: str | os.PathLike, *, whole: bool = False) -> list[int]:
     """Those of the checkpoints in a folder that were written whole, the oldest first; whole: and still are as they were written."""
-    found = [one for one in pathlib.Path(folder).absolute().glob("*") if one.name.isdigit() and _sealed(one)]
+    found = [one for one in absolute(folder).glob("*") if one.name.isdigit() and _sealed(one)]
     return sorted(int(one.name) for one in found if not (whole and _damage(one)))
 
 
 def written(folder: str | os.PathLike, step: int | None) -> str:
     """A fingerprint of the checksums of all files of a checkpoint when it was written; empty where there is none."""
-    files = _parts(pathlib.Path(folder) / str(step))
+    files = _parts(to_path(folder) / str(step))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else ""
 
 
@@ -224,7 +225,7 @@ def read(
     each device reads only what it holds; an axis may be shorter: what is behind its end is not read. None: all, on the host.
     """
     for step in [one for one in reversed(steps(folder)) if step in (None, one)]:
-        whole = pathlib.Path(folder).absolute() / str(step)
+        whole = absolute(folder) / str(step)
         if _damage(whole) is not None:
             continue
         stored = ocp.PyTreeCheckpointHandler().metadata(whole / "state").tree
@@ -237,18 +238,26 @@ def read(
     return None
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, list[int]]:
-    """Relative path → [size, CRC-32] of every file; of several processes each has its share of them."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.lstrip(".").startswith(CHECKSUMS))
-    own = files[distributed.index() :: distributed.count()]
-    return {f.relative_to(folder).as_posix(): [f.stat().st_size, zlib.crc32(f.read_bytes())] for f in own}
+def _checksums(folder: pathlib.Path) -> dict[str, list[Any]]:
+    """Relative path → [size, checksum] of every file; of several processes each has its share of them.
+
+    CRC-32; in a bucket what that tells of its objects, which it keeps whole by itself: nothing is read again.
+    """
+    if in_bucket(folder):
+        system, name = opened(folder)
+        told = {one["name"].removeprefix(f"{name}/"): one for one in system.find(name, detail=True).values()}
+        files: Mapping[str, Callable[[], list[Any]]] = {n: lambda o=o: [o["size"], o["crc32c"]] for n, o in told.items()}
+    else:
+        there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+        files = {n: lambda f=f: [f.stat().st_size, zlib.crc32(f.read_bytes())] for n, f in there.items()}
+    names = sorted(name for name in files if not name.lstrip(".").startswith(CHECKSUMS))
+    return {name: files[name]() for name in names[distributed.index() :: distributed.count()]}
 
 
 def _write_checksums(folder: pathlib.Path) -> None:
     name = CHECKSUMS + (f".{distributed.index()}-of-{distributed.count()}" if distributed.several() else "")
     with contextlib.suppress(OSError):  # it was not to be kept, and is gone; or there is no room, and Orbax will have to judge it
-        (folder / f".{name}").write_text(json.dumps(_checksums(folder)))
-        (folder / f".{name}").replace(folder / name)
+        write_whole(folder / name, json.dumps(_checksums(folder)))
 
 
 def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -264,7 +273,7 @@ def _sealed(folder: pathlib.Path) -> bool:
 
 def _damage(folder: pathlib.Path) -> str | None:
     """What differs in a sealed checkpoint from what was written, or None; of several processes each looks at its share."""
-    known: dict[str, list[int]] = {}
+    known: dict[str, list[Any]] = {}
     for file in _parts(folder):
         try:
             known |= json.loads(file.read_text())

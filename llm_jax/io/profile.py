@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from llm_jax.core.paths import copy_folder, in_bucket, remove_folder
 from llm_jax.core.whole import safe, write_whole
 
 PRODUCTS = {"dot", "convolution", "ragged-dot"}
@@ -53,6 +55,7 @@ class Profiler:
     last: int = 0
     label: str = ""
     _traced: list[int] | None = None  # the first step, and the one after the last
+    _trace: pathlib.Path = pathlib.Path(".")  # where XLA writes, which is on a disk
 
     def before(self, step: int, after: int, pending: Any) -> None:
         """Training is about to go from `step` to `after`; pending: what devices are still working on."""
@@ -61,7 +64,8 @@ class Profiler:
         jax.block_until_ready(pending)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow down what is measured
-        jax.profiler.start_trace(self.folder, profiler_options=options)
+        self._trace = pathlib.Path(tempfile.mkdtemp(prefix="llm_jax-")) if in_bucket(self.folder) else self.folder
+        jax.profiler.start_trace(self._trace, profiler_options=options)
         self._traced = [step, after]
 
     def after(self, step: int, pending: Any) -> None:
@@ -77,7 +81,10 @@ class Profiler:
         if self.folder is None or self._traced is None:
             return
         jax.profiler.stop_trace()
-        found = summary(self.folder)
+        found = summary(self._trace)
+        if self._trace != self.folder:
+            copy_folder(self._trace, self.folder)
+            remove_folder(self._trace)
         if found is not None and jax.process_index() == 0:
             write_whole(self.folder / SUMMARY, json.dumps({"label": self.label, "steps": self._traced} | found, indent=1) + "\n")
         self.folder = None

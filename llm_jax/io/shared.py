@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,15 +79,14 @@ class Shared:
         names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
         return sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
 
-    def remove(self) -> None:
-        """Removes all of it. Nobody may be writing there."""
-        if self._local:
-            shutil.rmtree(self._root, ignore_errors=True)
-        elif self._system.exists(self._root):
-            self._system.rm(self._root, recursive=True)
+    def remove(self, name: str = "") -> None:
+        """Removes a file, or a folder with all that is in it. Nobody may be writing there."""
+        path = self._path(name)
+        if self._system.exists(path):
+            self._system.rm(path, recursive=self._system.isdir(path))
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}" if name else self._root
 
     def _cannot(self, error: Exception) -> ConfigError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

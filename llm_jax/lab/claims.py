@@ -104,8 +104,9 @@ def check_lease(seconds: float) -> None:
 class Crew:
     """A context in which this process is one of the workers that share a folder.
 
-    lease: seconds. versions: what must be the same for all who work at the same time. clock: seconds, from any start. Entering
-    raises `ConfigError` where versions differ, or where the folder's file system does not let a file be created only once.
+    lease: seconds. versions: what must be the same for all who work at the same time. alone: there must be no other; it claims
+    nothing. note: called with a sentence where others are waited for. clock: seconds, from any start. Entering raises `ConfigError`
+    where versions differ, where one of several would be alone, or where the file system does not let a file be created only once.
     """
 
     def __init__(
@@ -114,10 +115,12 @@ class Crew:
         *,
         lease: float = 60.0,
         versions: Mapping[str, str] | None = None,
+        alone: bool = False,
+        note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = _clock,
     ):
         check_lease(lease)
-        self.files, self.lease, self.versions = files, lease, dict(versions or {})
+        self.files, self.lease, self.versions, self.alone, self.note = files, lease, dict(versions or {}), alone, note
         self.signs, self._clock = Signs(files, lease, clock), clock
         self._held: Claim | None = None
 
@@ -155,7 +158,8 @@ class Crew:
     def beat(self) -> None:
         """Gives a sign of life, and looks at the others'. Raises `Lapsed`."""
         began = self._clock()
-        self.confirm()
+        if not self.alone:  # it has nothing that could be another's
+            self.confirm()
         self._beat += 1
         self.files.write(self._file, self._sign())
         self._renewed = began
@@ -216,19 +220,23 @@ class Crew:
         self._thread = threading.Thread(target=self._live, name="signs of life", daemon=True)
         self._thread.start()
         try:
-            self._refuse_other_versions()
+            self._refuse_others()
+            if self.alone:
+                _remove(self.files, self.signs.gone)
         except BaseException:
             self._leave()
             raise
 
-    def _refuse_other_versions(self) -> None:
+    def _refuse_others(self) -> None:
         """Of two who come at once each sees the other: a sign is written before others' are read."""
         self.signs.look()
-        others = {worker: sign.get("versions", {}) for worker, sign in self.signs.here().items() if worker != self.worker}
-        found = self.signs.first(worker for worker, versions in others.items() if versions != self.versions)
+        others = {worker: sign for worker, sign in self.signs.here().items() if worker != self.worker}
+        _refuse(self.signs, (w for w, sign in others.items() if self.alone or sign.get("alone")), self.files, self.note)
+        found = self.signs.first(worker for worker, sign in others.items() if sign.get("versions", {}) != self.versions)
         if found is not None:
-            names = [n for n in dict.fromkeys([*others[found], *self.versions]) if others[found].get(n) != self.versions.get(n)]
-            differ = ", ".join(f"{n} is {others[found].get(n)} there and {self.versions.get(n)} here" for n in names)
+            theirs = others[found].get("versions", {})
+            names = [n for n in dict.fromkeys([*theirs, *self.versions]) if theirs.get(n) != self.versions.get(n)]
+            differ = ", ".join(f"{n} is {theirs.get(n)} there and {self.versions.get(n)} here" for n in names)
             raise ConfigError(
                 f"has a worker ({found}) of other code or libraries: {differ}. Start all from the same, or let the others end",
                 self.files.folder,
@@ -252,7 +260,7 @@ class Crew:
                 continue
 
     def _sign(self) -> dict[str, Any]:
-        return {"beat": self._beat, "lease": self.lease, "left": False, "versions": self.versions}
+        return {"beat": self._beat, "lease": self.lease, "left": False, "versions": self.versions, "alone": self.alone}
 
     @property
     def _file(self) -> str:
@@ -263,9 +271,21 @@ def clear(files: Shared, note: Callable[[str], None]) -> None:
     """Removes all signs and claims of workers that are gone. Raises `ConfigError` if one is alive, which takes a lease to see."""
     signs = Signs(files)
     signs.look()
-    if signs.here():
-        note(f"{files.folder}: waiting for a sign of life of {', '.join(signs.here())}, which did not say that it left")
-    found = signs.first(signs.here())
+    _refuse(signs, signs.here(), files, note)
+    _remove(files, signs.gone)
+
+
+def _refuse(signs: Signs, workers: Iterable[str], files: Shared, note: Callable[[str], None]) -> None:
+    """Raises `ConfigError` if one of these is alive."""
+    suspects = sorted(workers)
+    if suspects:
+        note(f"{files.folder}: waiting for a sign of life of {', '.join(suspects)}, which did not say that it left")
+    found = signs.first(suspects)
     if found is not None:
-        raise ConfigError(f"is in use by a worker ({found}): let it end, or run with --worker", files.folder)
-    files.remove()
+        ways = "let it end, choose another --workdir, or run all with --worker"
+        raise ConfigError(f"is in use by another ({found}): {ways}", files.folder)
+
+
+def _remove(files: Shared, gone: Iterable[str]) -> None:
+    for name in ["claims", "groups", *(f"workers/{worker}.json" for worker in gone)]:
+        files.remove(name)

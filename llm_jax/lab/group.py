@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llm_jax.core import distributed, platform
 from llm_jax.core.config import to_json
+from llm_jax.core.paths import remove_folder
+from llm_jax.core.whole import write_whole
 from llm_jax.io import profile
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.nearby import Nearby
@@ -111,7 +112,7 @@ class Group:
         if nearby is not None:
             nearby.clear()
         if self.runs[0].phase == "tune" and distributed.leads():  # nobody asks for what only chose a learning rate
-            shutil.rmtree(self.runner.folder.group(self.name), ignore_errors=True)
+            remove_folder(self.runner.folder.group(self.name))
 
     def failed(self, error: Exception) -> None:
         """Writes down that the program raised `error`."""
@@ -124,7 +125,7 @@ class Group:
         for run in lost:
             folder = self.runner.folder.trial(run.name)
             write(folder / "results.json", results.failed(run, self._origin(), error))
-            (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+            write_whole(folder / "error.txt", "".join(traceback.format_exception(error)))
 
     def _origin(self) -> results.Provenance:
         return results.Provenance(
@@ -180,6 +181,10 @@ class Group:
             for tracker in trackers:
                 tracker.truncate_after(recorded)
 
+        def keep() -> None:
+            for tracker in trackers:
+                tracker.keep()
+
         traced = self.runner.profiled if distributed.leads() else None
         folders, seeds = [tracker.folder for tracker in trackers], [run.seed for run in self.runs]
         told = lambda text: progress.note(f"{self.title}: {text}")  # noqa: E731
@@ -194,6 +199,7 @@ class Group:
             checkpointer=checkpointer,
             nearby=nearby,
             proceed=self.runner.schedule.check,
+            keep=keep,
             watchdog=self.runner.watchdog,
             profiler=profile.once(self.runner.folder.path, traced, [run.arm for run in self.runs]),
             watch=self.runs[0].experiment.train.guard.watch(incidents.Incidents(folders, seeds, self.source.origin, told)),

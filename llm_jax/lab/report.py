@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from llm_jax.core.paths import to_path
 from llm_jax.core.whole import write_whole
 from llm_jax.lab import page, plots
 from llm_jax.lab.summary import Summary, summarize
@@ -18,7 +19,7 @@ def write(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) ->
 
     Raises `ConfigError` where there is nothing to report.
     """
-    summary, output = summarize(workdirs), pathlib.Path(output)
+    summary, output = summarize(workdirs), to_path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", summary.data)
     drawn = plots.pictures(summary)

@@ -15,6 +15,7 @@ import jax
 from llm_jax.core import distributed, platform
 from llm_jax.core.config import ConfigError, fingerprint, nearest, to_json
 from llm_jax.core.mesh import Mesh
+from llm_jax.core.paths import in_bucket
 from llm_jax.io.tracker import is_full
 from llm_jax.lab import plan, results
 from llm_jax.lab.claims import Crew, Lapsed, check_lease, clear
@@ -134,15 +135,19 @@ class Runner:
     @contextlib.contextmanager
     def _scheduled(self) -> Iterator[None]:
         """Trains what there is to train by itself, or with other workers."""
-        files = self.folder.shared_files
-        if self.lease is None:
-            clear(files, self.note)
-            self.schedule = Alone(self.folder)
-            yield
-        else:
-            with Crew(files, lease=self.lease, versions=results.versions() | {"code": results.code()}) as crew:
+        files, versions = self.folder.shared_files, results.versions() | {"code": results.code()}
+        if self.lease is not None:
+            with Crew(files, lease=self.lease, versions=versions, note=self.note) as crew:
                 self.schedule = Workers(self.folder, crew, self.note)
                 yield
+            return
+        self.schedule = Alone(self.folder)
+        if not in_bucket(files.folder):
+            clear(files, self.note)
+            yield
+            return
+        with Crew(files, versions=versions, alone=True, note=self.note) if distributed.leads() else contextlib.nullcontext():
+            yield
 
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         self.schedule.finish(runs, self._grouped, self._train)

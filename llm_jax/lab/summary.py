@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.paths import to_path
 from llm_jax.io import profile
 from llm_jax.lab import statistics, transfer
 from llm_jax.lab.experiment import sign as direction
@@ -42,7 +43,7 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
     Raises `ConfigError` for a folder that is missing, holds none, or holds one that cannot be read.
     """
     trials: list[Trial] = []
-    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    folders = [to_path(workdir) for workdir in workdirs]
     last = [folder.resolve().name for folder in folders]
     names = {folder: name if last.count(name) == 1 else str(folder) for folder, name in zip(folders, last, strict=True)}
     for workdir in folders:
@@ -99,7 +100,7 @@ def summarize(workdirs: Sequence[str | pathlib.Path]) -> Summary:
         "problems": problems(trials, ablation),
         "provenance": _provenance(trials),
         "base": trials[0]["config"],
-        "profiles": [found for workdir in workdirs for found in profile.summaries(pathlib.Path(workdir))],
+        "profiles": [found for workdir in workdirs for found in profile.summaries(to_path(workdir))],
     }
     return Summary(data, trials)
 

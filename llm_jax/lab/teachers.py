@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llm_jax.core.config import ConfigError, fingerprint
+from llm_jax.core.paths import to_path
 from llm_jax.core.platform import cache_dir
 from llm_jax.core.sharding import named, parameter_specs, unbox
 from llm_jax.data import prepared
@@ -56,7 +57,7 @@ def find(path: str, objective: Objective, tokens: Fitted) -> Found:
     Raises `ConfigError` where there is none, where the objective cannot be asked of it, or where it reads text otherwise than
     `tokens` does.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = to_path(path).expanduser()
     if pretrained.is_here(folder):
         found, tokenizer = _published(folder), pretrained.tokenizer(folder)
     elif trained.is_here(folder):

@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, from_json, nearest
+from llm_jax.core.paths import absolute
 from llm_jax.core.platform import cache_dir
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.io import checkpoint
@@ -43,7 +44,7 @@ class Trained:
 
 def is_here(path: str | os.PathLike) -> bool:
     """Whether the folder is one that `python -m llm_jax run` trains into, or one of its trials."""
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = absolute(path)
     return (folder / "trials").is_dir() or folder.parent.name == "trials"
 
 
@@ -91,7 +92,7 @@ def find(path: str | os.PathLike, *, arm: str | None = None, trial: str | None =
 
     Raises `ConfigError` where there is none, or where its tokenizer is gone.
     """
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = absolute(path)
     if folder.parent.name == "trials":
         folder, trial = folder.parent.parent, folder.name
     result = _chosen(_finished(folder), folder, arm, trial)

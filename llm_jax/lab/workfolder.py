@@ -8,12 +8,13 @@ import json
 import math
 import os
 import pathlib
-import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError, to_json
+from llm_jax.core.paths import copy_folder, in_bucket, to_path
 from llm_jax.core.whole import NO_LINKS, write_new, write_whole
 from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
@@ -33,17 +34,20 @@ class WorkFolder:
     """
 
     def __init__(self, path: str | os.PathLike, *, trials: str | os.PathLike | None = None):
-        if "://" in os.fspath(path):
-            raise ConfigError("must be a folder of this machine, which may be mounted (NFS), and no address", f"--workdir={path}")
-        self.path = pathlib.Path(path)
-        self._trials = self.path / "trials" if trials is None else pathlib.Path(trials)
+        self.path = to_path(path)
+        self._trials = self.path / "trials" if trials is None else to_path(trials)
 
     @contextlib.contextmanager
     def alone(self, *, workers: bool = False) -> Iterator[None]:
         """Keeps other processes from training into the folder meanwhile; workers: but other workers.
 
-        Raises `ConfigError` if one already is, on this machine or on another whose file system tells of locks.
+        Raises `ConfigError` if one already is, on this machine or on another whose file system tells of locks. A bucket has none:
+        there a `Crew` of one does it.
         """
+        if in_bucket(self.path):
+            self._try()
+            yield
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("is a file: choose another --workdir", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -59,6 +63,18 @@ class WorkFolder:
             yield
         finally:
             os.close(folder)
+
+    def _try(self) -> None:
+        """Raises `ConfigError` where a bucket cannot be read and written."""
+        file = self.path / "shared" / f"{uuid.uuid4().hex}.txt"
+        try:
+            self.path.exists()
+            write_whole(file, "\n")
+            file.unlink()
+        except Exception as error:  # of many classes: no such bucket, no credentials, no network
+            said = " ".join(str(error).split()) or type(error).__name__
+            way = "`gcloud auth application-default login` gives credentials, and `gcloud storage buckets create` makes a bucket"
+            raise ConfigError(f"cannot be read and written ({said}): {way}", str(self.path)) from None
 
     def claim(
         self, ablation: Ablation, *, corpora: dict[str, str], tokenizers: dict[str, str] | None = None, scale: str | None = None
@@ -113,7 +129,7 @@ class WorkFolder:
         """The folder of a trial; elsewhere than in the work folder it begins as a copy of that one."""
         folder, common = self._trials / name, self.path / "trials" / name
         if folder != common and not folder.exists() and common.is_dir():
-            shutil.copytree(common, folder)
+            copy_folder(common, folder)
         return folder
 
     def group(self, name: str) -> pathlib.Path:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_jax.core.paths import append
 from llm_jax.core.whole import write_whole
-from llm_jax.io.tracker import Tracker, whole_lines
+from llm_jax.io.lines import as_lines, whole_lines
+from llm_jax.io.tracker import Tracker
 
 NAME = "incidents.jsonl"
 MOST = 200  # lines of a trial that say where a batch comes from
@@ -37,9 +38,7 @@ class Incidents:
         known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in more.items()}
         told = len(self.read(member)) < MOST
         batches = [{"number": first + i, "of": self.origin(seed, first + i) if told else None} for i in range(steps)]
-        line = json.dumps({"kind": kind, "step": step, "seed": seed} | known | {"batches": batches}, allow_nan=False)
-        with open(self.folders[member] / NAME, "a") as file:
-            file.write(line + "\n")
+        append(self.folders[member] / NAME, as_lines([{"kind": kind, "step": step, "seed": seed} | known | {"batches": batches}]))
 
     def say(self, member: int, text: str) -> None:
         """Tells a person."""
@@ -57,8 +56,7 @@ class Incidents:
         """Drops what happened in steps that will be made again, and a line that was cut short."""
         for member, folder in enumerate(self.folders):
             if (folder / NAME).exists():
-                kept = [line for line in self.read(member) if line["step"] < step]
-                write_whole(folder / NAME, "".join(json.dumps(line) + "\n" for line in kept))
+                write_whole(folder / NAME, as_lines(line for line in self.read(member) if line["step"] < step))
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Session:
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
     rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's;
-    nearby: copies on this machine's own disk.
+    nearby: copies on this machine's own disk. keep: called before a state is saved: what was recorded must then be there, too.
     proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
     flops_per_step, tokens_per_step: of one member.
     """
@@ -86,6 +86,7 @@ class Session:
     checkpointer: Checkpointer | None = None
     nearby: Nearby | None = None
     proceed: Callable[[], None] = lambda: None
+    keep: Callable[[], None] = lambda: None
     watch: Watch = field(default_factory=Watch)
     watchdog: Watchdog = field(default_factory=Watchdog)
     profiler: Profiler = field(default_factory=Profiler)
@@ -203,6 +204,7 @@ class _Training:
     def _rest(self) -> dict[str, Any]:
         """What is saved with the state."""
         self._settle()
+        self.session.keep()
         sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
         return {"seconds": self.clock.read(), "sums": sums}
 

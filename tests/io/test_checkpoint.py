@@ -1,15 +1,30 @@
 """Checkpoints come back bit for bit, damage falls back to an older one, and a full disk ends nothing."""
 
+import functools
 import pathlib
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.io import checkpoint
+from llm_jax.core.paths import append, in_bucket, opened, to_path
+from llm_jax.io import checkpoint, lines
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.tracker import Tracker
+
+
+@pytest.fixture(params=["local", "bucket"])
+def place(request, tmp_path) -> pathlib.Path:
+    return tmp_path if request.param == "local" else to_path(request.getfixturevalue("bucket"))
+
+
+def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    if in_bucket(folder):
+        system, name = opened(folder)
+        return [to_path(f"gs://{file}") for file in system.find(name)]
+    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def state(scale: float = 1.0, parts: int = 1):
@@ -43,10 +58,10 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_what_was_saved_comes_back_on_any_layout(tmp_path, parts):
-    saved(tmp_path / "c")
+def test_what_was_saved_comes_back_on_any_layout(place, parts):
+    saved(place / "c")
     like = state(20, parts)
-    step, restored, extra = Checkpointer(tmp_path / "c").restore(abstract(like))
+    step, restored, extra = Checkpointer(place / "c").restore(abstract(like))
     assert step == 20 and extra == {"seconds": 20 / 3}
     assert_equal(restored, like)
     assert restored["w"].sharding.is_equivalent_to(like["w"].sharding, 2)
@@ -77,15 +92,14 @@ DAMAGE = {"flipped": _flip, "truncated": lambda f: f.write_bytes(f.read_bytes()[
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(tmp_path, damage):
-    saved(tmp_path / "c")
-    files = [f for f in (tmp_path / "c" / "20" / "state").rglob("*") if f.is_file()]
-    damage(max(files, key=lambda f: f.stat().st_size))
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(place, damage):
+    saved(place / "c")
+    damage(max(files_in(place / "c" / "20" / "state"), key=lambda f: len(f.read_bytes())))
     warnings: list[str] = []
-    step, restored, _ = Checkpointer(tmp_path / "c", warn=warnings.append).restore(abstract(state()))
+    step, restored, _ = Checkpointer(place / "c", warn=warnings.append).restore(abstract(state()))
     assert step == 10 and len(warnings) == 1 and "step 20 is damaged" in warnings[0]
     assert_equal(restored, state(10))
-    assert (tmp_path / "c.damaged" / "20").is_dir() and not (tmp_path / "c" / "20").exists()
+    assert (place / "c.damaged" / "20").is_dir() and not (place / "c" / "20").exists()
 
 
 def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path):
@@ -96,20 +110,20 @@ def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path)
     assert (tmp_path / "c" / "20").is_dir()
 
 
-def test_nothing_good_is_none(tmp_path):
-    assert Checkpointer(tmp_path / "none").restore(abstract(state())) is None
-    saved(tmp_path / "c", steps=(10,))
-    _flip(next(f for f in (tmp_path / "c" / "10").rglob("checksums.json")))
-    assert Checkpointer(tmp_path / "c", warn=lambda _: None).restore(abstract(state())) is None
+def test_nothing_good_is_none(place):
+    assert Checkpointer(place / "none").restore(abstract(state())) is None
+    saved(place / "c", steps=(10,))
+    _flip(place / "c" / "10" / "checksums.json")
+    assert Checkpointer(place / "c", warn=lambda _: None).restore(abstract(state())) is None
 
 
-def test_the_best_and_the_last_stay(tmp_path):
-    checkpointer = Checkpointer(tmp_path / "c", keep_last=1, keep_every=40, best_metric="loss")
+def test_the_best_and_the_last_stay(place):
+    checkpointer = Checkpointer(place / "c", keep_last=1, keep_every=40, best_metric="loss")
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.2), (60, 2.1)):
         checkpointer.save(step, state(step), {}, {"loss": loss})
     checkpointer.close()
-    assert {20, 40, 60} <= {int(f.name) for f in (tmp_path / "c").iterdir() if f.name.isdigit()}
-    assert not (tmp_path / "c" / "10").exists()
+    assert {20, 40, 60} <= {int(f.name) for f in (place / "c").iterdir() if f.name.isdigit()}
+    assert not (place / "c" / "10").exists()
 
 
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, monkeypatch):
@@ -128,23 +142,82 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, monkeypatch):
     assert Checkpointer(tmp_path / "c").restore(abstract(state()))[0] == 20
 
 
-def test_the_tracker_forgets_what_a_resumed_run_will_write_again(tmp_path):
-    tracker = Tracker(tmp_path)
+def test_the_tracker_forgets_what_a_resumed_run_will_write_again(place):
+    tracker = Tracker(place)
     for step in (1, 2, 3):
         tracker.log({"step": step, "train/loss": float("nan") if step == 2 else 1 / step})
     tracker.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "tra')
-    tracker = Tracker(tmp_path, tensorboard=False)
+    append(place / "metrics.jsonl", '{"step": 4, "tra')
+    tracker = Tracker(place, tensorboard=False)
     tracker.truncate_after(2)
     tracker.log({"step": 3, "train/loss": 0.5})
     tracker.close()
-    assert Tracker.read(tmp_path) == [
+    assert Tracker.read(place) == [
         {"step": 1, "train/loss": 1.0},
         {"step": 2, "train/loss": None},
         {"step": 3, "train/loss": 0.5},
     ]
-    assert list(tmp_path.glob("events.*")), "TensorBoard should mirror it"
+    assert list(place.glob("events.*")), "TensorBoard should mirror it"
+
+
+def test_what_is_kept_outlives_a_process_that_is_killed(place):
+    tracker = Tracker(place, tensorboard=False)
+    for step in (1, 2, 3):
+        tracker.log({"step": step})
+        if step == 2:
+            tracker.keep()
+    # killed here; in a bucket what came after the last checkpoint is written again, by whoever goes on from that
+    assert [record["step"] for record in Tracker.read(place)][:2] == [1, 2]
+    after = Tracker(place, tensorboard=False)
+    after.truncate_after(2)
+    after.log({"step": 3})
+    after.close()
+    assert [record["step"] for record in Tracker.read(place)] == [1, 2, 3]
+    tracker.close()
+
+
+def test_a_growing_file_goes_to_a_bucket_now_and_then_and_not_at_every_line(bucket, monkeypatch):
+    sent: list[bytes] = []
+    now = [0.0]
+    monkeypatch.setattr(lines, "write_whole", lambda file, content: sent.append(content))
+    monkeypatch.setattr(lines.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lines, "_uploads", _AtOnce)
+    file = lines.lines(to_path(bucket) / "metrics.jsonl")
+    for second in range(100):
+        now[0] = float(second)
+        file.append({"step": second})
+    file.close()
+    assert len(sent) == 4  # three half minutes and the end
+    assert sent[-1].count(b"\n") == 100 and all(one.endswith(b"\n") for one in sent)
+    file.keep()
+    assert len(sent) == 4
+
+
+def test_records_wait_while_a_bucket_is_out_of_reach(bucket, monkeypatch):
+    tracker = Tracker(bucket, tensorboard=False)
+    tracker.log({"step": 1})
+    tracker.keep()
+    with monkeypatch.context() as away:
+        away.setattr(lines, "write_whole", functools.partial(_raise, RuntimeError("no route to host")))
+        tracker.log({"step": 2})
+        with pytest.warns(UserWarning, match="no route to host: records wait in memory until they can be written"):
+            tracker.keep()
+        tracker.keep()  # said once
+        with pytest.raises(OSError, match="no route to host"):
+            tracker.close()
+    tracker.close()
+    assert [record["step"] for record in Tracker.read(bucket)] == [1, 2]
+
+
+class _AtOnce:
+    def submit(self, call, *given):
+        done = Future()
+        done.set_result(call(*given))
+        return done
+
+
+def _raise(error: Exception, *_) -> None:
+    raise error
 
 
 def test_a_mirror_that_breaks_is_switched_off(tmp_path, monkeypatch):

@@ -28,8 +28,10 @@ class Clock:
         return self.start + self.rate * self.true
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "bucket"])
 def place(request, tmp_path) -> str:
+    if request.param == "bucket":
+        return request.getfixturevalue("bucket") + "/shared"
     return str(tmp_path / "shared") if request.param == "local" else f"memory://{uuid.uuid4().hex}/shared"
 
 
@@ -51,17 +53,21 @@ RACE = """
 import sys
 from llm_jax.io.shared import Shared
 files, me = Shared(sys.argv[1]), sys.argv[2]
-print(*(n for n in range(150) if files.create(f"claims/{n}.1.json", {"worker": me})))
+print(*(n for n in range(COUNT) if files.create(f"claims/{n}.1.json", {"worker": me})))
 """
 
 
-def test_of_many_processes_exactly_one_gets_each_claim(tmp_path):
-    racing = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), str(i)], stdout=subprocess.PIPE) for i in range(4)]
+@pytest.mark.parametrize("kind", ["local", "bucket"])
+def test_of_many_processes_exactly_one_gets_each_claim(tmp_path, kind, request):
+    where, count = (str(tmp_path), 150) if kind == "local" else (request.getfixturevalue("bucket"), 40)
+    race = [sys.executable, "-c", RACE.replace("COUNT", str(count)), where]
+    racing = [subprocess.Popen([*race, str(i)], stdout=subprocess.PIPE) for i in range(4)]
     won = [[int(n) for n in process.communicate(timeout=120)[0].split()] for process in racing]
-    assert sorted(n for own in won for n in own) == list(range(150))
-    files = Shared(tmp_path)
+    assert sorted(n for own in won for n in own) == list(range(count))
+    files = Shared(where)
     assert all(files.read(f"claims/{n}.1.json") == {"worker": str(i)} for i, own in enumerate(won) for n in own)
-    assert not [f for f in os.listdir(tmp_path / "claims") if f.startswith(".")]
+    if kind == "local":
+        assert not [f for f in os.listdir(tmp_path / "claims") if f.startswith(".")]
 
 
 def test_of_many_threads_exactly_one_takes_over(tmp_path):
@@ -227,7 +233,7 @@ def test_signs_of_workers_that_are_gone_are_cleared_and_those_of_one_that_lives_
     one = crew(place).__enter__()
     one.claim("a", None)
     meanwhile.append(one.beat)
-    with pytest.raises(ConfigError, match="in use by a worker"):
+    with pytest.raises(ConfigError, match="in use by another"):
         claims.clear(Shared(place), notes.append)
     assert len(notes) == 1 and one.claims()
     one.__exit__()
@@ -298,3 +304,32 @@ def test_the_thread_gives_signs_of_life_by_itself(tmp_path):
                 break
         assert sign["beat"] >= 2 and not sign["left"]
     assert json.loads((tmp_path / "workers" / f"{one.worker}.json").read_text())["left"]
+
+
+def test_who_is_alone_lets_nobody_join_and_joins_nobody(place, sleeping):
+    _, meanwhile = sleeping
+    notes = []
+    left = crew(place).__enter__()
+    left.claim("a", None)
+    left.__exit__()
+    with crew(place, alone=True) as one:
+        assert not one.claims()  # what is left of others is gone
+        meanwhile.append(one.beat)
+        for given in ({}, {"alone": True}):
+            with pytest.raises(ConfigError, match="in use by another"), crew(place, note=notes.append, **given):
+                pass
+        assert len(notes) == 2
+        with pytest.raises(ConfigError, match="in use by another"):
+            claims.clear(Shared(place), notes.append)
+    with crew(place) as other:
+        meanwhile[:] = [other.beat]
+        with pytest.raises(ConfigError, match="in use by another"), crew(place, alone=True):
+            pass
+
+
+def test_who_is_alone_goes_on_after_a_silence(place):
+    clock = Clock()
+    with crew(place, alone=True, lease=60.0, clock=clock) as one:
+        clock.true = 1000.0
+        one.beat()
+        one.check()

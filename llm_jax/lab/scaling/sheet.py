@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from llm_jax.core.paths import to_path
 from llm_jax.core.whole import write_whole
 from llm_jax.lab import page, plots
 from llm_jax.lab.scaling.figures import pictures
@@ -31,7 +32,7 @@ COUNTED = {
 
 def write(study: Study, folder: str | pathlib.Path) -> pathlib.Path:
     """Writes fit.html, fit.json and the pictures into `folder`; the page's path."""
-    folder, drawn = pathlib.Path(folder), pictures(study)
+    folder, drawn = to_path(folder), pictures(study)
     write_json(folder / "fit.json", as_json(study))
     for name, (_, draw) in drawn.items():
         plots.png(draw, study, folder / f"{name}.png")

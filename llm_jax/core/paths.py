@@ -1,0 +1,96 @@
+"""Folders of this machine and folders in a bucket, by paths with the same methods.
+
+A bucket holds objects, each written whole or not at all, under names that only look like paths: nothing can be appended to, renamed
+or locked, and there are no empty folders.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from typing import Any, cast
+
+from llm_jax.core.config import ConfigError
+
+BUCKETS = "gs://"
+
+
+def to_path(place: str | os.PathLike) -> pathlib.Path:
+    """A path of this machine, or in a bucket (gs://BUCKET/NAME), which reads, writes, lists and makes folders as `pathlib`'s do.
+
+    Raises `ConfigError` for another address, and where the library for buckets is missing.
+    """
+    text = os.fspath(place)
+    if not text.startswith(BUCKETS):
+        if "://" in text:
+            raise ConfigError("must be a folder of this machine, which may be mounted, or one in a bucket (gs://BUCKET/NAME)", text)
+        return pathlib.Path(text)
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise ConfigError('needs gcsfs: pip install "gcsfs>=2025.3", or the extra "data"', text) from None
+    import fsspec
+    from etils import epath
+
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # other processes write there too
+    return cast(pathlib.Path, epath.Path(text))
+
+
+def absolute(place: str | os.PathLike) -> pathlib.Path:
+    """The same from the root on, with ~ as the home folder."""
+    found = to_path(place)
+    return found if in_bucket(found) else found.expanduser().absolute()
+
+
+def in_bucket(place: str | os.PathLike) -> bool:
+    """Whether it is not of this machine."""
+    return os.fspath(place).startswith(BUCKETS)
+
+
+def opened(place: str | os.PathLike) -> tuple[Any, str]:
+    """fsspec's file system of a place in a bucket, and its name there."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(to_path(place)))
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes a folder with all that is in it, if there is one, as far as the system lets."""
+    if not in_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    system, name = opened(folder)
+    if system.exists(name):
+        system.rm(name, recursive=True)
+
+
+def copy_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies all that is in a folder to one that is not there yet, of which at least one is of this machine."""
+    if in_bucket(folder):
+        system, name = opened(folder)
+        system.get(f"{name}/", f"{to}/", recursive=True)
+    elif in_bucket(to):
+        system, name = opened(to)
+        system.put(f"{folder}/", f"{name}/", recursive=True)
+    else:
+        shutil.copytree(folder, to)
+
+
+def move_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Gives a folder another name, beside which it stays: in a bucket object by object."""
+    if in_bucket(folder):
+        system, name = opened(folder)
+        system.mv(name, opened(to)[1], recursive=True)
+    else:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
+
+
+def append(file: pathlib.Path, text: str) -> None:
+    """Writes at the end of a file, which in a bucket is written anew: only now and then."""
+    if in_bucket(file):
+        file.write_text((file.read_text() if file.exists() else "") + text)
+    else:
+        with open(file, "a") as end:
+            end.write(text)
