@@ -36,8 +36,8 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://; and
-        # work folders in a bucket
+        # corpora that are not text or JSON lines on this machine: Parquet and .zst, datasets of Hugging Face's, gs:// and s3://;
+        # and work folders in a bucket
         "data": ["pyarrow>=20", "datasets>=4", "gcsfs>=2025.3", "s3fs>=2025.3"],
         "harness": ["lm_eval>=0.4.13"],  # EleutherAI's tasks, run over a model of ours
         "test": [
