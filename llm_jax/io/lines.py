@@ -41,8 +41,11 @@ class Lines(Protocol):
     def replace(self, records: Iterable[Any]) -> None:
         """Makes these all of the file."""
 
+    def send(self) -> None:
+        """Has all lines be on their way to where they outlive this process."""
+
     def keep(self) -> None:
-        """Returns when all lines outlive this process."""
+        """Returns when they are there."""
 
     def close(self) -> None:
         """The same, and lets go of the file."""
@@ -72,6 +75,8 @@ class _OnDisk:
         while self._waiting:
             del self._waiting[: self._end.write(self._waiting)]
 
+    send = keep
+
     def close(self) -> None:
         try:
             self.keep()
@@ -89,8 +94,7 @@ class _InBucket:
     def append(self, record: Any) -> None:
         self._content += as_lines([record]).encode()
         if time.monotonic() - self._since >= EVERY and (self._upload is None or self._upload.done()):
-            self._arrived()
-            self._begin()
+            self.send()
 
     def replace(self, records: Iterable[Any]) -> None:
         self._arrived()
@@ -98,17 +102,17 @@ class _InBucket:
         self._there = -1
         self.keep()
 
-    def keep(self) -> None:
+    def send(self) -> None:
         self._arrived()
         if self._there != len(self._content):
-            self._begin()
-            self._arrived()
+            self._since, self._there = time.monotonic(), len(self._content)
+            self._upload = _uploads().submit(write_whole, self.file, bytes(self._content))
+
+    def keep(self) -> None:
+        self.send()
+        self._arrived()
 
     close = keep
-
-    def _begin(self) -> None:
-        self._since, self._there = time.monotonic(), len(self._content)
-        self._upload = _uploads().submit(write_whole, self.file, bytes(self._content))
 
     def _arrived(self) -> None:
         """Waits for what is on its way. Raises `OSError`, and it has to be sent again, if it was lost."""

@@ -45,8 +45,13 @@ class Tracker:
             self._lines.append(clean)
         self._mirror(clean)
 
+    def send(self) -> None:
+        """Has what was recorded be on its way to where it outlives this process."""
+        with self._telling():
+            self._lines.send()
+
     def keep(self) -> None:
-        """Returns when what was recorded outlives this process, or waits in memory since it cannot."""
+        """Returns when it is there, or waits in memory since it cannot be."""
         with self._telling():
             self._lines.keep()
 

@@ -183,6 +183,8 @@ class Group:
 
         def keep() -> None:
             for tracker in trackers:
+                tracker.send()
+            for tracker in trackers:
                 tracker.keep()
 
         traced = self.runner.profiled if distributed.leads() else None
