@@ -106,7 +106,7 @@ class _InBucket:
         self._arrived()
         if self._there != len(self._content):
             self._since, self._there = time.monotonic(), len(self._content)
-            self._upload = _uploads().submit(write_whole, self.file, bytes(self._content))
+            self._upload = uploads().submit(write_whole, self.file, bytes(self._content))
 
     def keep(self) -> None:
         self.send()
@@ -126,5 +126,6 @@ class _InBucket:
 
 
 @functools.cache
-def _uploads() -> ThreadPoolExecutor:
+def uploads() -> ThreadPoolExecutor:
+    """The threads that write into buckets."""
     return ThreadPoolExecutor(8, thread_name_prefix="uploads")

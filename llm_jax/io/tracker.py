@@ -6,12 +6,16 @@ import contextlib
 import errno
 import math
 import os
+import pathlib
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, wait
 from typing import Any
 
-from llm_jax.core.paths import to_path
-from llm_jax.io.lines import lines, whole_lines
+from llm_jax.core.paths import in_bucket, remove_folder, to_path
+from llm_jax.core.whole import write_whole
+from llm_jax.io.lines import lines, uploads, whole_lines
 
 NAME = "metrics.jsonl"
 AXES = ("step", "tokens", "flops", "seconds")
@@ -32,11 +36,13 @@ class Tracker:
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool = True):
         self.folder = to_path(folder)
         self._lines, self._waiting, self._writer = lines(self.folder / NAME), False, None
+        self._events, self._copies = self.folder, list[Future[None]]()
         if tensorboard:
             with self._switching_off():
                 from tensorboardX import SummaryWriter
 
-                self._writer = SummaryWriter(str(self.folder))
+                self._events = pathlib.Path(tempfile.mkdtemp(prefix="llm_jax-")) if in_bucket(self.folder) else self.folder
+                self._writer = SummaryWriter(str(self._events))
 
     def log(self, record: Mapping[str, float]) -> None:
         """Writes a record, which must have a "step"; numbers that are not finite become null."""
@@ -49,6 +55,7 @@ class Tracker:
         """Has what was recorded be on its way to where it outlives this process."""
         with self._telling():
             self._lines.send()
+        self._copy_events()
 
     def keep(self) -> None:
         """Returns when it is there, or waits in memory since it cannot be."""
@@ -69,6 +76,10 @@ class Tracker:
         if self._writer is not None:
             with contextlib.suppress(Exception):  # whatever a mirror does
                 self._writer.close()
+                self._copy_events()
+                wait(self._copies)
+        if self._events != self.folder:
+            remove_folder(self._events)
         self._lines.close()
 
     @contextlib.contextmanager
@@ -82,6 +93,16 @@ class Tracker:
                 said = f"{self.folder}: {error.strerror}: records wait in memory until they can be written"
                 warnings.warn(said, stacklevel=4)
             self._waiting = True
+
+    def _copy_events(self) -> None:
+        """Has the mirror's file, which is appended to on a disk, be on its way to the bucket where it belongs."""
+        if self._writer is not None and self._events != self.folder:
+            with self._switching_off():
+                for copy in self._copies:
+                    copy.result()
+                self._writer.flush()
+                files = list(self._events.iterdir())
+                self._copies = [uploads().submit(write_whole, self.folder / file.name, file.read_bytes()) for file in files]
 
     def _mirror(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:

@@ -181,7 +181,7 @@ def test_a_growing_file_goes_to_a_bucket_now_and_then_and_not_at_every_line(buck
     now = [0.0]
     monkeypatch.setattr(lines, "write_whole", lambda file, content: sent.append(content))
     monkeypatch.setattr(lines.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(lines, "_uploads", _AtOnce)
+    monkeypatch.setattr(lines, "uploads", _AtOnce)
     file = lines.lines(to_path(bucket) / "metrics.jsonl")
     for second in range(100):
         now[0] = float(second)
