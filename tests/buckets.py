@@ -1,4 +1,4 @@
-"""A Cloud Storage of this machine: oittaa's emulator, which here also keeps the condition that an object must not be there yet."""
+"""A Cloud Storage of this machine: oittaa's emulator, which here also tells of generations and heeds conditions on them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,35 @@ def serving() -> Iterator[dict[str, str]]:
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     storage, turn = Storage(use_memory_fs=True), threading.RLock()
     buckets.create_bucket(NAME, storage)
-    plain = objects.insert
+
+    def generation(request, name) -> str:
+        try:
+            return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+        except NotFound:
+            return "0"
 
     def insert(request, response, storage, *args, **kwargs):
         name = request.query["name"][0] if "name" in request.query else (request.data or {}).get("meta", {}).get("name")
-        if request.query.get("ifGenerationMatch") == ["0"]:
-            with contextlib.suppress(NotFound):
-                storage.get_file_obj(request.params["bucket_name"], name)
-                response.status = HTTPStatus.PRECONDITION_FAILED
-                return None
-        return plain(request, response, storage, *args, **kwargs)
+        if request.query.get("ifGenerationMatch", [None])[0] not in (None, generation(request, name)):
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            return None
+        return objects.insert(request, response, storage, *args, **kwargs)
+
+    def get(request, response, storage, *args, **kwargs):
+        now = generation(request, request.params["object_id"])
+        if request.query.get("ifGenerationNotMatch") == [now]:
+            response.status = HTTPStatus.NOT_MODIFIED
+            return None
+        response["x-goog-generation"] = now
+        return objects.get(request, response, storage, *args, **kwargs)
 
     class Router(emulator.Router):
         def handle(self, method):
             with turn, contextlib.suppress(ConnectionError):  # one request at a time; who asked may have been killed
                 super().handle(method)
 
-    handlers = tuple((path, {m: insert if h is plain else h for m, h in by.items()}) for path, by in emulator.HANDLERS)
+    ours = {objects.insert: insert, objects.get: get}
+    handlers = tuple((path, {verb: ours.get(each, each) for verb, each in by.items()}) for path, by in emulator.HANDLERS)
     before = emulator.HANDLERS, emulator.Router
     emulator.HANDLERS, emulator.Router = handlers, Router
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: emulator.RequestHandler(storage, *args))

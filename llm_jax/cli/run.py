@@ -7,8 +7,10 @@ With `--worker` the same command, started any number of times on any machines th
 
 from __future__ import annotations
 
+import atexit
 import pathlib
 import shlex
+import shutil
 import sys
 import tempfile
 import traceback
@@ -145,6 +147,8 @@ def _run(argv: Sequence[str]) -> int:
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])
     trials = None if distributed.leads() else tempfile.mkdtemp(prefix="llm_jax-")
+    if trials is not None:
+        atexit.register(shutil.rmtree, trials, ignore_errors=True)
     here = "." if in_bucket(FLAGS.workdir or ".") else FLAGS.workdir or "."  # what hangs may be what lies between this and a bucket
     watchdog = Watchdog(pathlib.Path(here), FLAGS.watchdog, FLAGS.watchdog_exits)
     runner = Runner(

@@ -66,11 +66,8 @@ def remove_folder(folder: pathlib.Path) -> None:
 
 
 def copy_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """Copies all that is in a folder to one that is not there yet, of which at least one is of this machine."""
-    if in_bucket(folder):
-        system, name = opened(folder)
-        system.get(f"{name}/", f"{to}/", recursive=True)
-    elif in_bucket(to):
+    """Copies all that is in a folder of this machine to one that is not there yet."""
+    if in_bucket(to):
         system, name = opened(to)
         system.put(f"{folder}/", f"{name}/", recursive=True)
     else:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -87,9 +87,10 @@ class Checkpointer:
 
         The arrays may be donated as soon as this returns.
         """
+        self._settle()  # Orbax would tell of one that failed by not saving the next
+        self._unchecked.clear()
         try:
             manager = self._open()
-            self._seal()
             finite = {k: float(v) for k, v in metrics.items() if v == v and abs(v) != float("inf")}
             saved = manager.save(
                 step,
@@ -99,7 +100,7 @@ class Checkpointer:
             )
             self._unchecked.add(step)
             return bool(saved)
-        except Exception as error:  # a full or read-only disk, or the failure of the save before, which Orbax raises here
+        except Exception as error:  # a full or read-only disk
             self._lost(step, error)
             return False
 
@@ -125,35 +126,42 @@ class Checkpointer:
             sealed = distributed.agreed("sealed", _sealed(self.folder / str(step)))
             damage = distributed.first_said("damage", _damage(self.folder / str(step))) if sealed else None
             if damage is None:
+                found, error = None, None
                 try:
                     stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
                     asked, back = layers.as_stored(keys.taken_out(abstract), stored)
                     args = ocp.args.Composite(state=_layout(asked), extra=ocp.args.JsonRestore())
                     found = self._open().restore(step, args=args)
-                    return step, keys.put_back(back(found["state"]), abstract), found["extra"]
                 except ConfigError:  # of the program, not of the checkpoint
                     raise
-                except Exception as error:
+                except Exception as wrong:
                     if sealed:  # every byte is as it was written: the fault is not the checkpoint's
                         raise
-                    damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    error = str(wrong).splitlines()[0] if str(wrong) else type(wrong).__name__
+                damage = distributed.first_said("what cannot be read", error)
+                if damage is None and found is not None:
+                    return step, keys.put_back(back(found["state"]), abstract), found["extra"]
             self._set_aside(step, damage)
         return None
 
     def wait(self) -> bool:
         """Returns when everything is on disk (True), or has been reported as lost (False)."""
-        try:
-            if self._manager is not None:
-                self._manager.wait_until_finished()
-            self._seal()
-            for written in self._sealing:
-                written.result()
-        except Exception as error:
-            self._lost(max(self._unchecked, default=-1), error)
+        self._settle()
+        for written in self._sealing:
+            written.result()
         whole = not self._unchecked
         self._unchecked.clear()
         self._sealing.clear()
         return whole
+
+    def _settle(self) -> None:
+        """Returns when the save that was begun last has ended, and tells if it failed: then it stays unchecked."""
+        try:
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+        except Exception as error:
+            self._lost(max(self._unchecked, default=-1), error)
+        self._seal()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
@@ -238,26 +246,28 @@ def read(
     return None
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, list[Any]]:
-    """Relative path → [size, checksum] of every file; of several processes each has its share of them.
-
-    CRC-32; in a bucket what that tells of its objects, which it keeps whole by itself: nothing is read again.
-    """
+def _files(folder: pathlib.Path) -> dict[str, Callable[[], list[Any]]]:
+    """Relative path → () → [size, CRC-32] of every file; in a bucket what that tells of it, which keeps it whole by itself."""
     if in_bucket(folder):
         system, name = opened(folder)
         told = {one["name"].removeprefix(f"{name}/"): one for one in system.find(name, detail=True).values()}
-        files: Mapping[str, Callable[[], list[Any]]] = {n: lambda o=o: [o["size"], o["crc32c"]] for n, o in told.items()}
+        found = {file: lambda one=one: [one["size"], one["crc32c"]] for file, one in told.items()}
     else:
-        there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-        files = {n: lambda f=f: [f.stat().st_size, zlib.crc32(f.read_bytes())] for n, f in there.items()}
-    names = sorted(name for name in files if not name.lstrip(".").startswith(CHECKSUMS))
-    return {name: files[name]() for name in names[distributed.index() :: distributed.count()]}
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        found = {name: lambda file=file: [file.stat().st_size, zlib.crc32(file.read_bytes())] for name, file in files.items()}
+    return {name: found[name] for name in sorted(found) if not name.lstrip(".").startswith(CHECKSUMS)}
+
+
+def _own(files: Mapping[str, Callable[[], list[Any]]]) -> Iterator[tuple[str, list[Any]]]:
+    """Name and checksum of this process's share of the files."""
+    for name in list(files)[distributed.index() :: distributed.count()]:
+        yield name, files[name]()
 
 
 def _write_checksums(folder: pathlib.Path) -> None:
     name = CHECKSUMS + (f".{distributed.index()}-of-{distributed.count()}" if distributed.several() else "")
-    with contextlib.suppress(OSError):  # it was not to be kept, and is gone; or there is no room, and Orbax will have to judge it
-        write_whole(folder / name, json.dumps(_checksums(folder)))
+    with contextlib.suppress(Exception):  # it was not to be kept, and is gone; or there is no room, and Orbax will have to judge it
+        write_whole(folder / name, json.dumps(dict(_own(_files(folder)))))
 
 
 def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -279,10 +289,10 @@ def _damage(folder: pathlib.Path) -> str | None:
             known |= json.loads(file.read_text())
         except json.JSONDecodeError:
             return f"{file.name} cannot be read"
-    missing = [name for name in known if not (folder / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing or changed"
-    wrong = [name for name, found in _checksums(folder).items() if known.get(name, found) != found]
+    files = _files(folder)
+    wrong = [name for name in known if name not in files] or [
+        name for name, found in _own(files) if known.get(name, found) != found
+    ]
     return f"{wrong[0]} is missing or changed" if wrong else None
 
 

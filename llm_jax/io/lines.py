@@ -50,6 +50,9 @@ class Lines(Protocol):
     def close(self) -> None:
         """The same, and lets go of the file."""
 
+    def leave(self) -> None:
+        """Lets go of the file, which is another's: what is not there yet is dropped."""
+
 
 def lines(file: pathlib.Path) -> Lines:
     """The end of a file, which is made if there is none."""
@@ -76,6 +79,10 @@ class _OnDisk:
             del self._waiting[: self._end.write(self._waiting)]
 
     send = keep
+
+    def leave(self) -> None:
+        self._waiting.clear()
+        self._end.close()
 
     def close(self) -> None:
         try:
@@ -113,6 +120,10 @@ class _InBucket:
         self._arrived()
 
     close = keep
+
+    def leave(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()
 
     def _arrived(self) -> None:
         """Waits for what is on its way. Raises `OSError`, and it has to be sent again, if it was lost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -81,9 +82,8 @@ class Shared:
 
     def remove(self, name: str = "") -> None:
         """Removes a file, or a folder with all that is in it. Nobody may be writing there."""
-        path = self._path(name)
-        if self._system.exists(path):
-            self._system.rm(path, recursive=self._system.isdir(path))
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            self._system.rm(self._path(name), recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -71,6 +71,15 @@ class Tracker:
         """All whole records, oldest first."""
         return whole_lines(to_path(folder) / NAME)
 
+    def leave(self) -> None:
+        """Closes the files, which are another's by now: what has not been written is dropped."""
+        self._lines.leave()
+        if self._writer is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()
+        if self._events != self.folder:
+            remove_folder(self._events)
+
     def close(self) -> None:
         """Closes the files. Raises `OSError` if records could not be written."""
         if self._writer is not None:
@@ -108,6 +117,8 @@ class Tracker:
         if self._writer is None:
             return
         with self._switching_off():
+            if not self._writer.file_writer.event_writer._worker.is_alive():  # or its queue, once full, would hold up training
+                raise RuntimeError("its thread has died")
             for name, value in record.items():
                 if name not in AXES and value is not None:
                     self._writer.add_scalar(name, value, int(record["step"]))

@@ -71,9 +71,9 @@ class Signs:
         written = {name.removesuffix(".json") for name in self._files.names("workers")}
         for worker in sorted((written | set(self._seen)) - self.gone):
             before = self._clock()  # the sign is as old as the read that first saw it, and the silence ends before this one
-            sign = self._files.read(f"workers/{worker}.json") or {}
+            sign = self._files.read(f"workers/{worker}.json")
             known, since = self._seen.get(worker, ({}, 0.0))
-            if sign.get("left"):
+            if sign is None or sign.get("left"):  # whoever is alone removes the signs of those that are gone
                 self.gone.add(worker)
             elif worker not in self._seen or sign != known:
                 self.moved |= {worker} & set(self._seen)
@@ -142,24 +142,26 @@ class Crew:
         return len(set(self.signs.here()) - {self.worker})
 
     def check(self) -> None:
-        """Raises `Lapsed` if what this worker has claimed may be another's; costs nothing."""
+        """Raises `Lapsed` if what this worker has claimed may be another's; costs nothing. Who is alone is, until told."""
         silent = self._clock() - self._renewed
-        if self._lapsed.is_set() or silent > GIVES_UP * self.lease:
+        if self._lapsed.is_set() or (silent > GIVES_UP * self.lease and not self.alone):
             self._lapsed.set()
             raise Lapsed(f"no sign of life for {silent:.0f} seconds")
 
     def confirm(self) -> None:
-        """The same, and looks whether there is a newer generation of what is claimed: before what cannot be undone."""
+        """The same, and looks whether there is a newer generation of what is claimed: before what cannot be undone.
+
+        One that is alone looks whether its sign is still there, which another removes that comes to be alone.
+        """
         self.check()
-        if self._held is not None and self.files.read(self._held.next) is not None:
+        if self.files.read(self._file) is None if self.alone else self._held and self.files.read(self._held.next) is not None:
             self._lapsed.set()
-            raise Lapsed("another worker has taken over")
+            raise Lapsed(f"another {'run' if self.alone else 'worker'} has taken over")
 
     def beat(self) -> None:
         """Gives a sign of life, and looks at the others'. Raises `Lapsed`."""
         began = self._clock()
-        if not self.alone:  # it has nothing that could be another's
-            self.confirm()
+        self.confirm()
         self._beat += 1
         self.files.write(self._file, self._sign())
         self._renewed = began
@@ -214,6 +216,8 @@ class Crew:
         self._renewed = began
         took = self._clock() - began
         if took > self.lease / BEATS:
+            if self.alone:
+                raise ConfigError(f"is too slow: a sign of life took {took:.1f} s", self.files.folder)
             raise ConfigError(
                 f"is too short: a sign of life took {took:.1f} s; give {10 * took:.0f} seconds or more", f"--lease={self.lease:g}"
             )
@@ -222,7 +226,7 @@ class Crew:
         try:
             self._refuse_others()
             if self.alone:
-                _remove(self.files, self.signs.gone)
+                _remove(self.files, self.signs.gone - {self.worker})
         except BaseException:
             self._leave()
             raise

@@ -17,6 +17,7 @@ from llm_jax.io.nearby import Nearby
 from llm_jax.io.progress import Progress
 from llm_jax.io.tracker import Tracker
 from llm_jax.lab import plan, results
+from llm_jax.lab.claims import Lapsed
 from llm_jax.lab.experiment import Ablation
 from llm_jax.lab.plan import Run
 from llm_jax.lab.population import Compiled, rhythm_of
@@ -94,6 +95,11 @@ class Group:
             try:
                 feed = lambda start: self.source.feed(seeds, rhythm.dispatch, start, compiled.host)  # noqa: E731
                 final = fit(program, feed, rhythm, session)
+            except Lapsed:
+                for tracker in trackers:
+                    tracker.leave()
+                trackers.clear()
+                raise
             finally:
                 checkpointer.close()
                 if nearby is not None:
@@ -160,7 +166,8 @@ class Group:
         own = self.runs[0].experiment.checkpoints
         if own.nearby is None:
             return None
-        return Nearby(pathlib.Path(own.nearby) / self.name, every=own.nearby_every, warn=progress.note)
+        folder = pathlib.Path(own.nearby) / self.runner.folder.mark / self.name
+        return Nearby(folder, every=own.nearby_every, warn=progress.note)
 
     def _session(
         self,

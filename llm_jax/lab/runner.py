@@ -141,12 +141,22 @@ class Runner:
                 self.schedule = Workers(self.folder, crew, self.note)
                 yield
             return
-        self.schedule = Alone(self.folder)
-        if not in_bucket(files.folder):
-            clear(files, self.note)
+        if not distributed.leads():
+            self.schedule = Alone(self.folder)
             yield
-            return
-        with Crew(files, versions=versions, alone=True, note=self.note) if distributed.leads() else contextlib.nullcontext():
+        elif in_bucket(files.folder):
+            with Crew(files, versions=versions, alone=True, note=self.note) as crew:
+                self.schedule = Alone(self.folder, crew)
+                try:
+                    yield
+                except Lapsed as error:
+                    way = "let it end, or choose another --workdir"
+                    raise ConfigError(
+                        f"is another run's, which saw no sign of life of this one ({error}): {way}", str(self.folder.path)
+                    ) from None
+        else:
+            clear(files, self.note)
+            self.schedule = Alone(self.folder)
             yield
 
     def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:

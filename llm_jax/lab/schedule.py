@@ -53,9 +53,10 @@ def halves(runs: Sequence[Run]) -> list[Sequence[Run]]:
 
 @dataclass(frozen=True)
 class Alone:
-    """One job, of one process or several that train together, which nobody disturbs."""
+    """One job, of one process or several that train together. crew: where nothing else keeps others out, as in a bucket."""
 
     folder: WorkFolder
+    crew: Crew | None = None
     worker: str | None = None
 
     def finish(self, runs: Sequence[Run], grouped: Grouped, train: Train) -> None:
@@ -73,9 +74,14 @@ class Alone:
                 stack += halves(members)[::-1]
 
     def check(self) -> None:
-        """Nobody takes anything over."""
+        """Nobody takes anything over, unless this job seemed dead. Raises `Lapsed`."""
+        if self.crew is not None:
+            self.crew.check()
 
-    confirm = check
+    def confirm(self) -> None:
+        """The same, surely."""
+        if self.crew is not None:
+            self.crew.confirm()
 
     def beside(self) -> str:
         """There is nobody else."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError, to_json
-from llm_jax.core.paths import copy_folder, in_bucket, to_path
+from llm_jax.core.paths import in_bucket, to_path
 from llm_jax.core.whole import NO_LINKS, write_new, write_whole
 from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
@@ -24,6 +24,7 @@ ENDED = "done", "diverged"
 SHOWN = 6  # differences named in an error
 OWN = ("shared", "ablation.json")  # there may be in a folder that is no ablation's yet, since another worker makes it one
 FOR_ARMS = "arms", "corpora", "tokenizers"  # what an identity tells for each arm
+TOLD = "metrics.jsonl", "incidents.jsonl", "results.json"  # of a trial
 SIDES = "better", "than", "since", "than_since"  # where a claim names an arm
 
 
@@ -94,7 +95,7 @@ class WorkFolder:
             "corpora": corpora,
             "tokenizers": tokenizers or {},
         }
-        file, described = self.path / "ablation.json", ablation.described(scale)
+        file, described, mark = self.path / "ablation.json", ablation.described(scale), uuid.uuid4().hex
         present = [found.name for found in self.path.glob("*")]
         others = [name for name in present if name not in OWN and not name.startswith(f".{file.name}.")]
         if file.exists():
@@ -108,10 +109,10 @@ class WorkFolder:
                 )
             for part in FOR_ARMS:
                 identity[part] = known["identity"][part] | identity[part]
-            described = merged(known["ablation"], described)
+            described, mark = merged(known["ablation"], described), known.get("mark", mark)
         elif others:
             raise ConfigError("is not empty and holds no ablation.json: choose another --workdir", str(self.path))
-        content = {"identity": identity, "ablation": described}
+        content = {"identity": identity, "ablation": described, "mark": mark}
         if not file.exists() or _read(file) != json.loads(json.dumps(finite(content))):
             write(file, content)
 
@@ -121,15 +122,21 @@ class WorkFolder:
         return _read(file)["ablation"] if file.exists() else None
 
     @property
+    def mark(self) -> str:
+        """What no other work folder has, once an ablation has claimed it."""
+        return _read(self.path / "ablation.json")["mark"]
+
+    @property
     def shared_files(self) -> Shared:
         """By which the workers that share the folder agree."""
         return Shared(self.path / "shared")
 
     def trial(self, name: str) -> pathlib.Path:
-        """The folder of a trial; elsewhere than in the work folder it begins as a copy of that one."""
+        """The folder of a trial; elsewhere than in the work folder it begins with what that one's tells of it."""
         folder, common = self._trials / name, self.path / "trials" / name
-        if folder != common and not folder.exists() and common.is_dir():
-            copy_folder(common, folder)
+        if folder != common and not folder.exists():
+            for file in (common / told for told in TOLD if (common / told).exists()):
+                write_whole(folder / file.name, file.read_bytes())
         return folder
 
     def group(self, name: str) -> pathlib.Path:

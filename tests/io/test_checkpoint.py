@@ -142,6 +142,25 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, monkeypatch):
     assert Checkpointer(tmp_path / "c").restore(abstract(state()))[0] == 20
 
 
+def test_a_save_that_fails_behind_training_is_told_of_its_own_step_and_the_next_is_made(tmp_path, monkeypatch):
+    warnings: list[str] = []
+    checkpointer = Checkpointer(tmp_path / "c", warn=warnings.append)
+    wait, failed = checkpoint.ocp.CheckpointManager.wait_until_finished, []
+
+    def fails_once(manager):
+        wait(manager)
+        if not failed:
+            failed.append(True)
+            raise OSError(28, "No space left on device")
+
+    assert checkpointer.save(10, state(10), {}, {})
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", fails_once)
+    assert checkpointer.save(20, state(20), {}, {}) and checkpointer.wait()
+    checkpointer.close()
+    assert len(warnings) == 1 and "step 10 could not be saved, training goes on" in warnings[0]
+    assert 20 in checkpoint.steps(tmp_path / "c")
+
+
 def test_the_tracker_forgets_what_a_resumed_run_will_write_again(place):
     tracker = Tracker(place)
     for step in (1, 2, 3):
@@ -244,3 +263,23 @@ def test_a_mirror_that_breaks_later_is_switched_off(tmp_path, monkeypatch):
     tracker.log({"step": 2, "train/loss": 0.5})
     tracker.close()
     assert len(Tracker.read(tmp_path)) == 2
+
+
+def test_a_mirror_whose_thread_has_died_holds_nothing_up(tmp_path, monkeypatch):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def breaks(*_):
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(EventsWriter, "write_event", breaks)
+        full.setattr("threading.excepthook", lambda _: None)
+        tracker.log({"step": 1, "train/loss": 1.0})
+        tracker._writer.file_writer.event_writer._worker.join(30)
+        with pytest.warns(UserWarning, match="its thread has died"):
+            tracker.log({"step": 2, "train/loss": 0.5})
+        for step in range(3, 40):
+            tracker.log({"step": step, "train/loss": 0.5})
+    tracker.close()
+    assert len(Tracker.read(tmp_path)) == 39

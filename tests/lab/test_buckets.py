@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import pytest
 
@@ -13,7 +12,6 @@ from tests.lab import test_processes as processes
 from tests.lab import test_workers as workers
 from tests.lab.test_processes import no_leftovers  # noqa: F401
 from tests.lab.test_runner import declared  # noqa: F401
-from tests.lab.test_workers import one  # noqa: F401
 
 
 def test_what_is_no_folder_and_no_bucket_is_a_sentence(bucket):
@@ -41,13 +39,15 @@ def test_two_processes_killed_and_started_again_end_as_on_a_disk(bucket, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_workers_of_which_one_is_killed_make_what_one_makes_on_a_disk(declared, one, bucket, tmp_path):  # noqa: F811
-    far, logs = to_path(bucket), [tmp_path / "0.log", tmp_path / "1.log"]
-    both = [workers.start(declared, bucket, log) for log in logs]
+def test_two_workers_of_which_one_is_killed_make_what_one_makes_on_a_disk(declared, bucket, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(workers, "STEPS", 24)
+    monkeypatch.setattr(workers, "FLAGS", ("--worker", "--lease=10", "--population=1", "--set=train.steps=24"))
+    far, disk, logs = to_path(bucket), tmp_path / "disk", [tmp_path / f"{i}.log" for i in range(3)]
+    assert workers.start(declared, disk, logs[2]).wait(timeout=600) == 0, logs[2].read_text()
+    both = [workers.start(declared, bucket, log) for log in logs[:2]]
     workers.wait_until(lambda: len(list(far.glob("trials/*/results.json"))) >= 2)
-    time.sleep(1.0)
     both[1].kill()
     assert both[0].wait(timeout=600) == 0, logs[0].read_text()
-    workers.check(far, one)
+    workers.check(far, disk)
     claims = [json.loads(file.read_text()) for file in (far / "shared" / "claims").glob("*.json")]
     assert len({claim["worker"] for claim in claims}) == 2

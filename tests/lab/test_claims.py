@@ -333,3 +333,16 @@ def test_who_is_alone_goes_on_after_a_silence(place):
         clock.true = 1000.0
         one.beat()
         one.check()
+
+
+def test_who_seemed_dead_and_whose_place_was_taken_finds_out(place, sleeping):
+    clock, _ = sleeping
+    one, two = crew(place, alone=True, clock=Clock()).__enter__(), crew(place, alone=True, clock=clock, lease=60.0)
+    with two:  # after a lease without another sign
+        one.check()
+        with pytest.raises(Lapsed, match="another run has taken over"):
+            one.beat()
+        with pytest.raises(Lapsed):
+            one.check()
+        two.beat()
+        assert not two.others

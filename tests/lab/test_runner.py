@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.core.paths import to_path
 from llm_jax.io import checkpoint
 
 EXPERIMENT = """
@@ -69,7 +70,7 @@ def run(declared, workdir, *flags):
 def outcomes(workdir):
     """Trial → everything in its results that does not depend on the clock."""
     found = {}
-    for file in sorted(pathlib.Path(workdir, "trials").glob("*/results.json")):
+    for file in sorted((to_path(workdir) / "trials").glob("*/results.json")):
         result = json.loads(file.read_text())
         curve = {k: v for k, v in result["curve"].items() if k != "seconds"}
         found[result["trial"]] = (

@@ -145,11 +145,6 @@ def test_a_worker_leaves_nothing_in_a_folder_of_something_else(declared, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_address_is_no_work_folder():
-    with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/w must be a folder"):
-        WorkFolder("gs://bucket/w")
-
-
 def test_a_folder_is_shared_by_workers_or_one_run_has_it(tmp_path):
     folder = WorkFolder(tmp_path)
     two = folder.alone(workers=True), folder.alone(workers=True)
