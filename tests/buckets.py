@@ -68,6 +68,7 @@ def serving() -> Iterator[dict[str, str]]:
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # or it asks Google what kind of bucket it is
         }
     finally:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # threads that outlive the tests find nobody
         httpd.shutdown()
         httpd.server_close()
         emulator.HANDLERS, emulator.Router = before

@@ -211,13 +211,13 @@ class Crew:
         if not self.files.create(self._file, self._sign()) or self.files.create(self._file, self._sign() | {"beat": -1}):
             raise ConfigError(
                 "lies where two processes can create the same file: workers need another file system, e.g. NFS or a bucket",
-                self.files.folder,
+                str(self.files.folder),
             )
         self._renewed = began
         took = self._clock() - began
         if took > self.lease / BEATS:
             if self.alone:
-                raise ConfigError(f"is too slow: a sign of life took {took:.1f} s", self.files.folder)
+                raise ConfigError(f"is too slow: a sign of life took {took:.1f} s", str(self.files.folder))
             raise ConfigError(
                 f"is too short: a sign of life took {took:.1f} s; give {10 * took:.0f} seconds or more", f"--lease={self.lease:g}"
             )
@@ -243,7 +243,7 @@ class Crew:
             differ = ", ".join(f"{n} is {theirs.get(n)} there and {self.versions.get(n)} here" for n in names)
             raise ConfigError(
                 f"has a worker ({found}) of other code or libraries: {differ}. Start all from the same, or let the others end",
-                self.files.folder,
+                str(self.files.folder),
             )
 
     def _leave(self) -> None:
@@ -287,7 +287,7 @@ def _refuse(signs: Signs, workers: Iterable[str], files: Shared, note: Callable[
     found = signs.first(suspects)
     if found is not None:
         ways = "let it end, choose another --workdir, or run all with --worker"
-        raise ConfigError(f"is in use by another ({found}): {ways}", files.folder)
+        raise ConfigError(f"is in use by another ({found}): {ways}", str(files.folder))
 
 
 def _remove(files: Shared, gone: Iterable[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +113,8 @@ class Runner:
     def run(self) -> list[dict[str, Any]]:
         """Tunes, then trains the winners; returns the results of all trials. Raises `ConfigError` and `Interrupted`."""
         arms = {arm: self.ablation.experiment(arm) for arm in self.ablation.arms}
-        distributed.require_same("the code", json.dumps(results.versions() | {"code": results.code()}))
+        for name, value in ({"the code": results.code()} | results.versions()).items():
+            distributed.require_same(name, value)
         distributed.require_same("the experiment", fingerprint([to_json(e) for e in arms.values()]))
         self.check()
         with self.folder.alone(workers=self.lease is not None) if distributed.leads() else contextlib.nullcontext():

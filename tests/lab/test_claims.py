@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
-import uuid
 
 import pytest
 
@@ -28,11 +28,9 @@ class Clock:
         return self.start + self.rate * self.true
 
 
-@pytest.fixture(params=["local", "memory", "bucket"])
+@pytest.fixture(params=["local", "bucket"])
 def place(request, tmp_path) -> str:
-    if request.param == "bucket":
-        return request.getfixturevalue("bucket") + "/shared"
-    return str(tmp_path / "shared") if request.param == "local" else f"memory://{uuid.uuid4().hex}/shared"
+    return str(tmp_path / "shared") if request.param == "local" else request.getfixturevalue("bucket") + "/shared"
 
 
 def crew(place, *, lease=LEASE, clock=None, **given) -> Crew:
@@ -46,11 +44,12 @@ def newest(worker: Crew, name: str):
 
 def die(worker: Crew) -> None:
     """As after kill -9: no further sign, and nothing said."""
-    worker.files = Shared("memory://nowhere")
+    worker.files = Shared(tempfile.mkdtemp())
 
 
 RACE = """
 import sys
+import tempfile
 from llm_jax.io.shared import Shared
 files, me = Shared(sys.argv[1]), sys.argv[2]
 print(*(n for n in range(COUNT) if files.create(f"claims/{n}.1.json", {"worker": me})))
@@ -266,13 +265,13 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch, numb
     assert str(tmp_path / "w") in str(error.value)
 
 
-def test_a_store_that_ignores_the_condition_is_refused(monkeypatch):
+def test_a_store_that_ignores_the_condition_is_refused(place, monkeypatch):
     monkeypatch.setattr(Shared, "create", lambda self, name, data: self.write(name, data) or True)
-    with pytest.raises(ConfigError, match="two processes can create the same file"), crew("memory://careless"):
+    with pytest.raises(ConfigError, match="two processes can create the same file"), crew(place):
         pass
 
 
-def test_a_request_that_was_repeated_is_known_for_its_own(tmp_path, monkeypatch):
+def test_a_request_that_was_repeated_is_known_for_its_own(tmp_path, bucket, monkeypatch):
     """NFS and buckets may carry out a request whose answer is lost, and then say that the file exists."""
     link = os.link
 
@@ -283,7 +282,7 @@ def test_a_request_that_was_repeated_is_known_for_its_own(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "link", twice)
     files = Shared(tmp_path)
     assert files.create("a.json", {"by": 1}) and not files.create("a.json", {"by": 2}) and files.read("a.json") == {"by": 1}
-    far = Shared(f"memory://{uuid.uuid4().hex}")
+    far = Shared(bucket)
     far.write("a.json", {"by": 1})
     assert far.create("a.json", {"by": 1}) and not far.create("a.json", {"by": 2})
 
