@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -31,6 +32,23 @@ experiment = Experiment(
     checkpoints=Checkpoints(every={steps}))
 """
 KILLS, STEPS = 20, 3000
+WHILE_IMPORTING = """
+import signal, sys
+class Stops:
+    def find_spec(self, name, path, target=None):
+        if name == "jax._src.cloud_tpu_init":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Stops())
+sys.argv = ["llm_jax", "run", "--workdir=none"]
+from llm_jax.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_one_that_is_stopped_while_it_imports_jax_does_not_ask_it_who_it_is():
+    done = subprocess.run([sys.executable, "-c", WHILE_IMPORTING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "stopped at once; the same command again goes on from what is saved\n")
 
 
 @pytest.mark.slow
