@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from llm_jax.io import checkpoint
+from tests.forked import Forked, started
 from tests.lab.test_runner import command, environment, outcomes, run
 
 EXPERIMENT = """
@@ -74,21 +75,25 @@ def test_twenty_preemptions_leave_the_numbers_as_they_are(tmp_path):
 
 
 def _preempted(declared, workdir, chance: random.Random, most: int) -> tuple[list[tuple[int, str]], str]:
-    """Code and words of each process that was stopped, at most so many, and the words of the one that finished."""
+    """Code and words of each process that was stopped, at most so many, and the words of the one that finished.
+
+    Those that are stopped early are commands, which Python starts first.
+    """
     ends, ending = list[tuple[int, str]](), True
     while True:
-        process = subprocess.Popen(
-            command(declared, workdir), env=environment(declared), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if len(ends) < most:
-            _wait(process, workdir, chance, early=len(ends) % 3 == 0)
+        early, stops = len(ends) % 3 == 0, len(ends) < most
+        files = [workdir.with_suffix(f".{len(ends)}.{name}") for name in ("out", "err")]
+        process = (started if early and stops else Forked)(command(declared, workdir), environment(declared), *files)
+        if stops:
+            _wait(process, workdir, chance, early=early)
             ending = process.poll() is not None or _records(workdir) > STEPS // 50 - 10
             process.send_signal(signal.SIGTERM)
-        said, told = process.communicate(timeout=300)
-        if process.returncode == 0 and "report:" in said:
+        code = process.wait(timeout=300)
+        said, told = (file.read_text() for file in files)
+        if code == 0 and "report:" in said:
             assert ending or len(ends) == most, "a signal was lost"
             return ends, told
-        ends.append((process.returncode, told))
+        ends.append((code, told))
 
 
 def _steps(pattern: str, ends: list[tuple[int, str]]) -> list[int]:
@@ -102,7 +107,7 @@ def _final(workdir: pathlib.Path):
     return found
 
 
-def _wait(process: subprocess.Popen, workdir: pathlib.Path, chance: random.Random, *, early: bool) -> None:
+def _wait(process: subprocess.Popen | Forked, workdir: pathlib.Path, chance: random.Random, *, early: bool) -> None:
     """Until some moment: of the first seconds, or of the training."""
     before = _records(workdir)
     deadline = time.monotonic() + (chance.uniform(0.5, 4.0) if early else 120)
