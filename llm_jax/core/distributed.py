@@ -78,10 +78,7 @@ def end() -> None:
         _client().key_value_set(NOTHING, "")  # so that nobody waits for it any longer
     if _watcher is not None:
         _watcher.join(PATIENCE)
-    _client().key_value_set(f"llm_jax/left/{index()}", "")
-    while leads() and _absent("llm_jax/left"):
-        time.sleep(0.05)
-    time.sleep(0.5 * leads())  # in which the last of them says goodbye
+    _see_off(PATIENCE)
     jax.distributed.shutdown()
 
 
@@ -193,7 +190,18 @@ def give_up(text: str, code: int) -> NoReturn:
     together = failed_together("giving up", seconds=GOODBYE)
     if leads() or not together:
         print(text, file=sys.stderr)
+    if together:
+        _see_off(GOODBYE)
     leave(code)
+
+
+def _see_off(seconds: float) -> None:
+    """Says that this process leaves; the first, whose end ends the others, waits so long for all to have said it."""
+    _client().key_value_set(f"llm_jax/left/{index()}", "")
+    until = time.monotonic() + seconds
+    while leads() and _absent("llm_jax/left") and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5 * leads())  # in which the last of them says goodbye
 
 
 def first_said(what: str, value: str | None) -> str | None:
