@@ -78,10 +78,7 @@ def end() -> None:
         _client().key_value_set(NOTHING, "")  # so that nobody waits for it any longer
     if _watcher is not None:
         _watcher.join(PATIENCE)
-    _client().key_value_set(f"llm_jax/left/{index()}", "")
-    while leads() and _absent("llm_jax/left"):
-        time.sleep(0.05)
-    time.sleep(0.5 * leads())  # in which the last of them says goodbye
+    _see_off(PATIENCE)
     jax.distributed.shutdown()
 
 
@@ -118,16 +115,17 @@ def several() -> bool:
 
 def count() -> int:
     """Processes of the job."""
-    from jax._src import distributed
-
-    return distributed.global_state.num_processes or 1
+    return getattr(_joined(), "num_processes", None) or 1
 
 
 def index() -> int:
     """Which of them this is, from 0."""
-    from jax._src import distributed
+    return getattr(_joined(), "process_id", None) or 0
 
-    return distributed.global_state.process_id or 0
+
+def _joined() -> Any:
+    """JAX's own state of it; None: JAX was not imported, or not to the end, and cannot be now, as when it was interrupted there."""
+    return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
 
 
 def leads() -> bool:
@@ -192,7 +190,18 @@ def give_up(text: str, code: int) -> NoReturn:
     together = failed_together("giving up", seconds=GOODBYE)
     if leads() or not together:
         print(text, file=sys.stderr)
+    if together:
+        _see_off(GOODBYE)
     leave(code)
+
+
+def _see_off(seconds: float) -> None:
+    """Says that this process leaves; the first, whose end ends the others, waits so long for all to have said it."""
+    _client().key_value_set(f"llm_jax/left/{index()}", "")
+    until = time.monotonic() + seconds
+    while leads() and _absent("llm_jax/left") and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5 * leads())  # in which the last of them says goodbye
 
 
 def first_said(what: str, value: str | None) -> str | None:

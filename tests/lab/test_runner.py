@@ -17,6 +17,7 @@ import pytest
 
 from llm_jax.core.paths import to_path
 from llm_jax.io import checkpoint
+from tests.forked import Forked
 
 EXPERIMENT = """
 from llm_jax.data.corpora import TextFiles
@@ -126,9 +127,7 @@ def test_finished_trials_are_not_run_again(declared, finished):
 def test_killed_again_and_again_the_numbers_are_the_same(declared, finished, kill, tmp_path):
     expected, workdir, kills = outcomes(finished[0]), tmp_path / "killed", 0
     for attempt in range(40):
-        process = subprocess.Popen(
-            command(declared, workdir), env=environment(declared), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = Forked(command(declared, workdir), environment(declared), pathlib.Path(os.devnull))
         _wait_for_progress(process, workdir, seconds=0.05 * attempt)
         if process.poll() is not None:
             break
