@@ -27,12 +27,12 @@ def test_what_is_no_folder_and_no_bucket_is_a_sentence(bucket):
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_end_as_on_a_disk(bucket, tmp_path):
     disk, log, far = tmp_path / "disk", tmp_path / "far", to_path(bucket)
-    whole = processes.ended(processes.start(2, disk, steps=160), disk)
-    both = processes.start(2, log, f"--workdir={bucket}", steps=160)
+    whole = processes.ended(processes.start(2, disk, steps=80), disk)
+    both = processes.start(2, log, f"--workdir={bucket}", steps=80)
     processes.until(lambda: list(far.glob("groups/*/checkpoints/*/checksums.json*")))
     both[1].kill()
     assert both[0].wait(processes.DEADLINE) not in (0, -signal.SIGKILL)
-    assert processes.ended(processes.start(2, log, f"--workdir={bucket}", steps=160), far)["metrics"] == whole["metrics"]
+    assert processes.ended(processes.start(2, log, f"--workdir={bucket}", steps=80), far)["metrics"] == whole["metrics"]
     assert "going on after step" in processes.said(log, 0)
     assert processes.records(far) == processes.records(disk)
     assert (far / "report.html").exists()
