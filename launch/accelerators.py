@@ -50,8 +50,19 @@ class Slice:
         """The accelerator type, as in v5litepod-256 or v5p-512: the number is of cores, two of which make a chip of some."""
         return f"{self.chip.vm}-{self.chips * self.chip.cores}"
 
+    @property
+    def hosts(self) -> int:
+        """Hosts as Cloud TPU makes them: one for up to eight chips of two axes, and else one for each four chips."""
+        return 1 if self.chip.axes == 2 and self.chips <= 8 else -(-self.chips // 4)
+
+    @property
+    def single(self) -> str:
+        """A slice of such chips that is one host of four, wherever it is."""
+        name = next(name for name, chip in CHIPS.items() if chip is self.chip)
+        return f"{name}:{'2x2' if self.chip.axes == 2 else '2x2x1'}"
+
     def nodes(self, chips_per_node: int | None) -> tuple[int, int]:
-        """Hosts, and chips of each: four, but for a single chip, unless said otherwise. Raises `LaunchError`."""
+        """Hosts as GKE makes them, and chips of each: four, but for a single chip, unless said otherwise. Raises `LaunchError`."""
         each = chips_per_node or min(4, self.chips)
         if self.chips % each:
             raise LaunchError(

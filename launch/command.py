@@ -97,6 +97,15 @@ class Shell:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def one_process(flag: str, processes: int, what: str, way: str) -> None:
+    """Raises `LaunchError` unless a worker is one process, which `run --worker` is. what: flags that say more; way: the way out."""
+    if processes > 1:
+        name = flag.partition("=")[0]
+        raise LaunchError(
+            f"{flag}: a worker is one process, and {what} makes it {processes}: {way}, or leave out {name} for one run of all"
+        )
+
+
 def logs_beside(run: Run) -> pathlib.Path:
     """The folder of logs beside a work folder, which itself may hold nothing but an ablation."""
     workdir = run.flag("workdir") or "runs/plan"

@@ -4,7 +4,8 @@ python -m launch.gke run --name=c06 --image=IMAGE --topology=v5e:16x16 -- --expe
 python -m launch.gke run --name=c06 --image=IMAGE --gpu=nvidia-h100-80gb --volume=CLAIM=/w -- --experiment=FILE --workdir=/w/c06
 python -m launch.gke VERB --name=c06
 
-The other verbs: status, logs (follow the first pod of each slice), delete. --workers=N makes N JobSets that share one ablation.
+The other verbs: status, logs (follow the first pod of each slice), delete. --workers=N makes N JobSets of one pod each that share
+one ablation: a TPU slice of one host, or a GPU node. The work folder is in a bucket, or on a --volume, which outlive the pods.
 --dry_run prints the manifest, which is JSON, and the command that applies it. --through=xpk hands the same run to `xpk workload
 create`. Pods that are preempted get SIGTERM and --grace seconds to save, and all are started anew. The image is launch.docker's. A
 bucket asks for a --service_account that may write there.
@@ -13,6 +14,8 @@ bucket asks for a --service_account that may write there.
 from __future__ import annotations
 
 import json
+import pathlib
+import posixpath
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from dataclasses import replace
 from absl import flags
 
 from launch import accelerators
-from launch.command import LaunchError, Run, Shell, guarded, parse, required, verb
+from launch.command import LaunchError, Run, Shell, guarded, one_process, parse, required, verb
 from launch.jobset import LABEL, STOPPABLE, Pods, manifest, verbatim
 
 FLAGS = flags.FlagValues()
@@ -31,9 +34,11 @@ flags.DEFINE_string("topology", None, "Chip and topology of a TPU slice, as in v
 flags.DEFINE_integer("slices", 1, "TPU slices of one run.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("chips_per_node", None, "Chips of a node (default: 4, or all of less).", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("gpu", None, "The GPU as GKE calls it, as in nvidia-h100-80gb.", flag_values=FLAGS)
-flags.DEFINE_integer("nodes", 1, "GPU nodes of one run.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("nodes", 1, "GPU nodes of one run; a worker has one.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("gpus_per_node", 8, "GPUs of a node.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("workers", None, "Runs of that size that share one ablation group by group.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "workers", None, "Runs, on one host each, that share one ablation group by group.", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_string("namespace", None, "The namespace.", flag_values=FLAGS)
 flags.DEFINE_string("queue", None, "Kueue's local queue.", flag_values=FLAGS)
 flags.DEFINE_string("service_account", None, "Kubernetes' service account of the pods.", flag_values=FLAGS)
@@ -51,6 +56,7 @@ flags.DEFINE_enum("through", "kubectl", ["kubectl", "xpk"], "Who makes the pods.
 flags.DEFINE_string("cluster", None, "xpk's: the cluster.", flag_values=FLAGS)
 flags.DEFINE_string("zone", None, "xpk's: the zone.", flag_values=FLAGS)
 flags.DEFINE_string("project", None, "xpk's: the project.", flag_values=FLAGS)
+flags.DEFINE_boolean("shared_disk", False, "xpk's: --workdir is on a storage that it gives all pods.", flag_values=FLAGS)
 flags.DEFINE_multi_string("xpk", [], "One more flag of xpk's, as in --xpk=--priority=high.", flag_values=FLAGS)
 flags.DEFINE_string("python", "python", "The interpreter in the image.", flag_values=FLAGS)
 flags.DEFINE_boolean("dry_run", False, "Print what would run; change nothing.", flag_values=FLAGS)
@@ -66,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         required(FLAGS, "cluster")
     if word == "run":
         run = Run(theirs)
+        require_lasting(run)
         return through_xpk(shell, run) if FLAGS.through == "xpk" else through_kubectl(shell, run)
     if theirs:
         raise LaunchError(f"{word} runs nothing: leave out what stands after --")
@@ -85,7 +92,24 @@ def manifests(run: Run) -> list[dict]:
     if FLAGS.workers is None:
         return [manifest(pods, FLAGS.name, run.argv(FLAGS.python))]
     each = [replace(pods, name=f"{FLAGS.name}-{index}") for index in range(FLAGS.workers)]
-    return [manifest(one, FLAGS.name, run.argv(FLAGS.python, "--worker")) for one in each]
+    return [manifest(one, FLAGS.name, run.argv(FLAGS.python)) for one in each]
+
+
+def require_lasting(run: Run) -> None:
+    """Raises `LaunchError` unless the work folder, which --plan can do without, outlives the pods and is there for all of them."""
+    workdir = run.flag("workdir")
+    if workdir is None or workdir.startswith("gs://") or (FLAGS.through == "xpk" and FLAGS.shared_disk):
+        return
+    folder = pathlib.PurePosixPath(posixpath.normpath(workdir))
+    if folder.is_absolute() and any(folder.is_relative_to(posixpath.normpath(path)) for path in pairs("volume").values()):
+        return
+    disk = "say --shared_disk where a storage of xpk's is mounted there"
+    if FLAGS.through == "kubectl":
+        disk = "a folder on a volume, as in --volume=CLAIM=/w and --workdir=/w/DIR"
+    raise LaunchError(
+        f"--workdir={workdir} is on the disk of a pod, which goes away and which other pods do not see: name a bucket, as in "
+        f"--workdir=gs://BUCKET/DIR, or {disk}"
+    )
 
 
 def planned() -> Pods:
@@ -103,9 +127,15 @@ def planned() -> Pods:
             raise LaunchError(f"--slices={FLAGS.slices}: GKE joins slices of several nodes only, and {FLAGS.topology} is one")
         selector |= {"cloud.google.com/gke-tpu-accelerator": slice_.chip.gke, "cloud.google.com/gke-tpu-topology": slice_.topology}
         limits = {"google.com/tpu": chips}
+        what, way = f"--topology={FLAGS.topology}", f"give it a slice of one host, as in --topology={slice_.single}"
+        if slice_.chip.axes == 2 and slice_.chips == 8 and FLAGS.through == "kubectl":
+            way += ", or --chips_per_node=8 where there are such nodes"
     else:
         nodes, limits = FLAGS.nodes, {"nvidia.com/gpu": FLAGS.gpus_per_node}
         selector |= {"cloud.google.com/gke-accelerator": FLAGS.gpu}
+        what, way = f"--nodes={FLAGS.nodes}", "give it one node, all of whose GPUs it then has"
+    if FLAGS.workers:
+        one_process(f"--workers={FLAGS.workers}", nodes, what, way)
     return Pods(
         name=FLAGS.name,
         image=FLAGS.image,
@@ -121,12 +151,13 @@ def planned() -> Pods:
         restarts=FLAGS.restarts,
         grace=FLAGS.grace,
         volumes=pairs("volume"),
+        worker=FLAGS.workers is not None,
     )
 
 
 def through_xpk(shell: Shell, run: Run) -> int:
     """Hands the run, or each worker, to xpk, which has its own manifest, namespace and queue."""
-    for name in ("namespace", "queue", "selector", "volume"):
+    for name in ("namespace", "queue", "selector", "volume", "chips_per_node"):
         if FLAGS[name].value:
             raise LaunchError(f"--{name} is not for --through=xpk: xpk has its own")
     pods = planned()
@@ -139,8 +170,7 @@ def through_xpk(shell: Shell, run: Run) -> int:
     more = [f"--docker-image={pods.image}", f"--max-restarts={pods.restarts}", f"--termination-grace-period-seconds={pods.grace}"]
     more += [*(f"--env={name}={value}" for name, value in pods.env.items()), *(["--spot"] if pods.spot else []), *FLAGS.xpk]
     names = [pods.name] if FLAGS.workers is None else [f"{pods.name}-{index}" for index in range(FLAGS.workers)]
-    own = [*([] if FLAGS.workers is None else ["--worker"]), *pods.own()]
-    command = " ".join(map(_one_line, [*STOPPABLE, *run.argv(FLAGS.python, *own)]))
+    command = " ".join(map(_one_line, [*STOPPABLE, *run.argv(FLAGS.python, *pods.own())]))
     for name in names:
         code = shell.run(
             ["xpk", "workload", "create", f"--workload={name}", *place, *size, *more, f"--command={verbatim(command)}"]

@@ -25,7 +25,7 @@ class Pods:
 
     limits: devices of a pod, as Kubernetes counts them; selector: labels of the nodes that they go to; restarts: how often all are
     started anew after one has failed, not counting nodes that were taken away; grace: seconds that a pod has to save; volumes:
-    claim of a persistent volume → where pods have it.
+    claim of a persistent volume → where pods have it; worker: the only pod is one of the workers on an ablation.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Pods:
     restarts: int = 3
     grace: int = 120
     volumes: dict[str, str] = field(default_factory=dict)
+    worker: bool = False
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
@@ -53,7 +54,9 @@ class Pods:
         return "google.com/tpu" in self.limits
 
     def own(self) -> list[str]:
-        """Flags of `run` that tell each pod its place, as a manifest has them."""
+        """Flags of `run` that tell each pod its place, as a manifest has them; a worker has none and needs no other pod."""
+        if self.worker:
+            return ["--worker"]
         if self.tpu:
             return ["--distributed"]
         if self.nodes == 1:

@@ -18,14 +18,26 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch.command import TEMPLATES, LaunchError, Run, Shell, guarded, logs_beside, parse, required, say
+from launch.command import TEMPLATES, LaunchError, Run, Shell, guarded, logs_beside, one_process, parse, required, say
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_integer("nodes", 1, "Nodes of a run, or of each worker.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("tasks_per_node", None, "Processes on each (default: one a GPU).", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("nodes", 1, "Nodes of a run; a worker has one.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "tasks_per_node",
+    None,
+    "Processes on each (default: one a GPU; a worker is one for all GPUs of its node).",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer("gpus_per_node", None, "GPUs of each node.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("cpus_per_task", None, "Cores of each process.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("workers", None, "Jobs of an array that share one ablation group by group.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "workers",
+    None,
+    "Jobs of an array, of one process each, that share one ablation group by group.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("time", None, "The time limit, as in 30 (minutes), 2:00:00 or 1-12:00:00.", flag_values=FLAGS)
 flags.DEFINE_string("partition", None, "The partition.", flag_values=FLAGS)
 flags.DEFINE_string("account", None, "The account.", flag_values=FLAGS)
@@ -62,10 +74,14 @@ def main(argv: Sequence[str]) -> int:
 
 def script(run: Run, logs: pathlib.Path) -> str:
     """The batch script, whole."""
-    per_node, gpus = FLAGS.tasks_per_node or FLAGS.gpus_per_node or 1, FLAGS.gpus_per_node
+    gpus = FLAGS.gpus_per_node
+    per_node = FLAGS.tasks_per_node or (1 if FLAGS.workers else gpus or 1)
     if gpus and per_node not in (1, gpus):
         raise LaunchError(f"--tasks_per_node={per_node} do not share out --gpus_per_node={gpus}: give {gpus} (one a GPU) or 1")
     tasks = FLAGS.nodes * per_node
+    if FLAGS.workers:
+        what = f"--nodes={FLAGS.nodes} --tasks_per_node={per_node}"
+        one_process(f"--workers={FLAGS.workers}", tasks, what, "give it one task on one node, all of whose GPUs it then has")
     name = FLAGS.name or pathlib.PurePosixPath(run.flag("workdir") or "plan").name
     options = {
         "job-name": name,
@@ -83,7 +99,7 @@ def script(run: Run, logs: pathlib.Path) -> str:
     }
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
     given += ["--requeue" if FLAGS.requeue else "--no-requeue", *FLAGS.sbatch]
-    own = [*(["--worker"] if FLAGS.workers else []), *(["--distributed"] if tasks > 1 else [])]
+    own = ["--worker"] if FLAGS.workers else ["--distributed"] if tasks > 1 else []
     step = ["srun", "--kill-on-bad-exit=1", *(["--label"] if tasks > 1 else [])]
     if FLAGS.cpus_per_task:
         step.append(f"--cpus-per-task={FLAGS.cpus_per_task}")  # srun does not take it from the job

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from launch import accelerators
-from launch.command import ROOT, TEMPLATES, LaunchError, Run, Shell, found, guarded, parse, required, say, verb
+from launch.command import ROOT, TEMPLATES, LaunchError, Run, Shell, found, guarded, one_process, parse, required, say, verb
 from launch.queued import GONE, PATIENCE, TAKEN, Lost, Tpu
 
 FLAGS = flags.FlagValues()
@@ -41,7 +41,9 @@ flags.DEFINE_list("extras", ["tpu", "data"], "Extras to install; data has gs://.
 flags.DEFINE_multi_string("env", [], "NAME=VALUE for the run.", flag_values=FLAGS)
 flags.DEFINE_integer("retries", 10, "How often machines that were taken away are made again.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_float("poll", 30.0, "Seconds between looks at the queue.", lower_bound=0.0, flag_values=FLAGS)
-flags.DEFINE_boolean("worker", False, "This TPU is one of several, each of another name, on one ablation.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "worker", False, "This TPU, of one host, is one of several on one ablation, each of another name.", flag_values=FLAGS
+)
 flags.DEFINE_boolean("shared_disk", False, "--workdir is on a disk that all hosts mount and that outlives them.", flag_values=FLAGS)
 flags.DEFINE_boolean("delete_after", False, "Delete the TPU when the run has ended, however it did.", flag_values=FLAGS)
 flags.DEFINE_boolean("dry_run", False, "Print what would run; change nothing.", flag_values=FLAGS)
@@ -103,8 +105,8 @@ def run(tpu: Tpu, theirs: tuple[str, ...]) -> int:
 def attempt(tpu: Tpu, given: Run) -> int:
     """From whatever is there to the run's exit code. Raises `Lost` and `LaunchError`."""
     create(tpu)
-    own = [*(["--worker"] if FLAGS.worker else []), "--distributed"]
-    command = [*(["env", *FLAGS.env] if FLAGS.env else []), *given.argv(".venv/bin/python", *own)]
+    own = "--worker" if FLAGS.worker else "--distributed"
+    command = [*(["env", *FLAGS.env] if FLAGS.env else []), *given.argv(".venv/bin/python", own)]
     going = going_on(tpu)
     if going and going != " ".join(command):
         raise LaunchError(f"another run is going on on {tpu.name}: follow it with the verb logs, or end it with stop: {going}")
@@ -224,11 +226,16 @@ def delete(tpu: Tpu) -> int:
 
 
 def slices() -> accelerators.Slice:
-    """The slice of --topology. Raises `LaunchError` if the Cloud TPU API has none such."""
+    """The slice of --topology. Raises `LaunchError` if the Cloud TPU API has none such, or a worker would have several hosts."""
     required(FLAGS, "topology")
     slice_ = accelerators.parse(FLAGS.topology)
     if slice_.chip.image is None:
         raise LaunchError(f"--topology={FLAGS.topology}: the Cloud TPU API has no {slice_.chip.vm}: use python -m launch.gke")
+    if FLAGS.worker:
+        what = f"--topology={FLAGS.topology} --slices={FLAGS.slices}"
+        one_process(
+            "--worker", slice_.hosts * FLAGS.slices, what, f"give it one slice of one host, as in --topology={slice_.single}"
+        )
     return slice_
 
 

@@ -83,6 +83,7 @@ flags.DEFINE_integer(
 flags.DEFINE_boolean("autoshard", False, "Rank the meshes of these TPUs by formula, and train on the best.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan", False, "Print what would be done and what it costs; train nothing.", flag_values=FLAGS)
 
+PLACE = ("coordinator", "processes", "process")  # which say where the others are, and which of them this is
 LEASE = 60.0  # seconds
 EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product peak, for the plan's estimate
 
@@ -109,18 +110,23 @@ def main(argv: Sequence[str]) -> int:
         distributed.give_up(f"error: {error}" if known else traceback.format_exc(), 2 if known else 1)
 
 
+def joins(values: flags.FlagValues) -> bool:
+    """Whether flags say that the process trains with others. Raises `ConfigError` where they call it a worker too."""
+    told = values.distributed or any(values[name].value is not None for name in PLACE)
+    if told and values.worker:
+        raise ConfigError("trains with others, and --worker for itself: leave one of them out", "--distributed")
+    return told
+
+
 def _join() -> None:
     """Sets this process up, and meets the others of the job, if there are any.
 
     Raises `ConfigError` where it is one of many and was not told.
     """
-    given = {"coordinator": FLAGS.coordinator, "processes": FLAGS.processes, "process": FLAGS.process}
-    joins = FLAGS.distributed or any(value is not None for value in given.values())
-    platform.setup(deterministic=FLAGS.deterministic, alone=not joins)
-    if joins:
-        if FLAGS.worker:
-            raise ConfigError("trains with others, and --worker for itself: leave one of them out", "--distributed")
-        distributed.start(**given, heartbeat=FLAGS.heartbeat)
+    together = joins(FLAGS)
+    platform.setup(deterministic=FLAGS.deterministic, alone=not together)
+    if together:
+        distributed.start(**{name: FLAGS[name].value for name in PLACE}, heartbeat=FLAGS.heartbeat)
     elif not FLAGS.worker and (many := distributed.one_of_many()):
         raise ConfigError(
             f"this is {many}, and was not told so: start all with --distributed, to train together, or with --worker, to share the "

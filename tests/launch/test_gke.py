@@ -30,7 +30,9 @@ CASES = {
     "chips that GKE alone has": ["--topology=tpu7x:4x4x4", "--selector=cloud.google.com/reservation-name=r"],
     "GPUs": ["--gpu=nvidia-h100-80gb", "--nodes=4"],
     "one GPU": ["--gpu=nvidia-l4", "--gpus_per_node=1", "--spot"],
-    "workers": ["--topology=v5e:4x4", "--workers=3", "--volume=claim=/w"],
+    "workers": ["--topology=v5e:2x2", "--workers=3", "--volume=claim=/w"],
+    "workers of eight chips": ["--topology=v6e:2x4", "--chips_per_node=8", "--workers=1"],
+    "workers of GPUs": ["--gpu=nvidia-h100-80gb", "--workers=2"],
 }
 
 
@@ -84,8 +86,7 @@ def test_pods_run_the_words_verbatim(programs, case):
         words = [expanded(word, HOSTNAME="wrong", HOME="wrong", JOB_COMPLETION_INDEX="2") for word in pod["args"]]
         assert words[: len(COMMAND)] == COMMAND
         own = {"GPUs": ["--coordinator=c06-slice-0-0.c06:8476", "--processes=4", "--process=2"], "one GPU": []}
-        workers = ["--worker"] if case == "workers" else []
-        assert words[len(COMMAND) :] == own.get(case, [*workers, "--distributed"])
+        assert words[len(COMMAND) :] == own.get(case, ["--worker" if "workers" in case else "--distributed"])
 
 
 def test_slices_are_jobs_of_their_own_node_pools(programs):
@@ -183,12 +184,12 @@ def test_through_xpk(programs):
 
 def test_through_xpk_others(programs):
     words = ["--through=xpk", "--cluster=pods"]
-    assert launched(gke, "run", *HERE, "--topology=v5e:4x4", "--workers=2", *words, run=RUN) == 0
+    assert launched(gke, "run", *HERE, "--topology=v5e:2x2", "--workers=2", *words, run=RUN) == 0
     assert launched(gke, "run", *HERE, "--gpu=nvidia-h100-80gb", *words, run=RUN) == 0
     assert launched(gke, "delete", "--name=c06", *words, run=()) == 0
     first, second, gpu, delete = programs.calls()
     assert ("--workload=c06-0" in first, "--workload=c06-1" in second) == (True, True)
-    assert "--tpu-type=v5litepod-16" in first and first[-1].endswith(" --worker --distributed")
+    assert "--tpu-type=v5litepod-4" in first and first[-1].endswith(" --worker") and "--distributed" not in first[-1]
     assert {"--device-type=h100-80gb-8", "--num-nodes=1"} <= set(gpu) and "--distributed" not in gpu[-1]
     assert delete == ["xpk", "workload", "delete", "--workload=c06", "--cluster=pods"]
 
@@ -204,6 +205,14 @@ def test_through_xpk_others(programs):
         (["run", "--topology=v5e:4x4", "--through=xpk"], "--cluster is missing"),
         (["run", "--gpu=nvidia-l4", "--nodes=2", "--through=xpk", "--cluster=c"], "leave out --through=xpk"),
         (["run", "--topology=v5e:4x4", "--through=xpk", "--cluster=c", "--queue=q"], "--queue is not for --through=xpk"),
+        (
+            ["run", "--topology=v5e:2x4", "--through=xpk", "--cluster=c", "--chips_per_node=8"],
+            "--chips_per_node is not for --through=xpk",
+        ),
+        (["run", "--topology=v5e:4x4", "--workers=2"], "and --topology=v5e:4x4 makes it 4: give it a slice of one host"),
+        (["run", "--topology=v5e:2x4", "--workers=2"], "as in --topology=v5e:2x2, or --chips_per_node=8 where there are"),
+        (["run", "--topology=v5p:2x2x2", "--workers=2"], "as in --topology=v5p:2x2x1, or leave out --workers for one run of all"),
+        (["run", "--gpu=nvidia-l4", "--workers=2", "--nodes=3"], "and --nodes=3 makes it 3: give it one node"),
         (["logs"], "logs runs nothing"),
         (["up"], "begins with one of run, status, logs, delete, got 'up'"),
     ],
@@ -225,3 +234,24 @@ def test_pods_have_the_volumes_that_are_asked_for(programs, devices):
     (jobset,) = applied(programs, *devices, "--volume=claim=/shared")
     assert {"name": "claim", "mountPath": "/shared"} in container(jobset)["volumeMounts"]
     assert {"name": "claim", "persistentVolumeClaim": {"claimName": "claim"}} in job(jobset)["template"]["spec"]["volumes"]
+
+
+KEPT = ["gs://bucket/w", "/shared", "/shared/c06", "/shared/./a/../c06"]
+LOST = ["runs/w", "/tmp/w", "/shared2/w", "/shared/../tmp", "shared/w"]
+
+
+@pytest.mark.parametrize("workdir", [*KEPT, *LOST])
+def test_the_work_folder_outlives_the_pods(programs, capsys, workdir):
+    words = ["run", *HERE, "--topology=v5e:4x4", "--volume=other=/o", "--volume=claim=/shared/"]
+    assert launched(gke, *words, run=(f"--workdir={workdir}",)) == (0 if workdir in KEPT else 2)
+    told = f"--workdir={workdir} is on the disk of a pod, which goes away and which other pods do not see: name a bucket"
+    assert (told in capsys.readouterr().err) == (workdir in LOST) and len(programs.calls()) == (workdir in KEPT)
+    assert launched(gke, *words, "--dry_run", run=(f"--workdir={workdir}",)) == (0 if workdir in KEPT else 2)
+
+
+def test_the_work_folder_of_a_plan_and_of_xpk(programs, capsys):
+    assert launched(gke, "run", *HERE, "--topology=v5e:4x4", run=("--plan",)) == 0
+    words = ["run", *HERE, "--topology=v5e:4x4", "--through=xpk", "--cluster=c"]
+    assert launched(gke, *words, run=("--workdir=/w/c06",)) == 2
+    assert "say --shared_disk where a storage of xpk's is mounted there" in capsys.readouterr().err
+    assert launched(gke, *words, "--shared_disk", run=("--workdir=/w/c06",)) == 0

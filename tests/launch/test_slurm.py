@@ -91,9 +91,10 @@ def test_an_array_of_workers(programs, here):
     check(script)
 
 
-def test_workers_of_several_processes(programs, here):
-    script, _ = submitted(programs, "--workers=2", "--nodes=2", "--time=60")
-    assert command(script, here)[-2:] == ["--worker", "--distributed"]
+def test_a_worker_is_one_process_with_all_gpus_of_its_node(programs, here):
+    script, _ = submitted(programs, "--workers=2", "--gpus_per_node=8", "--time=60")
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(options(script))
+    assert command(script, here)[-2:] == ["--workdir=runs/w", "--worker"]
 
 
 def test_dry_run_prints_the_script_and_submits_nothing(programs, here, capsys):
@@ -137,6 +138,11 @@ def test_no_time_limits(limit):
         (("--time=60", "--sbatch=--comment=a\nb"), "line break"),
         (("--time=60", "--nodes=0"), "--nodes=0"),
         (("--time=60", "--gpus_per_node=8", "--tasks_per_node=4"), "give 8 (one a GPU) or 1"),
+        (
+            ("--time=60", "--workers=2", "--nodes=2"),
+            "--workers=2: a worker is one process, and --nodes=2 --tasks_per_node=1 makes it 2",
+        ),
+        (("--time=60", "--workers=2", "--gpus_per_node=8", "--tasks_per_node=8"), "makes it 8: give it one task on one node"),
     ],
 )
 def test_mistakes_are_one_sentence(programs, here, capsys, words, sentence):

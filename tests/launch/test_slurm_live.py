@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.conftest import CACHE
 from tests.launch.test_slurm import AWKWARD
 
 SECOND_START = 3  # seconds that a job has been seen in the queue again before it is started: slurmd counts in whole ones
@@ -42,7 +43,8 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 KillWait=10
 OverTimeLimit=0
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 Gres=gpu:2 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
@@ -50,7 +52,7 @@ PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2
 """
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
-names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID"
+names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES"
 mine = {name: os.environ.get(name) for name in names}
 restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 folder = pathlib.Path(next(word for word in sys.argv if word.startswith("--workdir=")).partition("=")[2])
@@ -84,7 +86,7 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A SLURM of one node with eight cores, on loopback, of this test alone: munged, slurmctld, slurmd."""
+    """A SLURM of one node with eight cores and what counts as two GPUs, on loopback, for this file: munged, slurmctld, slurmd."""
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
         pytest.skip(f"{', '.join(missing)} not installed: apt-get install slurm-wlm munge")
     if os.geteuid() != 0:
@@ -93,6 +95,7 @@ def cluster(tmp_path_factory):
     for name in ("state", "spool"):
         (folder / name).mkdir()
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, user="root", ports=free_ports(2)))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # two files that count as GPUs
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
     env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -193,6 +196,41 @@ def test_workers_are_an_array(job, tmp_path):
     began = [event for event in events(tmp_path) if event[0] == "began"]
     assert sorted(mine["SLURM_ARRAY_TASK_ID"] for _, _, mine, _ in began) == ["0", "1", "2"]
     assert all(argv[-1] == "--worker" for *_, argv in began)
+
+
+@pytest.mark.slow
+def test_a_worker_sees_all_gpus_of_its_node(job, tmp_path):
+    job("--workers=2", "--gpus_per_node=2", "--time=5", "--wait")
+    began = [event for event in events(tmp_path) if event[0] == "began"]
+    seen = [(mine["SLURM_ARRAY_TASK_ID"], mine["SLURM_NTASKS"], mine["CUDA_VISIBLE_DEVICES"]) for _, _, mine, _ in began]
+    assert sorted(seen) == [("0", "1", "0,1"), ("1", "1", "0,1")]
+    assert all("--distributed" not in argv for *_, argv in began)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_real_run_on_two_tasks(cluster, tmp_path):
+    """Two processes of one device each find each other by what SLURM says, train together, and the first reports."""
+    folder = tmp_path / "c06"
+    ours = ["--tasks_per_node=2", "--time=30", "--wait", f"--python={sys.executable}"]
+    theirs = ["--experiment=experiments/c06_positional_encoding.py", "--scale=smoke", "--arms=rope", "--seeds=1"]
+    root = str(pathlib.Path(__file__).parents[2])
+    env = {name: value for name, value in cluster.items() if not name.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "slurm")}
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}  # not the eight of these tests
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.slurm", *ours, "--", *theirs, f"--workdir={folder}"],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    said = "\n".join(log.read_text() for log in (tmp_path / "c06-logs").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + said
+    assert (folder / "report.html").stat().st_size > 0
+    assert f"0: report: {folder}/report.html" in said and "1: report:" not in said, "the first alone speaks"
+    assert "--distributed" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

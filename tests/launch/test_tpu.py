@@ -177,6 +177,12 @@ def test_dry_run_tells_it_all_and_calls_nothing(programs, capsys):
         (["run", "--topology=v5e:4x4x4"], RUN, "slices of v5e have 2 axes, as in v5e:16x16"),
         (["run", "--topology=tpu7x:4x4x4"], RUN, "the Cloud TPU API has no tpu7x: use python -m launch.gke"),
         (["run", "--topology=v5e:4x4", "--capacity=cheap"], RUN, "cheap"),
+        (
+            ["run", "--topology=v5e:4x4", "--worker"],
+            RUN,
+            "--worker: a worker is one process, and --topology=v5e:4x4 --slices=1 makes it 4",
+        ),
+        (["create", "--topology=v5e:2x2", "--slices=2", "--worker"], (), "give it one slice of one host, as in --topology=v5e:2x2"),
         (["walk"], RUN, "begins with one of run, create, status, logs, stop, delete, got 'walk'"),
         (["delete"], RUN, "delete runs nothing: leave out what stands after --"),
     ],
@@ -232,7 +238,7 @@ def until(done, seconds=10):
 
 def lines(capsys, *words):
     """The lines that hosts are given for a run, and for its stop, as a dry run prints them: part of it → line."""
-    assert launched(tpu, "run", *HERE, "--topology=v5e:4x4", "--env=A=b c$d", "--worker", "--dry_run", *words, run=RUN) == 0
+    assert launched(tpu, "run", *HERE, "--topology=v5e:2x4", "--env=A=b c$d", "--worker", "--dry_run", *words, run=RUN) == 0
     assert launched(tpu, "stop", *HERE, "--dry_run", run=()) == 0
     printed = [word for word in shlex.split(capsys.readouterr().out) if word.startswith("--command=")]
     parts = "uv pip", "setsid", "tail -n", "ended with", "kill -TERM", "|| true"
@@ -247,7 +253,7 @@ def test_a_host_runs_the_words_verbatim(host, capsys):
     assert host(line["ended with"]).stdout == "ended with 5\n"
     assert host(line["tail -n"]).stdout == "began\n"
     told, value = json.loads((host.home / "llm_jax" / "argv").read_text())
-    assert told == ["-m", "llm_jax", "run", *RUN, "--worker", "--distributed"] and value == "b c$d"
+    assert told == ["-m", "llm_jax", "run", *RUN, "--worker"] and value == "b c$d"
     assert host(line["|| true"]).stdout == ""
 
 
@@ -255,7 +261,7 @@ def test_a_host_that_is_stopped_lets_the_run_save_and_says_so(host, capsys):
     line = lines(capsys)
     assert host(line["setsid"], WAIT="60").returncode == 0
     until(lambda: "began" in (host.home / "llm_jax" / "run.log").read_text())
-    wanted = " ".join(["env", "A=b c$d", ".venv/bin/python", "-m", "llm_jax", "run", *RUN, "--worker", "--distributed"])
+    wanted = " ".join(["env", "A=b c$d", ".venv/bin/python", "-m", "llm_jax", "run", *RUN, "--worker"])
     assert host(line["|| true"]).stdout == wanted + "\n"
     again = host(line["setsid"])
     assert again.returncode == 3 and "a run is going on here already" in again.stderr
@@ -317,6 +323,8 @@ def test_until_stopped(tmp_path, number, code):
 def test_topologies():
     slice_ = accelerators.parse("v5p:4x4x8")
     assert (slice_.chips, slice_.type, slice_.nodes(None)) == (128, "v5p-256", (32, 4))
+    hosts = {"v5e:1x1": 1, "v5e:2x2": 1, "v5e:2x4": 1, "v6e:2x4": 1, "v5e:4x4": 4, "v6e:16x16": 64, "v4:2x2x1": 1, "v5p:2x2x2": 2}
+    assert {name: accelerators.parse(name).hosts for name in hosts} == hosts
     assert accelerators.parse("v6e:1x1").nodes(None) == (1, 1) and accelerators.parse("v6e:2x4").nodes(8) == (1, 8)
     with pytest.raises(LaunchError, match="which nodes of 3 do not make up"):
         accelerators.parse("v5e:4x4").nodes(3)
