@@ -118,16 +118,17 @@ def several() -> bool:
 
 def count() -> int:
     """Processes of the job."""
-    from jax._src import distributed
-
-    return distributed.global_state.num_processes or 1
+    return getattr(_joined(), "num_processes", None) or 1
 
 
 def index() -> int:
     """Which of them this is, from 0."""
-    from jax._src import distributed
+    return getattr(_joined(), "process_id", None) or 0
 
-    return distributed.global_state.process_id or 0
+
+def _joined() -> Any:
+    """JAX's own state of it; None: JAX was not imported, or not to the end, and cannot be now, as when it was interrupted there."""
+    return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
 
 
 def leads() -> bool:

@@ -1,5 +1,6 @@
 """`python -m llm_jax compile`: its sentences here, and, slow, what it finds with libtpu, which compiles for TPUs on any machine."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -110,13 +111,18 @@ def test_autoshard_ranks_meshes_without_libtpu(small, monkeypatch, capsys):
 slow = pytest.mark.slow
 
 
-@pytest.fixture
-def compiled(small, tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
     """What the command finds, by arms, and its exit code; in a process of its own, as XLA writes no program that it has cached."""
     pytest.importorskip("libtpu")
+    folder = tmp_path_factory.mktemp("compiled")
+    small = folder / "small.py"
+    small.write_text(SMALL.replace("DEPTH", "2"))
 
+    @functools.cache
     def command(*flags):
-        out, env = tmp_path / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu"}
+        out, env = folder / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu"}
+        out.unlink(missing_ok=True)
         given = [f"--experiment={small}", f"--out={out}", *flags]
         done = subprocess.run([sys.executable, "-m", "llm_jax", "compile", *given], env=env, capture_output=True, text=True)
         assert out.is_file(), done.stderr

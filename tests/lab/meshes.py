@@ -1,6 +1,8 @@
 """Small models trained on meshes of virtual devices: losses, gradients, and the messages of the compiled step, a JSON line each.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=16 python -m tests.lab.meshes NAME…
+
+Without names those that come in, a line each.
 """
 
 from __future__ import annotations
@@ -170,5 +172,5 @@ def compared(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or TABLE:
-        print(json.dumps(compared(name)), flush=True)
+    for name in sys.argv[1:] or sys.stdin:
+        print(json.dumps(compared(name.strip())), flush=True)

@@ -3,14 +3,17 @@
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.lab.restores FOLDER
 XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.lab.restores FOLDER HOST:PORT 2 INDEX
 
-Each call trains its own layouts, and restores on them all that the folder holds: a JSON line for each pair.
+Each call trains its own layouts, waits until the folder holds what the other has trained on its own, and restores all of that: a
+JSON line for each pair.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from llm_jax.core import distributed
 from llm_jax.core.config import override
 from llm_jax.core.mesh import Mesh
 from llm_jax.core.types import Batch
+from llm_jax.core.whole import write_whole
 from llm_jax.data.pipeline import Data
 from llm_jax.data.tokenizers import nameless
 from llm_jax.io.checkpoint import Checkpointer
@@ -36,6 +40,7 @@ from llm_jax.optim.optimizers import AdamW
 from llm_jax.train.pretrain import Train
 
 VOCABULARY, ROWS, LENGTH, STEPS, MEMBERS = 32, 8, 16, 2, 2
+PATIENCE = 900  # seconds in which all must have saved
 MODEL = Decoder(
     width=16, depth=2, attention=Attention(heads=4), ffn=MoE(experts=4, expert=Gated(ratio=1.0), balance=0.0), layers="scanned"
 )
@@ -55,11 +60,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "two processes, stage2-expert2-tensor2": {"stage": 2, "expert": 2, "tensor": 2},
     "two processes, population2-replica2-fsdp2": {"population": 2, "replica": 2, "fsdp": 2},
 }
+LAYOUTS = ALONE | TOGETHER
 
 
-def compiled(axes: dict[str, Any]) -> tuple[Compiled, list[Experiment]]:
+@functools.cache
+def compiled(name: str) -> tuple[Compiled, list[Experiment]]:
     """The program on a layout, whose devices are shared evenly by the processes, and its trials."""
-    axes = dict(axes)
+    axes = dict(LAYOUTS[name])
     layers, mesh = axes.pop("layers", "scanned"), Mesh(**{"data": 1, "population": 1} | axes)
     base = Experiment(
         data=Data(sequence_length=LENGTH, batch_size=ROWS),
@@ -109,9 +116,9 @@ def _numbers(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
 
 
-def train(folder: pathlib.Path, name: str, axes: dict[str, Any]) -> None:
-    """A checkpoint after STEPS, what it holds, and the losses of the step after it."""
-    program, experiments = compiled(axes)
+def train(folder: pathlib.Path, name: str) -> None:
+    """A checkpoint after STEPS, what it holds, and the losses of the step after it, which are there when all is."""
+    program, experiments = compiled(name)
     bound = program.bind(experiments)
     state = bound.init()
     for step in range(STEPS):
@@ -123,14 +130,14 @@ def train(folder: pathlib.Path, name: str, axes: dict[str, Any]) -> None:
     _, metrics = bound.steps(state, batches(STEPS, program))
     if distributed.leads():
         np.savez(folder / name / "held.npz", **held)
-        (folder / name / "losses.json").write_text(json.dumps(np.asarray(metrics["train/loss"].mean).tolist()))
+        write_whole(folder / name / "losses.json", json.dumps(np.asarray(metrics["train/loss"].mean).tolist()))
 
 
-def restore(folder: pathlib.Path, names: Sequence[str], onto: str, axes: dict[str, Any]) -> None:
-    """Each checkpoint on this layout: whether all numbers are those that were saved, and how far the next losses are apart."""
-    program, experiments = compiled(axes)
+def restore(folder: pathlib.Path, onto: str) -> None:
+    """Every checkpoint on this layout: whether all numbers are those that were saved, and how far the next losses are apart."""
+    program, experiments = compiled(onto)
     bound = program.bind(experiments)
-    for name in names:
+    for name in LAYOUTS:
         checkpointer = Checkpointer(folder / name / "checkpoints")
         step, state, _ = checkpointer.restore(bound.abstract)
         checkpointer.close()
@@ -151,11 +158,12 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         distributed.start(coordinator=sys.argv[2], processes=int(sys.argv[3]), process=int(sys.argv[4]))
     own = TOGETHER if distributed.several() else ALONE
-    for name, axes in own.items():
-        if not (folder / name / "losses.json").exists():
-            train(folder, name, axes)
-    distributed.meet("what all have saved")
-    saved = sorted(file.parent.name for file in folder.glob("*/losses.json"))
-    for onto, axes in own.items():
-        restore(folder, saved, onto, axes)
+    for name in own:
+        train(folder, name)
+    until = time.monotonic() + PATIENCE
+    while len(list(folder.glob("*/losses.json"))) < len(LAYOUTS):
+        assert time.monotonic() < until, "the others have not saved"
+        time.sleep(0.1)
+    for onto in own:
+        restore(folder, onto)
     distributed.end()

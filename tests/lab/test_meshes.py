@@ -30,27 +30,36 @@ def test_a_mesh_changes_no_number(name):
     Sent(TABLE[name], found).check()
 
 
-@pytest.fixture(scope="module")
-def table():
-    """All rows, from one process with sixteen devices."""
+@pytest.fixture(scope="session")
+def row(tmp_path_factory):
+    """What is found of a row, by a process with sixteen devices: every worker has one, and asks it for its own rows."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
     given = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     given |= {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
-    done = subprocess.run([sys.executable, "-m", "tests.lab.meshes"], env=given, capture_output=True, text=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["row"]: row for row in rows}, done.stderr[-2000:]
+    errors, pipes = tmp_path_factory.mktemp("meshes") / "err", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with open(errors, "w") as err:
+        asked = subprocess.Popen([sys.executable, "-m", "tests.lab.meshes"], env=given, stderr=err, text=True, **pipes)
+
+    def found(name):
+        print(name, file=asked.stdin, flush=True)
+        line = asked.stdout.readline()
+        assert line, errors.read_text()[-2000:]
+        return json.loads(line)
+
+    with asked:
+        yield found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
-def test_the_table(table, name):
-    rows, said = table
-    assert name in rows, said
-    check(rows[name])
-    Sent(TABLE[name], rows[name]).check()
+def test_the_table(row, name):
+    found = row(name)
+    assert found["row"] == name
+    check(found)
+    Sent(TABLE[name], found).check()
 
 
 class Sent:

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from llm_jax.io import checkpoint
+from tests.forked import Forked, started
 from tests.lab.test_runner import command, environment, outcomes, run
 
 EXPERIMENT = """
@@ -31,6 +33,23 @@ experiment = Experiment(
     checkpoints=Checkpoints(every={steps}))
 """
 KILLS, STEPS = 20, 3000
+WHILE_IMPORTING = """
+import signal, sys
+class Stops:
+    def find_spec(self, name, path, target=None):
+        if name == "jax._src.cloud_tpu_init":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Stops())
+sys.argv = ["llm_jax", "run", "--workdir=none"]
+from llm_jax.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_one_that_is_stopped_while_it_imports_jax_does_not_ask_it_who_it_is():
+    done = subprocess.run([sys.executable, "-c", WHILE_IMPORTING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "stopped at once; the same command again goes on from what is saved\n")
 
 
 @pytest.mark.slow
@@ -56,21 +75,25 @@ def test_twenty_preemptions_leave_the_numbers_as_they_are(tmp_path):
 
 
 def _preempted(declared, workdir, chance: random.Random, most: int) -> tuple[list[tuple[int, str]], str]:
-    """Code and words of each process that was stopped, at most so many, and the words of the one that finished."""
+    """Code and words of each process that was stopped, at most so many, and the words of the one that finished.
+
+    Those that are stopped early are commands, which Python starts first.
+    """
     ends, ending = list[tuple[int, str]](), True
     while True:
-        process = subprocess.Popen(
-            command(declared, workdir), env=environment(declared), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if len(ends) < most:
-            _wait(process, workdir, chance, early=len(ends) % 3 == 0)
+        early, stops = len(ends) % 3 == 0, len(ends) < most
+        files = [workdir.with_suffix(f".{len(ends)}.{name}") for name in ("out", "err")]
+        process = (started if early and stops else Forked)(command(declared, workdir), environment(declared), *files)
+        if stops:
+            _wait(process, workdir, chance, early=early)
             ending = process.poll() is not None or _records(workdir) > STEPS // 50 - 10
             process.send_signal(signal.SIGTERM)
-        said, told = process.communicate(timeout=300)
-        if process.returncode == 0 and "report:" in said:
+        code = process.wait(timeout=300)
+        said, told = (file.read_text() for file in files)
+        if code == 0 and "report:" in said:
             assert ending or len(ends) == most, "a signal was lost"
             return ends, told
-        ends.append((process.returncode, told))
+        ends.append((code, told))
 
 
 def _steps(pattern: str, ends: list[tuple[int, str]]) -> list[int]:
@@ -84,7 +107,7 @@ def _final(workdir: pathlib.Path):
     return found
 
 
-def _wait(process: subprocess.Popen, workdir: pathlib.Path, chance: random.Random, *, early: bool) -> None:
+def _wait(process: subprocess.Popen | Forked, workdir: pathlib.Path, chance: random.Random, *, early: bool) -> None:
     """Until some moment: of the first seconds, or of the training."""
     before = _records(workdir)
     deadline = time.monotonic() + (chance.uniform(0.5, 4.0) if early else 120)

@@ -1,10 +1,10 @@
 """Several processes finish one ablation: whoever is killed, stopped or slow, the results are those of one."""
 
 import json
+import os
 import pathlib
 import random
 import signal
-import subprocess
 import time
 
 import pytest
@@ -13,18 +13,16 @@ from llm_jax.core.config import ConfigError
 from llm_jax.lab import group, runner
 from llm_jax.lab.experiment import load
 from llm_jax.lab.workfolder import WorkFolder
+from tests.forked import Forked
 from tests.lab.test_runner import command, declared, environment, outcomes  # noqa: F401
 
 STEPS = 120
 FLAGS = ("--worker", "--lease=6", "--population=1", f"--set=train.steps={STEPS}")
 
 
-def start(declared, workdir, log: pathlib.Path) -> subprocess.Popen:  # noqa: F811
+def start(declared, workdir, log: pathlib.Path) -> Forked:  # noqa: F811
     one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    with open(log, "w") as err:
-        return subprocess.Popen(
-            command(declared, workdir, *FLAGS), env=environment(declared) | one_device, stdout=subprocess.DEVNULL, stderr=err
-        )
+    return Forked(command(declared, workdir, *FLAGS), environment(declared) | one_device, pathlib.Path(os.devnull), log)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def wait_until(true, *, seconds=300.0):
         time.sleep(0.05)
 
 
-def recorded(workdir, worker: subprocess.Popen) -> int:
+def recorded(workdir, worker: Forked) -> int:
     """How many records there are of the trial that a worker is training."""
     shared = workdir / "shared"
     groups = {k: v for file in shared.glob("groups/*.json") for k, v in json.loads(file.read_text())["groups"].items()}
