@@ -82,6 +82,24 @@ def test_a_population_padded_for_other_devices_comes_back(tmp_path, members):
     assert_equal(*(jax.tree.map(lambda x: x[:kept], tree) for tree in (restored, state(20))))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("written, asked", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+def test_what_comes_back_as_another_dtype_is_what_numpy_casts_it_to(tmp_path, written, asked, parts):
+    where = state(parts=parts)["w"].sharding
+    numbers = np.random.default_rng(0).normal(size=(8, 512)).astype(written)
+    numbers[:, :4] = [0.0, -0.0, np.inf, 1 + 2**-8]  # the last lies between two numbers of bfloat16
+    checkpointer = Checkpointer(tmp_path / "c", warn=pytest.fail)
+    assert checkpointer.save(10, {"params": {"w": jax.device_put(numbers, where)}}, {}, {})
+    checkpointer.close()
+    cast, like = numbers.astype(asked), {"params": {"w": jax.ShapeDtypeStruct((8, 512), asked, sharding=where)}}
+    assert (cast.astype("float64") != numbers.astype("float64")).any() == (written == "float32")
+    _, restored, _ = Checkpointer(tmp_path / "c", warn=pytest.fail).restore(like)
+    _, part = checkpoint.read(tmp_path / "c", {"params": None}, layout=lambda _: like)
+    for found in (restored, part):
+        assert found["params"]["w"].dtype == asked and found["params"]["w"].sharding.is_equivalent_to(where, 2)
+        np.testing.assert_array_equal(np.asarray(found["params"]["w"]).view("uint8"), cast.view("uint8"))
+
+
 def _flip(file: pathlib.Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from tests.lab.meshes import LENGTH, ROWS, TABLE, VOCABULARY, Row
 
 QUICK = ("dense-population2-stage2", "experts-sequence2")
 COUNTED = 1024  # bytes up to which a message is one of numbers, or of a norm's scales
-WEIGHTS = {"fsdp", "expert", "sequence"}  # the axes that kernels are gathered along
+WEIGHTS = ("fsdp", "expert", "sequence")  # the axes that kernels are gathered along
 
 
 def check(found: dict) -> None:
@@ -82,43 +83,47 @@ class Sent:
 
     def check(self) -> None:
         assert not [one for one in self.all if "population" in one.axes], "trials have nothing to say to each other"
-        if self.axes["population"] > 1:
-            return  # within a `shard_map` the compiler gathers rows for the gradient of the embedding too
         self.check_weights()
         self.check_gradients()
-        self.check_keys()
-        self.check_stages()
         self.check_experts()
+        if self.axes["population"] == 1:  # within a `shard_map` rows are gathered for the gradient of the embedding too
+            self.check_keys()
+            self.check_stages()
 
-    def kernels(self) -> tuple[set[float], set[float]]:
-        """Bytes of a layer's kernels (and of the table) as they are used, and of those that experts have."""
-        shapes = jax.tree_util.tree_leaves_with_path(abstract_parameters(self.row.model, VOCABULARY))
-        own, experts = set(), set()
+    def kernels(self) -> tuple[Counter[float], Counter[float]]:
+        """Bytes of a layer's kernels as a device uses them → how many have so many; and the same of those that experts have."""
+        shapes = jax.tree_util.tree_leaves_with_path(abstract_parameters(self.row.model, VOCABULARY)["layers"])
+        own, experts = Counter[float](), Counter[float]()
         for path, leaf in shapes:
-            names = [getattr(key, "key", "") for key in path]
-            size = leaf.size * 4 // (self.row.model.depth if "layers" in names else 1)
+            names, size = [getattr(key, "key", "") for key in path], leaf.size * 4 / self.row.model.depth
             if "experts" in names:
-                experts.add(size / (self.axes["expert"] * self.axes["tensor"]))
-            else:
-                own |= {size, size / self.axes["tensor"]}
+                experts[size / (self.axes["expert"] * self.axes["tensor"])] += 1
+            elif "kernel" in names:
+                own[size / (1 if "router" in names else self.axes["tensor"])] += 1
         return own, experts
 
     def check_weights(self) -> None:
-        """One layer's kernels are gathered along the axes that split them, forwards and again for the gradient; the table once."""
+        """A layer's kernels are gathered along the axes that split them, forwards and again for the gradient; the table once.
+
+        Experts' kernels stay where they are, and are gathered along the others.
+        """
         own, experts = self.kernels()
-        gathered = [
-            one for one in self.large if one.kind == "all-gather" and one not in self.keys() + self.over("all-gather", "stage")
-        ]
-        for one in gathered:
-            assert set(one.axes) <= WEIGHTS and one.bytes in own | experts, one
-            assert one.bytes in own or "expert" not in one.axes, f"experts' kernels should stay where they are: {one}"
-        split = any(self.axes[axis] > 1 for axis in WEIGHTS)
-        dense, banks = (4 + 3, 0) if self.row.model is meshes.DENSE else (4 + 1, 3)
-        banks *= self.axes["fsdp"] * self.axes["sequence"] > 1
-        count, once = sum(one.count for one in gathered), self.runs * (dense + banks) * split
-        # for the gradient the compiler may gather twice; a stage of one layer has it gathered before its turns
-        least = 0 if self.axes["stage"] == self.row.model.depth else 2
-        assert least * once + split <= count <= 3 * once + split, gathered
+        along, inside = (tuple(axis for axis in axes if self.axes[axis] > 1) for axes in (WEIGHTS, ("fsdp", "sequence")))
+        # a stage of one layer has it gathered in one turn less
+        times = 2 * (self.runs - (self.axes["stage"] == self.row.model.depth))
+        expected = Counter({(along, size): times * count for size, count in own.items() if along})
+        expected += Counter({(inside, size): times * count for size, count in experts.items() if inside})
+        within = self.axes["population"] > 1  # a `shard_map`, where what embedding and head gather is not found to be the same
+        expected += Counter({(along, 4 * VOCABULARY * self.row.model.width / self.axes["tensor"]): 1 + within} if along else {})
+        if self.row.axes.keys() == {"replica", "data", "fsdp", "tensor"}:  # two more of each feed-forward layer: why is not known
+            expected[along, max(own)] += 2 * self.runs
+        found, others = Counter[tuple[tuple[str, ...], float]](), self.keys() + self.over("all-gather", "stage")
+        if within:
+            others += [one for one in self.all if "embedding/scatter-add" in one.label]
+        for one in self.large:
+            if one.kind == "all-gather" and one not in others:
+                found[one.axes, one.bytes] += one.count
+        assert found == expected
 
     def check_gradients(self) -> None:
         """Every gradient is summed once, where rows or tokens are split."""

@@ -5,14 +5,19 @@ import os
 import pathlib
 import random
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from llm_jax.io import checkpoint
+from llm_jax.io.nearby import REST
 from tests.conftest import CACHE
 from tests.forked import Forked
 
@@ -32,6 +37,9 @@ experiment = override(
 GONE = re.compile(r"process \d( \(.*, pid \d+\))? is gone|another task died")
 STARTED = []
 STEPS = 200
+RARELY = "--set=checkpoints.every=100000"
+LONG = 600  # steps of a run that can be stopped in the middle: a signal is heard within about a second
+PACKAGE = pathlib.Path(__file__).parents[2] / "llm_jax"
 DEADLINE = 60  # seconds in which the others must have stopped
 
 
@@ -47,8 +55,8 @@ def environment(devices):
     return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags}
 
 
-def start(count, folder, *more, devices=2, each=None, **given):
-    """So many processes of one run; each: what one of them is given besides."""
+def start(count, folder, *more, devices=2, each=None, cwd=None, forked=True, **given):
+    """So many processes of one run; each, cwd: what one of them is given besides, and where it is."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -58,7 +66,12 @@ def start(count, folder, *more, devices=2, each=None, **given):
         line = command(folder, *own, *more, *((each or {}).get(index, [])), **given)
         log = folder.with_suffix(f".{index}.log")
         log.unlink(missing_ok=True)
-        processes.append(Forked(line, environment(devices), log))
+        if forked:
+            processes.append(Forked(line, environment(devices), log))
+        else:
+            with open(log, "w") as said:
+                where = (cwd or {}).get(index)
+                processes.append(subprocess.Popen(line, stdout=said, stderr=said, env=environment(devices), cwd=where))
     STARTED.extend(processes)
     return processes
 
@@ -149,6 +162,68 @@ def until(condition, seconds=240):
         time.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run of two processes that nobody stops."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended(start(2, folder, RARELY, steps=LONG, forked=False), folder)
+    return folder
+
+
+def trained(folder):
+    """The state at the end, as it was saved."""
+    (checkpoints,) = folder.glob("groups/*/checkpoints")
+    step, found = checkpoint.read(checkpoints, {"params": None, "opt_state": None})
+    assert step == LONG
+    return found
+
+
+def assert_as_undisturbed(folder, undisturbed):
+    assert result(folder)["metrics"] == result(undisturbed)["metrics"] and records(folder) == records(undisturbed)
+    jax.tree.map(np.testing.assert_array_equal, trained(folder), trained(undisturbed))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_has_both_save_and_leaves_the_numbers_as_they_are(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    processes = start(2, folder, RARELY, steps=LONG, forked=False)
+    until(lambda: lines(folder))
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(DEADLINE) for process in processes] == [0, 0], said(folder, 0) + said(folder, 1)
+    found = re.search(r"stopped at step (\d+); the same command again goes on from there", said(folder, 0))
+    assert found and "stopped" not in said(folder, 1), said(folder, 0) + said(folder, 1)
+    (checkpoints,) = folder.glob("groups/*/checkpoints")
+    assert checkpoint.steps(checkpoints, whole=True) == [step := int(found[1])] and step < LONG
+    ended(start(2, folder, RARELY, steps=LONG, forked=False), folder)
+    assert f"going on after step {step}\n" in said(folder, 0)
+    assert_as_undisturbed(folder, undisturbed)
+
+
+def copied(near):
+    """Steps of the copies that both of two processes have whole."""
+    folders = [[one.parent for one in near.glob(f"*/*/process_{index}/*/{REST}")] for index in range(2)]
+    return sorted(set.intersection(*({int(one.name) for one in each if one.name.isdigit()} for each in folders)))
+
+
+@pytest.mark.slow
+def test_what_is_killed_goes_on_from_the_newest_copies_nearby_that_both_have(undisturbed, tmp_path):
+    folder, near = tmp_path / "run", tmp_path / "near"
+    flags = ["--set=checkpoints.every=200", f"--set=checkpoints.nearby={near}", "--set=checkpoints.nearby_every=20"]
+    processes = start(2, folder, *flags, steps=LONG, forked=False)
+    until(lambda: list(folder.glob("groups/*/checkpoints/200")) and sum(step > 200 for step in copied(near)) > 1)
+    for process in processes:
+        process.kill()
+    assert [process.wait(DEADLINE) for process in processes] == [-signal.SIGKILL] * 2
+    if len(copied(near)) > 1:  # as if one had been killed before the other
+        shutil.rmtree(next(near.glob(f"*/*/process_1/{copied(near)[-1]}")))
+    step, saved = copied(near)[-1], [int(one.name) for one in folder.glob("groups/*/checkpoints/*") if one.name.isdigit()]
+    assert max(saved) < step < LONG
+    ended(start(2, folder, *flags, steps=LONG, forked=False), folder)
+    assert f"going on after step {step}\n" in said(folder, 0)
+    assert_as_undisturbed(folder, undisturbed)
+    assert not copied(near), "of what is finished there is nothing to go on with"
+
+
 @pytest.mark.slow
 def test_processes_that_do_not_run_the_same_say_so_and_stop(tmp_path):
     folder = tmp_path / "run"
@@ -156,6 +231,22 @@ def test_processes_that_do_not_run_the_same_say_so_and_stop(tmp_path):
     assert [process.wait(DEADLINE * 2) for process in processes] == [2, 2]
     assert re.search(r"error: the experiment differs: process 1 \(.*\) has '\w+' and process 0", said(folder, 0)), said(folder, 0)
     assert "error" not in said(folder, 1)
+
+
+@pytest.mark.slow
+def test_processes_whose_code_differs_say_so_and_stop(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(PACKAGE, other / "llm_jax")
+    with open(other / "llm_jax" / "optim" / "schedules.py", "a") as changed:
+        changed.write("CHANGED = True\n")
+    folder = tmp_path / "run"
+    processes = start(2, folder, cwd={1: other}, forked=False)
+    assert [process.wait(DEADLINE * 2) for process in processes] == [2, 2]
+    told = re.search(
+        r"error: the code differs: process 1 \(.*\) has '(\w+)' and process 0 \(.*\) '(\w+)'; install", said(folder, 0)
+    )
+    assert told and told[1] != told[2], said(folder, 0)
+    assert "error" not in said(folder, 1) and not (folder / "trials").exists()
 
 
 def lone(*flags, **environ):
