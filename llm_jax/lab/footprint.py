@@ -115,11 +115,14 @@ def _layers(experiment: Experiment, mesh: Mapping[str, int]) -> Iterator[_Kept]:
         given = {"cross": cross, "inputs": experiment.lengths[1] or words, "segmented": experiment.data.packing.segmented}
         for layer, number in kinds(stack).items():
             left, most = (residuals.kept(stack, layer, length, **given, again=again) for again in (False, True))
-            beside = rows * length * (_travelling(stack, layer, mesh) + _whole_keys(experiment, stack, layer, mesh)) / tensor / cut
             until, during = (rows * (one.whole + one.split / tensor) / cut for one in (left, most))
-            again = stack.remat != "none"
-            own = number * (turns * (until + (0 if again else beside)) + _copied(experiment, stack, layer, mesh, left.weights))
-            yield _Kept(own, during + beside if again else 0.0)
+            tokens = rows * length / tensor / cut
+            keys, sent = tokens * _whole_keys(experiment, stack, layer, mesh), tokens * _travelling(stack, layer, mesh)
+            if stack.remat == "none":
+                until, during = until + keys + tokens * _received(stack, layer, mesh), 0.0
+            else:
+                during += keys
+            yield _Kept(number * (turns * until + _copied(experiment, stack, layer, mesh, left.weights)), during + sent)
 
 
 def _rows(experiment: Experiment, mesh: Mapping[str, int]) -> int:
@@ -128,19 +131,20 @@ def _rows(experiment: Experiment, mesh: Mapping[str, int]) -> int:
 
 
 def _ending(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
-    """Bytes of the logits that are judged at once and their gradient, and of what the last norm leaves, in float32, and makes."""
-    final, tensor = experiment.model.final, mesh.get("tensor", 1)
+    """Bytes of the logits that are judged at once, in float32, and their gradient, in the compute dtype; and of what the last norm
+    leaves, in float32, and makes."""
+    final, tensor, size = experiment.model.final, mesh.get("tensor", 1), experiment.model.final.precision.dtype.itemsize
     tokens, ids = _rows(experiment, mesh) * experiment.lengths[0] // mesh.get("sequence", 1), vocabulary // tensor
     judged = -(-tokens // block_count(tokens, ids))
-    return 4.0 * 2 * ids * judged + tokens * final.width * (4 * NORM + 2 * final.precision.dtype.itemsize)
+    return (4.0 + size) * ids * judged + tokens * final.width * (4 * NORM + 2 * size)
 
 
 def _copied(experiment: Experiment, stack: Stack, layer: Layer, mesh: Mapping[str, int], weights: float) -> float:
-    """Bytes that are kept of one layer's matrices, in the pieces in which devices hold them: in the compute dtype where nothing is
-    computed again; in stages in every turn, and there in float32 where it is, as they are what the layer is computed from."""
+    """Bytes that are kept of one layer's matrices, in the pieces in which devices hold them: `weights` in the compute dtype; where
+    stages have other layers in every round, the matrices of each turn, and the sum of their gradients over the turns."""
     plan, entries = schedule(experiment, mesh), layer_parameters(stack, layer)
-    if plan.stages > 1:
-        weights = (ENTRY * entries if stack.remat != "none" else weights) * plan.turns / plan.rounds
+    if plan.rounds > 1:
+        weights = (stack.precision.dtype.itemsize * plan.turns / plan.rounds + ENTRY) * entries
     share = sum(own / parts(mesh, over) for own, over in split_weights(experiment, mesh, stack, layer)) / max(entries, 1)
     return weights * share / mesh.get("tensor", 1) / plan.stages
 
@@ -160,6 +164,15 @@ def _travelling(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
     ffn, more = layer.ffn, room(layer, mesh)
     hidden = ffn.active * ffn.expert.hidden(stack.width) * (ffn.branches + 1)
     return stack.precision.dtype.itemsize * (2 * (3 + 4 * more) * ffn.active * stack.width + (more - 1) * hidden)
+
+
+def _received(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
+    """Bytes for each token that experts keep of places beyond those that are filled on average: of what they read and answer, and
+    of their hidden units before and after they are bent and joined."""
+    if mesh.get("expert", 1) == 1 or not isinstance(layer.ffn, MoE):
+        return 0.0
+    hidden = layer.ffn.expert.hidden(stack.width) * (2 * layer.ffn.branches + 1)
+    return stack.precision.dtype.itemsize * (room(layer, mesh) - 1) * layer.ffn.active * (2 * stack.width + hidden)
 
 
 def _gathered(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:

@@ -87,8 +87,8 @@ class Traced:
         makers = {made: equation for equation in jaxpr.eqns for made in equation.outvars}
         padded, multiplied = (_touched(jaxpr, makers, names) for names in (KERNELS, KERNELS | PRODUCTS))
         found: dict[Any, float] = {}
-        for one in jaxpr.outvars:
-            source = _source(one, makers) if isinstance(one, core.Var) and one not in parameters else None
+        for one, varies in zip(jaxpr.outvars, _varying(jaxpr, [True] * len(jaxpr.invars)), strict=True):
+            source = _source(one, makers) if varies and one not in parameters else None
             if source is not None and (source in multiplied or not self.operands):
                 found[source] = max(found.get(source, 0.0), _size(one, one in padded))
         cut = sum(size for one, size in found.items() if self._is_cut(one.aval.shape))
@@ -110,17 +110,20 @@ class Traced:
         block = Block(self.stack, self.layer, self.cross)
         stream = jax.eval_shape(self.stack.residual.open, self._array(rows, self.length, self.stack.width))
         context, number = self._context(rows), jax.ShapeDtypeStruct((), jnp.int32)
-        keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        key = jax.eval_shape(lambda: jax.random.key(0))
 
-        def run(params: Any, x: jax.Array, context: Context, number: jax.Array) -> Any:
-            return block.apply({"params": params}, x, number, context, rngs={"dropout": keys["dropout"]}, mutable=["routing"])
+        def run(params: Any, x: jax.Array, context: Context, number: jax.Array, key: jax.Array) -> Any:
+            return block.apply({"params": params}, x, number, context, rngs={"dropout": key}, mutable=["routing"])
 
-        def gradient(params: Any, x: jax.Array, context: Context, number: jax.Array) -> Any:
+        def gradient(params: Any, x: jax.Array, context: Context, number: jax.Array, key: jax.Array) -> Any:
             own = run if self.policy is None else jax.checkpoint(run, policy=self.policy)
-            return jax.vjp(lambda params, x, context: own(params, x, context, number), params, x, context)[1]
+            return jax.vjp(lambda params, x, context: own(params, x, context, number, key), params, x, context)[1]
 
-        params = jax.eval_shape(lambda *given: unbox(block.init(keys, *given))["params"], stream, number, context)
-        jaxpr = jax.make_jaxpr(gradient)(params, stream, context, number).jaxpr
+        def init(key: jax.Array, *given: Any) -> Any:
+            return unbox(block.init({"params": key, "dropout": key}, *given))["params"]
+
+        params = jax.eval_shape(init, key, stream, number, context)
+        jaxpr = jax.make_jaxpr(gradient)(params, stream, context, number, key).jaxpr
         count = len(jax.tree.leaves(params))
         streams = set(jaxpr.invars[count : count + 1])
         return jaxpr, set(jaxpr.invars) - streams
@@ -138,6 +141,17 @@ class Traced:
         shared = stack.position.shared(stack.heads_for_bias, param=parameter)
         memory = Memory(self._array(rows, self.inputs, stack.width), places(self.inputs)) if self.cross else None
         return Context(places(self.length), shared, stack.dropout.rates(), memory)
+
+
+def _varying(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+    """Which of a program's results depend on those of its inputs: the others, such as where a mask hides what, are constants."""
+    found = {one for one, varies in zip(jaxpr.invars, inputs, strict=True) if varies}
+    for equation in jaxpr.eqns:
+        given = [isinstance(one, core.Var) and one in found for one in equation.invars]
+        inner = list(_called(equation)) if equation.primitive.name in ("jit", "pjit") else []
+        made = _varying(inner[0], given) if inner else [any(given)] * len(equation.outvars)
+        found |= {one for one, varies in zip(equation.outvars, made, strict=True) if varies}
+    return [isinstance(one, core.Var) and one in found for one in jaxpr.outvars]
 
 
 def _source(one: Any, makers: Any) -> Any:

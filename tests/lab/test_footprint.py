@@ -52,7 +52,19 @@ COMPILED = {
     "plain": (experiment(), {"fsdp": 4}, 2.450),
     "plain, again": (experiment(remat="full"), {"fsdp": 4}, 0.864),
     "gated": (experiment(ffn=Gated(), norm=RMSNorm(), attention=Attention(heads=8, kv_heads=2)), {"fsdp": 4}, 2.965),
+    "scores": (experiment(depth=4, attention=Attention(heads=8, backend="dense")), {"fsdp": 4}, 2.147),
+    "tensor": (experiment(mesh=Mesh(population=1, data=1, fsdp=2, tensor=2)), {"fsdp": 2, "tensor": 2}, 3.199),
     "experts": (experiment(depth=4, ffn=MIXTURE, norm=RMSNorm()), {"fsdp": 4}, 2.188),
+    "experts, shared": (
+        experiment(depth=4, ffn=MIXTURE, norm=RMSNorm(), mesh=Mesh(population=1, data=1, fsdp=1, expert=4)),
+        {"expert": 4},
+        3.941,
+    ),
+    "stages, again": (
+        experiment(remat="full", mesh=Mesh(population=1, data=1, fsdp=2, stage=2, microbatches=4)),
+        {"fsdp": 2, "stage": 2},
+        0.909,
+    ),
     "GPT-2": (small_gpt2(32), {"data": 4}, 9.436),  # heads of 64 channels, which kernels fill up
 }
 

@@ -33,14 +33,14 @@ def test_attention_leaves_what_its_kernel_reads_and_writes(heads, filled):
     assert found.weights == pytest.approx(2 * 4 * D * D, rel=0.01)
 
 
-def test_hidden_units_are_kept_before_and_after_they_are_bent():
+def test_hidden_units_are_kept_and_norms_in_float32():
     found = kept(**HIDDEN)
     assert found.whole == 2 * L * D
-    assert found.split == L * 4 * D * (2 + 2 + 1)  # which of them are 0 too
+    assert found.split == L * 4 * D * (2 + 1)  # and which of them are 0
     assert found.weights == 2 * 2 * D * 4 * D
     normed = kept(**HIDDEN, norm=RMSNorm())
     assert normed.split == found.split
-    assert normed.whole - found.whole == pytest.approx(3 * 4 * L * D, rel=0.01)  # in float32
+    assert normed.whole - found.whole == pytest.approx(3 * 4 * L * D, rel=0.01)
 
 
 def test_what_is_computed_again_is_not_kept():
