@@ -14,8 +14,8 @@ from llm_jax.core import platform
 from llm_jax.core.chips import Topology
 from llm_jax.core.mesh import BATCH
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.footprint import ENTRY, held, kinds, parts, room
-from llm_jax.lab.messages import messages, schedule
+from llm_jax.lab.footprint import ENTRY, held, kinds, parts, room, schedule
+from llm_jax.lab.messages import messages
 from llm_jax.models import count
 from llm_jax.models.block import Layer, layer_entries
 from llm_jax.nn.moe import MoE

@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from llm_jax.core import platform
 from llm_jax.core.mesh import BATCH
 from llm_jax.core.sharding import dividing, rules
 from llm_jax.lab.experiment import Experiment
-from llm_jax.models import count
+from llm_jax.models import residuals
 from llm_jax.models.block import Layer, layer_parameters
-from llm_jax.models.model import Model
+from llm_jax.models.pipeline import Schedule
 from llm_jax.models.stack import Stack
 from llm_jax.nn.dispatch import Dropless
+from llm_jax.nn.kernels.blocks import block_count
 from llm_jax.nn.moe import MoE
 
 ENTRY = 4  # bytes of a parameter, its gradient, or one of the optimizer's numbers
+NORM = 3  # float32 arrays as wide as the stream that a norm leaves to its gradient
 
 
 def parts(mesh: Mapping[str, int], axes: Sequence[str]) -> int:
@@ -71,36 +75,85 @@ def held(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> fl
     return total / tensor
 
 
+def schedule(experiment: Experiment, mesh: Mapping[str, int]) -> Schedule:
+    """How rows go through the stages of a mesh."""
+    stages, given = mesh.get("stage", 1), experiment.mesh
+    return Schedule(stages, given.rounds if stages > 1 else 1, given.microbatches or stages, 1)
+
+
 def memory(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
     """Bytes of a device at the peak of a step: parameters, gradients, moments, weights gathered for one layer, and what is kept."""
-    own = ENTRY * held(experiment, vocabulary, mesh) * (2 + experiment.optimizer.slots)
+    train = experiment.train
+    copies = 2 + experiment.optimizer.slots + (train.average is not None) + (train.accumulate > 1)  # sums over micro-batches
+    own = ENTRY * held(experiment, vocabulary, mesh) * copies
     return own + _gathered(experiment, vocabulary, mesh) + kept(experiment, vocabulary, mesh)
 
 
 def kept(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
-    """Bytes that one device keeps of its rows for the backward pass: the stream that every layer begins with is whole on each."""
-    model, micro = experiment.model, experiment.data.batch_size // experiment.train.accumulate
-    words, inputs = experiment.lengths
-    rows, slots = max(micro // parts(mesh, BATCH), 1), experiment.optimizer.slots
-    whole = _of_rows(model, vocabulary, rows, words, slots, inputs)
-    stream = sum(s.depth * s.precision.dtype.itemsize * s.width * rows * words for s in model.stacks.values())
-    layer = max(_travelling(stack, layer, mesh) for stack in model.stacks.values() for layer in kinds(stack)) * rows * words
-    return (stream + (whole - stream + layer) / mesh.get("tensor", 1)) / mesh.get("sequence", 1)
+    """Bytes that one device keeps of its rows for the backward pass, and needs beside them at its peak: where logits are judged, or
+    in the layer that is computed again."""
+    with platform.targeting("tpu"):
+        layers = list(_layers(experiment, mesh))
+        return sum(one.until for one in layers) + max(_ending(experiment, vocabulary, mesh), *(one.during for one in layers))
 
 
-@functools.lru_cache
-def _of_rows(model: Model, vocabulary: int, rows: int, words: int, slots: int, inputs: int | None) -> float:
-    """Bytes of a device that has all axes but those of rows for itself."""
-    with_rows, without = (count.training_memory(model, vocabulary, n, words, slots, inputs) for n in (rows, 0))
-    return with_rows - without - rows * words * sum(_written_out(stack, words) for stack in model.stacks.values())
+class _Kept(NamedTuple):
+    """Bytes of a device. until: of all layers of a kind until they are differentiated; during: of one while it is."""
+
+    until: float
+    during: float
 
 
-def _written_out(stack: Stack, words: int) -> float:
-    """Bytes for each token that `models.count` has for scores, which kernels write nowhere."""
-    found = [
-        2 * 4 * layer.attention.heads_for_bias * words for layer in stack.in_full if layer.attention and layer.attention.attends
-    ]
-    return max(found, default=0) if stack.remat != "none" else sum(found)
+def _layers(experiment: Experiment, mesh: Mapping[str, int]) -> Iterator[_Kept]:
+    """Of every kind of layer."""
+    model, plan, words = experiment.model, schedule(experiment, mesh), experiment.lengths[0]
+    rows, cut, tensor = _rows(experiment, mesh), mesh.get("sequence", 1), mesh.get("tensor", 1)
+    turns = plan.turns / (plan.micro * plan.rounds)  # idle ones leave as much behind
+    for stack in model.stacks.values():
+        cross = model.across if stack is model.final else None
+        length = words if stack is model.final else experiment.lengths[1] or words
+        given = {"cross": cross, "inputs": experiment.lengths[1] or words, "segmented": experiment.data.packing.segmented}
+        for layer, number in kinds(stack).items():
+            left, most = (residuals.kept(stack, layer, length, **given, again=again) for again in (False, True))
+            until, during = (rows * (one.whole + one.split / tensor) / cut for one in (left, most))
+            tokens = rows * length / tensor / cut
+            keys, sent = tokens * _whole_keys(experiment, stack, layer, mesh), tokens * _travelling(stack, layer, mesh)
+            if stack.remat == "none":
+                until, during = until + keys + tokens * _received(stack, layer, mesh), 0.0
+            else:
+                during += keys
+            yield _Kept(number * (turns * until + _copied(experiment, stack, layer, mesh, left.weights)), during + sent)
+
+
+def _rows(experiment: Experiment, mesh: Mapping[str, int]) -> int:
+    """Rows of a device that are worked on at once; where layers are in stages it has as many of fewer layers."""
+    return max(experiment.data.batch_size // experiment.train.accumulate // parts(mesh, BATCH), 1)
+
+
+def _ending(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
+    """Bytes of the logits that are judged at once, in float32, and their gradient, in the compute dtype; and of what the last norm
+    leaves, in float32, and makes."""
+    final, tensor, size = experiment.model.final, mesh.get("tensor", 1), experiment.model.final.precision.dtype.itemsize
+    tokens, ids = _rows(experiment, mesh) * experiment.lengths[0] // mesh.get("sequence", 1), vocabulary // tensor
+    judged = -(-tokens // block_count(tokens, ids))
+    return (4.0 + size) * ids * judged + tokens * final.width * (4 * NORM + 2 * size)
+
+
+def _copied(experiment: Experiment, stack: Stack, layer: Layer, mesh: Mapping[str, int], weights: float) -> float:
+    """Bytes that are kept of one layer's matrices, in the pieces in which devices hold them: `weights` in the compute dtype; where
+    stages have other layers in every round, the matrices of each turn, and the sum of their gradients over the turns."""
+    plan, entries = schedule(experiment, mesh), layer_parameters(stack, layer)
+    if plan.rounds > 1:
+        weights = (stack.precision.dtype.itemsize * plan.turns / plan.rounds + ENTRY) * entries
+    share = sum(own / parts(mesh, over) for own, over in split_weights(experiment, mesh, stack, layer)) / max(entries, 1)
+    return weights * share / mesh.get("tensor", 1) / plan.stages
+
+
+def _whole_keys(experiment: Experiment, stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
+    """Bytes for each token of a device of the others' keys and values, where they are gathered along rows."""
+    if not layer.attention or not layer.attention.attends or experiment.mesh.context == "ring":
+        return 0.0
+    return stack.precision.dtype.itemsize * layer.attention.cached(stack.width) * (mesh.get("sequence", 1) - 1)
 
 
 def _travelling(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
@@ -111,6 +164,15 @@ def _travelling(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
     ffn, more = layer.ffn, room(layer, mesh)
     hidden = ffn.active * ffn.expert.hidden(stack.width) * (ffn.branches + 1)
     return stack.precision.dtype.itemsize * (2 * (3 + 4 * more) * ffn.active * stack.width + (more - 1) * hidden)
+
+
+def _received(stack: Stack, layer: Layer, mesh: Mapping[str, int]) -> float:
+    """Bytes for each token that experts keep of places beyond those that are filled on average: of what they read and answer, and
+    of their hidden units before and after they are bent and joined."""
+    if mesh.get("expert", 1) == 1 or not isinstance(layer.ffn, MoE):
+        return 0.0
+    hidden = layer.ffn.expert.hidden(stack.width) * (2 * layer.ffn.branches + 1)
+    return stack.precision.dtype.itemsize * (room(layer, mesh) - 1) * layer.ffn.active * (2 * stack.width + hidden)
 
 
 def _gathered(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llm_jax.core.chips import Topology
 from llm_jax.core.mesh import across_slices
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.footprint import gathered_over, kinds, parts, split_weights, tables
+from llm_jax.lab.footprint import gathered_over, kinds, parts, schedule, split_weights, tables
 from llm_jax.models.block import Layer
 from llm_jax.models.pipeline import Schedule
 from llm_jax.models.stack import Stack
@@ -22,12 +22,6 @@ from llm_jax.train.ahead.collectives import Collective, Kind
 
 COPIES = "data", "replica"
 ROWS = 16  # of a matrix on each device, from which on libtpu gathers them; fewer it adds up, each device's part among zeros
-
-
-def schedule(experiment: Experiment, mesh: Mapping[str, int]) -> Schedule:
-    """How rows go through the stages of a mesh."""
-    stages, given = mesh.get("stage", 1), experiment.mesh
-    return Schedule(stages, given.rounds if stages > 1 else 1, given.microbatches or stages, 1)
 
 
 def turns_of_a_layer(plan: Schedule) -> float:

@@ -105,6 +105,7 @@ def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own
     stage = jax.lax.axis_index(STAGE)
     params = jax.tree.map(lambda leaf: leaf[:, 0], params)
     each = len(jax.tree.leaves(params)[0][0])
+    only = jax.tree.map(lambda leaf: leaf[0], params) if R == 1 else None  # the same in all turns, or each would keep its own
 
     def micro_batches(leaf):  # `[M, rows, …]`
         gather = partial(jax.lax.all_gather, axis_name=STAGE, axis=1, tiled=True)
@@ -122,7 +123,8 @@ def _through(layer: Layer, schedule: Schedule, params: Any, rows: jax.Array, own
             number = (this_round * S + stage) * each + index
             return layer(own_params, x, number, context, micro, key)
 
-        return jax.lax.scan(one, x, (jax.tree.map(lambda leaf: leaf[this_round], params), jnp.arange(each)))
+        chosen = jax.tree.map(lambda leaf: leaf[this_round], params) if only is None else only
+        return jax.lax.scan(one, x, (chosen, jnp.arange(each)))
 
     def turn(state, t):
         waiting, x, left = state

@@ -63,3 +63,18 @@ def test_stages_change_no_number(name, way):
         got = lowered.compile()(split)
     assert "collective_permute" in lowered.as_text(), "micro-batches should go from stage to stage"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5), got, expected)
+
+
+def test_matrices_that_are_the_same_in_every_turn_are_kept_once():
+    """What turns leave to their gradients is stacked: `[turns, layers of a stage, …]`."""
+    model, mesh = MODELS["plain"], Mesh(data=1, stage=2, microbatches=8)
+    params, devices = jax.eval_shape(lambda key: initial_parameters(model, V, key), jax.random.key(0)), mesh.build(jax.devices())
+
+    def loss(params):
+        return model.build(V).apply({"params": params}, TOKENS).mean()
+
+    with sharding.on(devices, mesh):
+        text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    turns, each, width, hidden = 8 + 2 - 1, 2, 16, 64
+    assert f"tensor<{turns}x{each}x" in text  # the stream
+    assert f"tensor<{turns}x{each}x{width}x{hidden}xf32>" not in text
