@@ -1,4 +1,4 @@
-"""Copies of what is being trained on each machine's own disk, made more often than checkpoints, since nothing crosses a network.
+"""Copies of what is being trained on each machine's own disk, made more often than checkpoints, since no array crosses a network.
 
 They serve a job that is started again on the same machines with the same devices. Where a process no longer has its part of them,
 or lays arrays out otherwise, the last checkpoint serves.
