@@ -71,7 +71,7 @@ class Session:
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
     rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's;
-    nearby: copies on this machine's own disk. keep: called before a state is saved or copied: records shall outlive the process too.
+    nearby: copies on this machine's own disk. keep: called before a state is saved or copied; records must outlive the process too.
     proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
     flops_per_step, tokens_per_step: of one member.
     """
