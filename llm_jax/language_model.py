@@ -335,7 +335,7 @@ def load(
     given = {"path": (path, str | os.PathLike), "arm": (arm, str | None), "trial": (trial, str | None), "step": (step, int | None)}
     for name, (value, kind) in (given | {"dtype": (dtype, Dtype), "mesh": (mesh, Mesh | None)}).items():
         check_type(value, kind, name)
-    folder = to_path(path).expanduser()
+    folder = to_path(path)
     if pretrained.is_here(folder):
         if (arm, trial, step) != (None, None, None):
             raise ConfigError("is a model of Hugging Face, which has no arms, trials and steps", str(path))

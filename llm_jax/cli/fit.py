@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is missing: name a folder that `run` has trained a population of sizes into")
     if FLAGS.out is None and len(folders) > 1:
         raise ConfigError("--out is missing: several work folders are fitted in a folder of their own")
-    out = to_path(FLAGS.out or to_path(folders[0]) / "fit").expanduser()
+    out = to_path(FLAGS.out or to_path(folders[0]) / "fit")
     budgets = [_flops(word) for word in FLAGS.compute]
     from llm_jax.lab import scaling
 

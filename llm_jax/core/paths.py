@@ -6,9 +6,12 @@ or locked, and there are no empty folders.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, cast
 
 from llm_jax.core.config import ConfigError
@@ -19,28 +22,42 @@ BUCKETS = "gs://"
 def to_path(place: str | os.PathLike) -> pathlib.Path:
     """A path of this machine, or in a bucket (gs://BUCKET/NAME), which reads, writes, lists and makes folders as `pathlib`'s do.
 
-    Raises `ConfigError` for another address, and where the library for buckets is missing.
+    ~ is the home folder. Raises `ConfigError` for another address, and where the library for buckets is missing.
     """
     text = os.fspath(place)
     if not text.startswith(BUCKETS):
-        if "://" in text:
+        if "://" in text or text.startswith("gs:/"):
             raise ConfigError("must be a folder of this machine, which may be mounted, or one in a bucket (gs://BUCKET/NAME)", text)
-        return pathlib.Path(text)
+        return pathlib.Path(text).expanduser()
     try:
         import gcsfs  # noqa: F401
     except ImportError:
-        raise ConfigError('needs gcsfs: pip install "gcsfs>=2025.3", or the extra "data"', text) from None
+        raise ConfigError('needs gcsfs: pip install -e ".[data]"', text) from None
     import fsspec
     from etils import epath
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # what goes wrong is told in a sentence
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # other processes write there too
     return cast(pathlib.Path, epath.Path(text))
 
 
 def absolute(place: str | os.PathLike) -> pathlib.Path:
-    """The same from the root on, with ~ as the home folder."""
+    """The same from the root on."""
     found = to_path(place)
-    return found if in_bucket(found) else found.expanduser().absolute()
+    return found if in_bucket(found) else found.absolute()
+
+
+@contextlib.contextmanager
+def reaching(place: str | os.PathLike) -> Iterator[None]:
+    """Has what goes wrong in a bucket meanwhile be a `ConfigError`: its drivers raise errors of many classes."""
+    try:
+        yield
+    except Exception as error:
+        if not in_bucket(place) or isinstance(error, ConfigError):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        way = "`gcloud auth application-default login` gives credentials, and `gcloud storage buckets create` makes a bucket"
+        raise ConfigError(f"cannot be reached ({said}): {way}", os.fspath(place)) from None
 
 
 def in_bucket(place: str | os.PathLike) -> bool:

@@ -19,11 +19,11 @@ EVERY = 30.0  # seconds between two uploads of a file that grows
 def whole_lines(file: pathlib.Path) -> list[dict[str, Any]]:
     """What a file has a JSON line of each, the oldest first, up to one that was cut short; nothing where there is no file."""
     found = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # cut short when the process died
+        except ValueError:  # cut short when the process died
+            break
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.config import ConfigError
-from llm_jax.core.paths import to_path
+from llm_jax.core.paths import reaching, to_path
 from llm_jax.io import profile
 from llm_jax.lab import statistics, transfer
 from llm_jax.lab.experiment import sign as direction
@@ -47,13 +47,14 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> list[Trial]:
     last = [folder.resolve().name for folder in folders]
     names = {folder: name if last.count(name) == 1 else str(folder) for folder, name in zip(folders, last, strict=True)}
     for workdir in folders:
-        files = sorted((workdir / "trials").glob("*/results.json"))
+        with reaching(workdir):
+            files = sorted((workdir / "trials").glob("*/results.json"))
         if not files:
             raise ConfigError("holds no results (trials/*/results.json): is it a work folder, and has a trial ended?", str(workdir))
         for file in files:
             try:
                 trial = json.loads(file.read_text())
-                if not isinstance(trial, dict) or "provenance" not in trial:
+                if not isinstance(trial, dict) or not {"provenance", "arm", "status"} <= set(trial):
                     raise ValueError("it holds no trial")
                 trials.append(trial | {"folder": names[workdir]})
             except ValueError as error:

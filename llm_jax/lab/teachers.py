@@ -57,7 +57,7 @@ def find(path: str, objective: Objective, tokens: Fitted) -> Found:
     Raises `ConfigError` where there is none, where the objective cannot be asked of it, or where it reads text otherwise than
     `tokens` does.
     """
-    folder = to_path(path).expanduser()
+    folder = to_path(path)
     if pretrained.is_here(folder):
         found, tokenizer = _published(folder), pretrained.tokenizer(folder)
     elif trained.is_here(folder):

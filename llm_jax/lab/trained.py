@@ -15,7 +15,7 @@ import numpy as np
 
 from llm_jax.core import sharding
 from llm_jax.core.config import ConfigError, from_json, nearest
-from llm_jax.core.paths import absolute
+from llm_jax.core.paths import absolute, reaching
 from llm_jax.core.platform import cache_dir
 from llm_jax.data.tokenizers import Fitted
 from llm_jax.io import checkpoint
@@ -45,7 +45,8 @@ class Trained:
 def is_here(path: str | os.PathLike) -> bool:
     """Whether the folder is one that `python -m llm_jax run` trains into, or one of its trials."""
     folder = absolute(path)
-    return (folder / "trials").is_dir() or folder.parent.name == "trials"
+    with reaching(folder):
+        return (folder / "trials").is_dir() or folder.parent.name == "trials"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError, to_json
-from llm_jax.core.paths import in_bucket, to_path
+from llm_jax.core.paths import in_bucket, reaching, to_path
 from llm_jax.core.whole import NO_LINKS, write_new, write_whole
 from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
@@ -46,7 +46,10 @@ class WorkFolder:
         there a `Crew` of one does it.
         """
         if in_bucket(self.path):
-            self._try()
+            file = self.path / "shared" / f"{uuid.uuid4().hex}.txt"
+            with reaching(self.path):
+                write_whole(file, "\n")
+                file.unlink()
             yield
             return
         if self.path.exists() and not self.path.is_dir():
@@ -64,18 +67,6 @@ class WorkFolder:
             yield
         finally:
             os.close(folder)
-
-    def _try(self) -> None:
-        """Raises `ConfigError` where a bucket cannot be read and written."""
-        file = self.path / "shared" / f"{uuid.uuid4().hex}.txt"
-        try:
-            self.path.exists()
-            write_whole(file, "\n")
-            file.unlink()
-        except Exception as error:  # of many classes: no such bucket, no credentials, no network
-            said = " ".join(str(error).split()) or type(error).__name__
-            way = "`gcloud auth application-default login` gives credentials, and `gcloud storage buckets create` makes a bucket"
-            raise ConfigError(f"cannot be read and written ({said}): {way}", str(self.path)) from None
 
     def claim(
         self, ablation: Ablation, *, corpora: dict[str, str], tokenizers: dict[str, str] | None = None, scale: str | None = None
@@ -99,7 +90,7 @@ class WorkFolder:
         present = [found.name for found in self.path.glob("*")]
         others = [name for name in present if name not in OWN and not name.startswith(f".{file.name}.")]
         if file.exists():
-            known = _read(file)
+            known = _read(file, "identity")
             known["identity"].setdefault("tokenizers", {})
             found = _differences(known["identity"], identity)
             if found:
@@ -119,12 +110,12 @@ class WorkFolder:
     def declared(self) -> dict[str, Any] | None:
         """The ablation as described by all runs into the folder, or None if none has claimed it."""
         file = self.path / "ablation.json"
-        return _read(file)["ablation"] if file.exists() else None
+        return _read(file, "ablation")["ablation"] if file.exists() else None
 
     @property
     def mark(self) -> str:
         """What no other work folder has, once an ablation has claimed it."""
-        return _read(self.path / "ablation.json")["mark"]
+        return _read(self.path / "ablation.json", "mark")["mark"]
 
     @property
     def shared_files(self) -> Shared:
@@ -178,7 +169,7 @@ class WorkFolder:
 
     def _written(self, name: str) -> dict[str, Any] | None:
         file = self.trial(name) / "results.json"
-        return _read(file) if file.exists() else None
+        return _read(file, "status") if file.exists() else None
 
 
 def merged(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,8 +223,13 @@ def finite(value: Any) -> Any:
     return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _read(file: pathlib.Path) -> Any:
+def _read(file: pathlib.Path, field: str | None = None) -> Any:
+    """What a file holds; field: which it must have. Raises `ConfigError`."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"is damaged ({error}): remove it, or choose another --workdir", str(file)) from None
+        found = json.loads(file.read_text())
+        if field is not None and (not isinstance(found, dict) or field not in found):
+            raise ValueError(f"it has no {field!r}")
+    except ValueError as error:
+        way = "choose another --workdir" if field in ("ablation", "identity", "mark") else "remove it and run the command again"
+        raise ConfigError(f"is damaged ({error}): {way}", str(file)) from None
+    return found

@@ -18,7 +18,7 @@ def test_what_is_no_folder_and_no_bucket_is_a_sentence(bucket):
     with pytest.raises(ConfigError, match="s3://b/runs must be a folder of this machine, which may be mounted, or one in a bucket"):
         WorkFolder("s3://b/runs")
     none = WorkFolder("gs://no-such-bucket/runs").alone()
-    with pytest.raises(ConfigError, match=r"gs://no-such-bucket/runs cannot be read and written \(.+\): `gcloud"), none:
+    with pytest.raises(ConfigError, match=r"gs://no-such-bucket/runs cannot be reached \(.+\): `gcloud"), none:
         pass
     with WorkFolder(bucket).alone():
         pass
