@@ -115,15 +115,19 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the command finds, by arms, and its exit code; in a process of its own, as XLA writes no program that it has cached."""
+    """What the command finds, by arms, and its end; in a process of its own, as XLA writes no program that it has cached.
+
+    libtpu: flags for the compiler.
+    """
     pytest.importorskip("libtpu")
     folder = tmp_path_factory.mktemp("compiled")
     small = folder / "small.py"
     small.write_text(SMALL.replace("DEPTH", "2"))
 
     @functools.cache
-    def command(*flags):
-        out, env = folder / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu"}
+    def command(*flags, libtpu=None):
+        given = {} if libtpu is None else {platform.LIBTPU: libtpu}
+        out, env = folder / "out.json", {**os.environ, "JAX_PLATFORMS": "cpu", **given}
         out.unlink(missing_ok=True)
         given = [f"--experiment={small}", f"--out={out}", *flags]
         done = subprocess.run([sys.executable, "-m", "llm_jax", "compile", *given], env=env, capture_output=True, text=True)
@@ -165,9 +169,8 @@ WHOLE = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"  # no product 
 
 
 @slow
-def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, small, monkeypatch):
-    monkeypatch.setenv(platform.LIBTPU, WHOLE)
-    (found,) = compiled("--topology=v5e:2x2")[0].values()
+def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, small):
+    (found,) = compiled("--topology=v5e:2x2", libtpu=WHOLE)[0].values()
     gathers = [one for one in found["collectives"] if one["kind"] == "all-gather"]
     assert {one["dtype"] for one in gathers} == {"bf16"}
     layers = 2 * count.layer_entries(load(small).base.model, load(small).base.model.in_full[0])
@@ -178,11 +181,10 @@ def test_weights_are_gathered_in_the_compute_dtype_forward_and_again(compiled, s
 
 
 @slow
-def test_what_goes_round_in_pieces_is_what_would_be_gathered_and_scattered(compiled, monkeypatch):
+def test_what_goes_round_in_pieces_is_what_would_be_gathered_and_scattered(compiled):
     """libtpu may send matrices, and sums of their gradients, from device to device while their products are made."""
     (pieces,) = compiled("--topology=v5e:2x2")[0].values()
-    monkeypatch.setenv(platform.LIBTPU, WHOLE)
-    (whole,) = compiled("--topology=v5e:2x2")[0].values()
+    (whole,) = compiled("--topology=v5e:2x2", libtpu=WHOLE)[0].values()
     assert "collective-permute" not in {one["kind"] for one in whole["collectives"]}
     assert {one["dtype"] for one in pieces["collectives"] if one["kind"] in ("all-gather", "collective-permute")} == {"bf16"}
     assert _reaching(whole) == pytest.approx(_reaching(pieces), rel=0.15)
