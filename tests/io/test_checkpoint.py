@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.core.paths import append, in_bucket, opened, to_path
+from llm_jax.core.paths import append, opened, to_path
 from llm_jax.io import checkpoint, lines
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.tracker import Tracker
@@ -18,13 +18,6 @@ from llm_jax.io.tracker import Tracker
 @pytest.fixture(params=["local", "bucket"])
 def place(request, tmp_path) -> pathlib.Path:
     return tmp_path if request.param == "local" else to_path(request.getfixturevalue("bucket"))
-
-
-def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    if in_bucket(folder):
-        system, name = opened(folder)
-        return [to_path(f"gs://{file}") for file in system.find(name)]
-    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def state(scale: float = 1.0, parts: int = 1):
@@ -58,10 +51,10 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_what_was_saved_comes_back_on_any_layout(place, parts):
-    saved(place / "c")
+def test_what_was_saved_comes_back_on_any_layout(tmp_path, parts):
+    saved(tmp_path / "c")
     like = state(20, parts)
-    step, restored, extra = Checkpointer(place / "c").restore(abstract(like))
+    step, restored, extra = Checkpointer(tmp_path / "c").restore(abstract(like))
     assert step == 20 and extra == {"seconds": 20 / 3}
     assert_equal(restored, like)
     assert restored["w"].sharding.is_equivalent_to(like["w"].sharding, 2)
@@ -110,14 +103,30 @@ DAMAGE = {"flipped": _flip, "truncated": lambda f: f.write_bytes(f.read_bytes()[
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(place, damage):
-    saved(place / "c")
-    damage(max(files_in(place / "c" / "20" / "state"), key=lambda f: len(f.read_bytes())))
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(tmp_path, damage):
+    saved(tmp_path / "c")
+    damage(max((f for f in (tmp_path / "c" / "20" / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size))
     warnings: list[str] = []
-    step, restored, _ = Checkpointer(place / "c", warn=warnings.append).restore(abstract(state()))
+    step, restored, _ = Checkpointer(tmp_path / "c", warn=warnings.append).restore(abstract(state()))
     assert step == 10 and len(warnings) == 1 and "step 20 is damaged" in warnings[0]
     assert_equal(restored, state(10))
-    assert (place / "c.damaged" / "20").is_dir() and not (place / "c" / "20").exists()
+    assert (tmp_path / "c.damaged" / "20").is_dir() and not (tmp_path / "c" / "20").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_a_bucket_comes_back_and_a_damaged_one_does_not(bucket):
+    folder, like = to_path(bucket) / "c", state(20, 4)
+    saved(folder)
+    step, restored, _ = Checkpointer(folder, warn=pytest.fail).restore(abstract(like))
+    assert step == 20 and checkpoint.steps(folder, whole=True) == [10, 20]
+    assert_equal(restored, like)
+    system, name = opened(folder / "20" / "state")
+    _flip(to_path(f"gs://{max(system.find(name, detail=True).values(), key=lambda file: file['size'])['name']}"))
+    warnings: list[str] = []
+    step, restored, _ = Checkpointer(folder, warn=warnings.append).restore(abstract(state()))
+    assert step == 10 and len(warnings) == 1 and "step 20 is damaged" in warnings[0]
+    assert_equal(restored, state(10))
+    assert (folder.with_name("c.damaged") / "20").is_dir() and not (folder / "20").exists()
 
 
 def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path):
@@ -128,20 +137,20 @@ def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path)
     assert (tmp_path / "c" / "20").is_dir()
 
 
-def test_nothing_good_is_none(place):
-    assert Checkpointer(place / "none").restore(abstract(state())) is None
-    saved(place / "c", steps=(10,))
-    _flip(place / "c" / "10" / "checksums.json")
-    assert Checkpointer(place / "c", warn=lambda _: None).restore(abstract(state())) is None
+def test_nothing_good_is_none(tmp_path):
+    assert Checkpointer(tmp_path / "none").restore(abstract(state())) is None
+    saved(tmp_path / "c", steps=(10,))
+    _flip(tmp_path / "c" / "10" / "checksums.json")
+    assert Checkpointer(tmp_path / "c", warn=lambda _: None).restore(abstract(state())) is None
 
 
-def test_the_best_and_the_last_stay(place):
-    checkpointer = Checkpointer(place / "c", keep_last=1, keep_every=40, best_metric="loss")
+def test_the_best_and_the_last_stay(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "c", keep_last=1, keep_every=40, best_metric="loss")
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.2), (60, 2.1)):
         checkpointer.save(step, state(step), {}, {"loss": loss})
     checkpointer.close()
-    assert {20, 40, 60} <= {int(f.name) for f in (place / "c").iterdir() if f.name.isdigit()}
-    assert not (place / "c" / "10").exists()
+    assert {20, 40, 60} <= {int(f.name) for f in (tmp_path / "c").iterdir() if f.name.isdigit()}
+    assert not (tmp_path / "c" / "10").exists()
 
 
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, monkeypatch):

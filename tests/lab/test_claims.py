@@ -56,7 +56,7 @@ print(*(n for n in range(COUNT) if files.create(f"claims/{n}.1.json", {"worker":
 """
 
 
-@pytest.mark.parametrize("kind", ["local", "bucket"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("bucket", marks=pytest.mark.slow)])
 def test_of_many_processes_exactly_one_gets_each_claim(tmp_path, kind, request):
     where, count = (str(tmp_path), 150) if kind == "local" else (request.getfixturevalue("bucket"), 40)
     race = [sys.executable, "-c", RACE.replace("COUNT", str(count)), where]
