@@ -133,4 +133,5 @@ def test_the_formula_is_near_what_is_compiled(tmp_path):
     for arm, found in compiled.items():
         parts = found["memory"]["parts"]
         formula = footprint.memory(ablation.experiment(arm), 4096, found["mesh"])
-        assert formula == pytest.approx(sum(parts.values()) - parts["program"], rel=0.25), arm
+        # what is offered fits; newer compilers need less than older ones
+        assert 0.8 <= formula / (sum(parts.values()) - parts["program"]) <= 1.6, arm
