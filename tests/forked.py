@@ -21,10 +21,16 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*OURS, *OTHERS])
 
 
-def started(command: Sequence[str], env: Mapping[str, str], out: pathlib.Path, err: pathlib.Path | None = None) -> subprocess.Popen:
-    """The command itself."""
+def started(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    out: pathlib.Path,
+    err: pathlib.Path | None = None,
+    cwd: pathlib.Path | None = None,
+) -> subprocess.Popen:
+    """The command itself, where it is to be."""
     with open(out, "a") as said, open(err or out, "a") as told:
-        return subprocess.Popen(command, env=env, stdout=said, stderr=told)
+        return subprocess.Popen(command, env=env, stdout=said, stderr=told, cwd=cwd)
 
 
 class Forked:

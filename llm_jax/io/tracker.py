@@ -74,22 +74,23 @@ class Tracker:
     def leave(self) -> None:
         """Closes the files, which are another's by now: what has not been written is dropped."""
         self._lines.leave()
-        if self._writer is not None:
-            with contextlib.suppress(Exception):
-                self._writer.close()
-        if self._events != self.folder:
-            remove_folder(self._events)
+        self._close_mirror()
 
     def close(self) -> None:
         """Closes the files. Raises `OSError` if records could not be written."""
+        self._close_mirror(copied=True)
+        self._lines.close()
+
+    def _close_mirror(self, *, copied: bool = False) -> None:
+        """copied: once more where it belongs, if that is in a bucket."""
         if self._writer is not None:
             with contextlib.suppress(Exception):  # whatever a mirror does
                 self._writer.close()
-                self._copy_events()
-                wait(self._copies)
+                if copied:
+                    self._copy_events()
+                    wait(self._copies)
         if self._events != self.folder:
             remove_folder(self._events)
-        self._lines.close()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ import pytest
 from llm_jax.io import checkpoint
 from llm_jax.io.nearby import REST
 from tests.conftest import CACHE
-from tests.forked import Forked
+from tests.forked import Forked, started
 
 EXPERIMENT = """
 from llm_jax.core.config import override
@@ -69,9 +69,7 @@ def start(count, folder, *more, devices=2, each=None, cwd=None, forked=True, **g
         if forked:
             processes.append(Forked(line, environment(devices), log))
         else:
-            with open(log, "w") as said:
-                where = (cwd or {}).get(index)
-                processes.append(subprocess.Popen(line, stdout=said, stderr=said, env=environment(devices), cwd=where))
+            processes.append(started(line, environment(devices), log, cwd=(cwd or {}).get(index)))
     STARTED.extend(processes)
     return processes
 
