@@ -22,7 +22,7 @@ FIELD = "data.corpus.path"
 
 def missing(library: str, what: str) -> ConfigError:
     """For a library that is not installed."""
-    return ConfigError(f"needs {library} for {what}: pip install 'llm_jax[data]'", "data.corpus")
+    return ConfigError(f'needs {library} for {what}: pip install -e ".[data]"', "data.corpus")
 
 
 def with_compressed(pattern: str) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ def _file_system(path: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
-        raise ConfigError(f"cannot read {path!r}: {error}: pip install 'llm_jax[data]' has gcsfs and s3fs", FIELD) from None
+        raise ConfigError(f'cannot read {path!r}: {error}: pip install -e ".[data]" has gcsfs and s3fs', FIELD) from None
     except ValueError as error:
         raise ConfigError(f"cannot read {path!r}: {error}", FIELD) from None
 

@@ -143,7 +143,7 @@ def _harness() -> Any:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ConfigError("needs lm_eval: pip install 'llm_jax[harness]'", "--harness_tasks") from None
+        raise ConfigError('needs lm_eval: pip install -e ".[harness]"', "--harness_tasks") from None
     from llm_jax.evaluation import harness
 
     return harness

@@ -222,12 +222,12 @@ def test_mistakes_are_sentences(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=sentence):
             list(corpus.documents("train"))
     for module, corpus, sentence in [
-        ("pyarrow.parquet", Parquet(path=f"{at}/a.parquet"), r"needs pyarrow for Parquet: pip install 'llm_jax\[data\]'"),
+        ("pyarrow.parquet", Parquet(path=f"{at}/a.parquet"), r'needs pyarrow for Parquet: pip install -e "\.\[data\]"'),
         ("pyarrow", Jsonl(path=f"{at}/a.jsonl.zst"), "needs pyarrow for"),
         ("datasets", HuggingFace(path=f"{at}/other"), "needs datasets for"),
         ("array_record.python.array_record_module", ArrayRecord(path=f"{at}/empty.array_record"), "needs array_record for"),
-        ("gcsfs", Jsonl(path="gs://bucket/a.jsonl"), r"cannot read 'gs://bucket/a.jsonl': .*gcsfs.* pip install 'llm_jax\[data\]'"),
-        ("s3fs", Parquet(path="s3://bucket/a.parquet"), r"cannot read 's3://.*s3fs.* pip install 'llm_jax\[data\]'"),
+        ("gcsfs", Jsonl(path="gs://bucket/a.jsonl"), r'cannot read .gs://bucket/a.jsonl.: .*gcsfs.* pip install -e "\.\[data\]"'),
+        ("s3fs", Parquet(path="s3://bucket/a.parquet"), r'cannot read .s3://.*s3fs.* pip install -e "\.\[data\]"'),
     ]:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)

@@ -84,7 +84,7 @@ def test_without_the_library_it_is_a_sentence(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ConfigError, match=r"--harness_tasks needs lm_eval: pip install 'llm_jax\[harness\]'"):
+    with pytest.raises(ConfigError, match=r'--harness_tasks needs lm_eval: pip install -e "\.\[harness\]"'):
         evaluate(speller(), harness=["a"])
 
 
