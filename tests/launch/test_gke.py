@@ -199,6 +199,7 @@ def test_through_xpk_others(programs):
     [
         (["run", "--topology=v5e:4x4", "--gpu=nvidia-l4"], "give one of --topology=CHIP:TOPOLOGY"),
         (["run"], "give one of --topology=CHIP:TOPOLOGY"),
+        (["run", "--topology=v5p:8x4x4"], "--topology=v5p:8x4x4 does not exist: the nearest are v5p:4x4x8"),
         (["run", "--topology=v5e:4x4", "--name=C06"], "--name=C06: write at most 40 small letters"),
         (["run", "--topology=v5e:2x2", "--slices=2"], "GKE joins slices of several nodes only"),
         (["run", "--topology=v5e:4x4", "--env=A"], "--env=A: write --env=NAME=VALUE"),
