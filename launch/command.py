@@ -127,7 +127,7 @@ def found(argv: Sequence[str]) -> list[str]:
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> tuple[str, ...]:
-    """Fills `values` from the words before `--` and returns those after it. `argv[0]` names the launcher.
+    """Fills `values` from the words before `--` and returns those after it. `argv[0]` is the launcher as it is typed.
 
     Raises `LaunchError` for an unknown flag, a wrong value, or a word that is no flag.
     """
@@ -163,9 +163,9 @@ def required(values: flags.FlagValues, *names: str) -> None:
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of a launcher; 2, after one sentence, for a mistake in what was typed."""
+    """The exit code of a launcher; 2, after one sentence, for a mistake in what was typed. `argv[0]` is its file."""
     try:
-        return main(argv)
+        return main([f"python -m launch.{pathlib.Path(argv[0]).stem}", *argv[1:]])
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,7 @@ def launched(module, *words, run=("--experiment=e.py", "--workdir=runs/w")):
     from launch.command import guarded
 
     try:
-        return guarded(module.main, [module.__name__, *words, *(["--", *run] if run else [])])
+        return guarded(module.main, [module.__file__, *words, *(["--", *run] if run else [])])
     finally:
         module.FLAGS.unparse_flags()
         for name in module.FLAGS:

@@ -63,3 +63,12 @@ def test_launchers_need_absl_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['absl', 'launch']\n", done.stderr
+
+
+@pytest.mark.parametrize("words, code", [([], 0), (["--help"], 0), (["tpu"], 2), (["nonsense"], 2)])
+def test_launchers_are_listed(words, code):
+    done = subprocess.run([sys.executable, "-m", "launch", *words], cwd=ROOT, capture_output=True, text=True)
+    rows = [line.split()[0] for line in (done.stdout if code == 0 else done.stderr).splitlines() if line.startswith("  ")]
+    kept = {file.stem for file in (ROOT / "launch").glob("*.py") if "guarded(main, sys.argv)" in file.read_text()}
+    assert done.returncode == code and set(rows) == kept and len(rows) == len(kept)
+    assert ("write python -m launch.tpu" in done.stderr) == (words == ["tpu"])

@@ -184,7 +184,8 @@ def test_dry_run_tells_it_all_and_calls_nothing(programs, capsys):
             "--worker: a worker is one process, and --topology=v5e:4x4 --slices=1 makes it 4",
         ),
         (["create", "--topology=v5e:2x2", "--slices=2", "--worker"], (), "give it one slice of one host, as in --topology=v5e:2x2"),
-        (["walk"], RUN, "begins with one of run, create, status, logs, stop, delete, got 'walk'"),
+        (["walk"], RUN, "error: python -m launch.tpu begins with one of run, create, status, logs, stop, delete, got 'walk'"),
+        (["delete", "now"], (), "error: python -m launch.tpu takes flags only, got 'now'"),
         (["delete"], RUN, "delete runs nothing: leave out what stands after --"),
     ],
 )
