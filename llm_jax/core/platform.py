@@ -208,16 +208,20 @@ def peak_flops() -> float:
     return _measured_peak() if chip is None else chip.flops / chip.devices * len(devices)
 
 
-def _measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
+def _measured_peak(sizes: tuple[int, ...] = (384, 1024), seconds: float = 0.3) -> float:
+    """The best of many samples: a busy machine leaves short ones alone, many devices need long ones to be worth their dispatch.
+
+    Beside six busy processes on two cores the best of size 384 is 93% of an idle machine's, of 1024 it is 39%.
+    """
     import jax
     import jax.numpy as jnp
 
-    product = jax.jit(lambda a: a @ a)
-    operands = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in jax.local_devices()]
-    jax.block_until_ready([product(a) for a in operands])
-    best, stop = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        start = time.perf_counter()
+    product, best = jax.jit(lambda a: a @ a), 0.0
+    for size in sizes:
+        operands = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in jax.local_devices()]
         jax.block_until_ready([product(a) for a in operands])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 * jax.device_count() / best
+        stop = time.perf_counter() + seconds / len(sizes)
+        while (start := time.perf_counter()) < stop:
+            jax.block_until_ready([product(a) for a in operands])
+            best = max(best, 2 * size**3 * jax.device_count() / (time.perf_counter() - start))
+    return best

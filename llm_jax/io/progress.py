@@ -100,10 +100,11 @@ class Progress:
         done, seconds = step - (self.first_step or 0), now - self.started
         if done > 0 and seconds > 0:
             rate = done / seconds
+            share = rate * self.flops / self.peak
             parts += [
                 f"{_short(rate * self.tokens)} tokens/s",
                 f"{_short(rate * self.flops)}FLOP/s",
-                f"MFU {rate * self.flops / self.peak:.0%}",
+                f"MFU {share:.0%}" if share <= 1 else "MFU unknown, as the peak was measured too low: the machine was busy",
                 f"ETA {(self.total - step) / rate:.0f} s",
             ]
         return " · ".join(parts)

@@ -36,6 +36,11 @@ def test_rates_are_taken_from_the_first_report_on(clock):
     assert last.endswith("ETA 0 s") and note == "a sentence [worth] keeping"
 
 
+def test_a_rate_above_the_peak_says_that_the_peak_is_wrong(clock):
+    assert "MFU 100%" in shown(clock, peak_flops=5e9)[1]
+    assert "MFU unknown, as the peak was measured too low" in shown(clock, peak_flops=4.9e9)[1]
+
+
 def test_what_changes_meanwhile_stands_beside_the_title(clock):
     said = iter(["1 other worker", "", "2 other workers", ""])
     first, second, third, _, _ = shown(clock, beside=lambda: next(said))
