@@ -36,6 +36,8 @@ flags.DEFINE_integer("seed", 0, "Of the parameters and the example.", flag_value
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0, or 1 if a check failed. Raises `ConfigError`."""
     parse(FLAGS, argv)
+    if (FLAGS.model is None) == (FLAGS.experiment is None):
+        raise ConfigError('needs either --model="Decoder(width=32, depth=2)" or --experiment=PATH, and not both', "check")
     platform.setup()
     platform.require_devices()
     from llm_jax.train import check
@@ -58,8 +60,6 @@ def _model() -> tuple[Model, Objective | None]:
     from llm_jax.lab.experiment import load
     from llm_jax.models.model import Model  # after lab, which knows all components
 
-    if (FLAGS.model is None) == (FLAGS.experiment is None):
-        raise ConfigError('needs either --model="Decoder(width=32, depth=2)" or --experiment=PATH, and not both', "check")
     if FLAGS.model is not None:
         for flag in ("arm", "set"):
             if FLAGS[flag].value:

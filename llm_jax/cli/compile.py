@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from llm_jax.cli.declared import declared, define
+from llm_jax.cli.declared import declared, define, require_named
 from llm_jax.cli.terminal import console, parse, require_writable
 from llm_jax.core import platform
 from llm_jax.core.chips import Topology
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parse(FLAGS, argv)
     if FLAGS.topology is None:
         raise ConfigError("--topology is missing: name the chips, e.g. --topology=v5e:16x16")
+    require_named(FLAGS)
     topology = Topology.parse(FLAGS.topology, FLAGS.slices)
     if FLAGS.out:
         require_writable(pathlib.Path(FLAGS.out), f"--out={FLAGS.out}")

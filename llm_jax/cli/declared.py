@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,21 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("set", [], "path=value: a field of the base experiment, e.g. train.steps=500.", flag_values=values)
 
 
-def declared(values: flags.FlagValues) -> tuple[Ablation, str | None]:
-    """The ablation of the file with the flags' changes, and the scale that it is at. Raises `ConfigError`."""
-    from llm_jax.lab.experiment import load
-
+def require_named(values: flags.FlagValues) -> None:
+    """Raises `ConfigError` unless the flags name an experiment file; JAX is not imported for it."""
     if values.experiment is None:
         raise ConfigError(
             "--experiment is missing: name an experiment file, e.g. --experiment=experiments/c06_positional_encoding.py"
         )
+    if not pathlib.Path(values.experiment).is_file():
+        raise ConfigError("is no file: give --experiment=PATH of an experiment file", values.experiment)
+
+
+def declared(values: flags.FlagValues) -> tuple[Ablation, str | None]:
+    """The ablation of the file with the flags' changes, and the scale that it is at. Raises `ConfigError`."""
+    require_named(values)
+    from llm_jax.lab.experiment import load
+
     ablation = load(values.experiment)
     scale = values.scale or ("small" if "small" in ablation.scales else None)
     ablation = ablation.at_scale(scale)

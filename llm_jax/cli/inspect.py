@@ -33,12 +33,12 @@ flags.DEFINE_string("out", "inspection", "The folder to write to.", flag_values=
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code 0. Raises `ConfigError`."""
     parse(FLAGS, argv)
-    platform.setup()
-    platform.require_devices()
     if FLAGS.model is None:
         raise ConfigError("needs --model=FOLDER, a work folder or one of Hugging Face's", "inspect")
     if FLAGS.text is not None and FLAGS.ids is not None:
         raise ConfigError("is the same as --text in ids: give one of the two", "--ids")
+    platform.setup()
+    platform.require_devices()
     from llm_jax.lab import experiment
     from llm_jax.language_model import load
 

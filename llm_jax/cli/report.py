@@ -21,12 +21,12 @@ flags.DEFINE_string("output", None, "Where the report is written; the default is
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code. Raises `ConfigError`."""
     parse(FLAGS, argv)
-    from llm_jax.lab import report
-
     if not FLAGS.workdir:
         raise ConfigError("--workdir is missing: name a folder that `run` has written to")
     if FLAGS.output is None and len(FLAGS.workdir) > 1:
         raise ConfigError("--output is missing: several work folders are compared in a folder of their own")
+    from llm_jax.lab import report
+
     output = FLAGS.output or FLAGS.workdir[0]
     console().print(report.table(report.write(FLAGS.workdir, output)))
     print(f"report: {output}/report.html")

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from llm_jax.cli.declared import declared, define
+from llm_jax.cli.declared import declared, define, require_named
 from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import distributed, platform
 from llm_jax.core.config import ConfigError
-from llm_jax.core.paths import in_bucket
+from llm_jax.core.paths import in_bucket, require_folder
 from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
 
 FLAGS = flags.FlagValues()
@@ -134,7 +134,19 @@ def _join() -> None:
         )
 
 
+def _require_sound() -> None:
+    """Raises `ConfigError` for what can be told of the flags before JAX is imported, which takes seconds."""
+    if FLAGS.lease is not None and not FLAGS.worker:
+        raise ConfigError("is how long a worker may be silent: give --worker too", f"--lease={FLAGS.lease:g}")
+    if not FLAGS.workdir and not FLAGS.plan:
+        raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
+    require_named(FLAGS)
+    require_folder(FLAGS.workdir or ".")
+    _steps(FLAGS.profile)
+
+
 def _run(argv: Sequence[str]) -> int:
+    _require_sound()
     _join()
     platform.require_devices()
     from llm_jax.io.tracker import is_full
@@ -145,10 +157,6 @@ def _run(argv: Sequence[str]) -> int:
     from llm_jax.train.watchdog import Watchdog
 
     lease = (LEASE if FLAGS.lease is None else FLAGS.lease) if FLAGS.worker else None
-    if FLAGS.lease is not None and lease is None:
-        raise ConfigError("is how long a worker may be silent: give --worker too", f"--lease={FLAGS.lease:g}")
-    if not FLAGS.workdir and not FLAGS.plan:
-        raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     argv = _autosharded(argv) if FLAGS.autoshard else argv
     ablation, scale = _declared()
     command = "python -m llm_jax run " + shlex.join(argv[1:])

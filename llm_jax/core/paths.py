@@ -47,6 +47,13 @@ def absolute(place: str | os.PathLike) -> pathlib.Path:
     return found if in_bucket(found) else found.absolute()
 
 
+def require_folder(place: str | os.PathLike) -> None:
+    """Raises `ConfigError` where a work folder is to be, and a file is."""
+    found = to_path(place)
+    if not in_bucket(found) and found.exists() and not found.is_dir():
+        raise ConfigError("is a file: choose another --workdir", os.fspath(place))
+
+
 @contextlib.contextmanager
 def reaching(place: str | os.PathLike) -> Iterator[None]:
     """Has what goes wrong in a bucket meanwhile be a `ConfigError`: its drivers raise errors of many classes."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jax.core import distributed
 from llm_jax.core.config import ConfigError, to_json
-from llm_jax.core.paths import in_bucket, reaching, to_path
+from llm_jax.core.paths import in_bucket, reaching, require_folder, to_path
 from llm_jax.core.whole import NO_LINKS, write_new, write_whole
 from llm_jax.io.shared import Shared
 from llm_jax.lab.experiment import Ablation
@@ -52,8 +52,7 @@ class WorkFolder:
                 file.unlink()
             yield
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError("is a file: choose another --workdir", str(self.path))
+        require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path, os.O_RDONLY)
         try:

@@ -88,6 +88,35 @@ def test_a_wrong_place_is_one_sentence(declared, flags, sentence, tmp_path, monk
     assert code == 2 and sentence in text and "\n" not in text, text
 
 
+@pytest.mark.parametrize(
+    "command, sentence",
+    [
+        ("run --sett=1", "sett"),
+        ("run --workdir=w", "--experiment is missing"),
+        ("run --experiment=README.md", "--workdir is missing"),
+        ("run --experiment=no.py --workdir=w", "no.py is no file"),
+        ("run --experiment=README.md --workdir=LICENSE", "LICENSE is a file"),
+        ("run --experiment=README.md --workdir=w --profile=3", "--profile must be FIRST:LAST"),
+        ("report", "--workdir is missing"),
+        ("inspect", "needs --model=FOLDER"),
+        ("evaluate", "needs --model=FOLDER"),
+        ("compile --topology=v5e:4x4", "--experiment is missing"),
+        ("compile --experiment=README.md --topology=v5e:3x5", "does not exist: the nearest are v5e:4x4"),
+        ("check", "needs either --model"),
+        ("fit", "--workdir is missing"),
+        ("prepare", "--out is missing"),
+        ("tokenize", "does one of"),
+    ],
+)
+def test_what_flags_alone_tell_is_told_before_jax_is_imported(command, sentence):
+    code = (
+        "import sys; from llm_jax.__main__ import main; code = main()\n"
+        "print([name for name in ('jax', 'flax', 'orbax', 'scipy') if name in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n") and sentence in done.stderr, done.stderr
+
+
 def test_a_platform_that_is_not_there_is_one_sentence(declared, tmp_path):  # noqa: F811
     command = [sys.executable, "-m", "llm_jax", "run", f"--experiment={declared}", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "rocm"}, capture_output=True, text=True)
