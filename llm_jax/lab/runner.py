@@ -124,13 +124,14 @@ class Runner:
             distributed.led("the work folder", lambda: self.folder.claim(self.ablation, **given))
             distributed.require_same("what is read", fingerprint([corpora, tokenizers]))
             with self._scheduled():
-                tuned = self._all(plan.tuning_runs(self.ablation))
+                tuning = plan.tuning_runs(self.ablation)
+                tuned = self._all(tuning, after=len(arms) * self.ablation.seeds)
                 best = distributed.agreed("winners", plan.winners(self.ablation, tuned))
                 for arm in arms:
                     if arm not in best:
                         why = "no point of the grid trained to the end, so there is no winner to train on fresh seeds"
                         self.note(f"arm {arm!r}: {why}")
-                return tuned + self._all(plan.final_runs(self.ablation, best))
+                return tuned + self._all(plan.final_runs(self.ablation, best), before=len(tuning))
 
     @contextlib.contextmanager
     def _scheduled(self) -> Iterator[None]:
@@ -159,8 +160,13 @@ class Runner:
             self.schedule = Alone(self.folder)
             yield
 
-    def _all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        self.schedule.finish(runs, self._grouped, self._train)
+    def _all(self, runs: Sequence[Run], *, before: int = 0, after: int = 0) -> list[dict[str, Any]]:
+        """The results of a phase; before, after: runs of the phases before it and after it, which are counted with its own."""
+
+        def train(members: Sequence[Run], overall: tuple[int, int]) -> bool:
+            return self._train(members, (before + overall[0], before + overall[1] + after))
+
+        self.schedule.finish(runs, self._grouped, train)
         finished = [result for run in runs if (result := self.folder.result(run.name)) is not None]
         self.failures += distributed.agreed("failures", len(runs) - len(finished))
         return finished

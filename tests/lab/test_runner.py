@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -105,6 +106,13 @@ def test_every_run_of_the_plan_is_written_down(finished):
     for name in ("report.html", "report.md", "results.json", "ablation.json"):
         assert (workdir / name).is_file()
     assert "rope" in done.stdout and "alibi" in done.stdout
+
+
+def test_one_counter_goes_through_tuning_and_fresh_seeds(finished):
+    told = re.findall(r"^\[(\d+)/(\d+) runs\] .* · (tune|final)", finished[1].stderr, re.M)
+    done = [int(before) for before, *_ in told]
+    assert {(phase, of) for _, of, phase in told} == {("tune", "8"), ("final", "8")}
+    assert done == sorted(done) and done[0] == 0 and min(int(before) for before, _, phase in told if phase == "final") == 4
 
 
 def test_the_winner_has_the_best_tuning_metric(finished):
