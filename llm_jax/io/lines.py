@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 import time
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -17,14 +18,26 @@ EVERY = 30.0  # seconds between two uploads of a file that grows
 
 
 def whole_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """What a file has a JSON line of each, the oldest first, up to one that was cut short; nothing where there is no file."""
+    """What a file has a JSON line of each, the oldest first, up to one that is damaged; nothing where there is no file.
+
+    A last line that was cut short, as when the process died, is no damage; of another there is a warning.
+    """
     found = []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
+    *written, last = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    for number, line in enumerate([*written, last] if last else written, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:  # cut short when the process died
+            found.append(_record(line))
+        except ValueError:
+            if number <= len(written):
+                warnings.warn(f"{file}, line {number} is damaged: it and what follows are left out", stacklevel=2)
             break
     return found
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    if isinstance(record := json.loads(line), dict):
+        return record
+    raise ValueError("it holds no record")
 
 
 def as_lines(records: Iterable[Any]) -> str:

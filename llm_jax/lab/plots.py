@@ -106,7 +106,7 @@ def _curves(ax, summary: Summary, axis: str) -> None:
     name = summary.data["metric"].partition("@")[0]
     shown: list[float] = []
     for row in summary.data["arms"]:
-        curves = [t["curve"] for t in summary.finals(row["arm"])]
+        curves = [t["curve"] for t in summary.finals(row["arm"]) if not t.get("lost")]
         key = name if curves and all(name in c for c in curves) else "train/loss"
         curves = [c for c in curves if key in c]
         if not curves:

@@ -17,7 +17,7 @@ def problems(trials: Sequence[Trial], ablation: Mapping[str, Any]) -> list[str]:
             own = [t for t in trials if t["arm"] == arm and t["status"] == status]
             detail = f" ({own[0]['error']})" if own[0]["error"] else f" at {'; '.join(_point(t) for t in own[:4])}"
             found.append(f"{arm}: {len(own)} run{'s' * (len(own) > 1)} {status}{detail}")
-    found += _left_out(trials)
+    found += _left_out(trials) + _lost(trials)
     for arm in ablation["arms"]:
         done = sum(t["own_arm"] == arm and t["phase"] == "final" and t["status"] != "failed" for t in trials)
         if done < ablation["seeds"] and not several:
@@ -44,6 +44,16 @@ def _left_out(trials: Sequence[Trial]) -> list[str]:
             runs = len({line["seed"] for line in lines})
             found.append(f"{arm}: the guard left out {' and '.join(parts)}, in runs of {runs} seed{'s' * (runs > 1)}")
     return found
+
+
+def _lost(trials: Sequence[Trial]) -> list[str]:
+    """Curves that have holes, since the file that they come from was damaged."""
+    return [
+        f"{t['arm']}, seed {t['seed']}: the records of steps {t['lost'][0]} to {t['lost'][-1]} are lost, since "
+        f"trials/{t['trial']}/metrics.jsonl in {t['folder']} was damaged: its curve is not drawn"
+        for t in trials
+        if t.get("lost")
+    ]
 
 
 def settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:

@@ -67,15 +67,19 @@ def finished(
 ) -> dict[str, Any]:
     """The results of a trial that ran to its end: "done", or "diverged" where a final metric is not finite.
 
-    incidents: what its guard did, of which the batches' texts stay in the file.
+    incidents: what its guard did, of which the batches' texts stay in the file. "lost" are the steps whose record the curve lacks,
+    since the file was damaged.
     """
     names = dict.fromkeys(name for row in curve for name in row)
+    steps, every = run.experiment.train.steps, run.experiment.train.log_every
+    lost = sorted({*range(every, steps, every), steps} - {row["step"] for row in curve})
     well = bool(metrics) and all(math.isfinite(v) for v in metrics.values())
     return _described(run, origin) | {
         "status": "done" if well else "diverged",
         "error": None,
         "metrics": dict(metrics),
         "curve": {name: [row.get(name) for row in curve] for name in names},
+        "lost": lost,
         "incidents": [{k: v for k, v in line.items() if k != "batches"} for line in incidents],
         "parameters": cost.parameters,
         "tokens": cost.tokens,

@@ -100,6 +100,7 @@ def test_every_run_of_the_plan_is_written_down(finished):
     results = outcomes(workdir)
     assert len(results) == 2 * 2 * 1 + 2 * 2
     assert {r[0] for r in results.values()} == {"done"}
+    assert all(json.loads(file.read_text())["lost"] == [] for file in workdir.glob("trials/*/results.json"))
     assert all({"valid/bits_per_byte", "valid/bits_per_byte@1x", "valid/bits_per_byte@2x"} <= set(r[5]) for r in results.values())
     tuning, final = ({r[3] for r in results.values() if r[2] == phase} for phase in ("tune", "final"))
     assert not tuning & final, "the seeds that choose must not be the seeds that are reported"
@@ -178,6 +179,32 @@ def test_a_program_that_breaks_is_written_down_and_the_others_go_on(declared, tm
     states = {(r[1], r[0]) for r in outcomes(tmp_path / "w").values()}
     assert states == {("rope", "failed"), ("alibi", "done")} and broken.failures == 2
     assert any("no more memory" in note for note in notes)
+
+
+def test_records_that_are_lost_are_told(declared, tmp_path, monkeypatch):
+    from llm_jax.lab import group, report, runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    fit = group.fit
+
+    def damaged(*given):
+        final = fit(*given)
+        (file,) = (tmp_path / "w" / "trials").glob("*/metrics.jsonl")
+        first, _, last = file.read_text().splitlines()
+        file.write_text(f"{first}\n#\n{last}\n")
+        return final
+
+    monkeypatch.setattr(group, "fit", damaged)
+    changes = {"train.steps": 18, "evaluation.every": 18, "seeds": 1, "nuisance": {}}
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2 is damaged"):
+        (result,) = runner.Runner(load(declared).changed(changes).only(["rope"]), WorkFolder(tmp_path / "w")).run()
+    assert result["lost"] == [12, 18] and result["curve"]["step"] == [6]
+    told = f"rope, seed 0: the records of steps 12 to 18 are lost, since trials/{result['trial']}/metrics.jsonl in w was damaged"
+    summary = report.write([tmp_path / "w"], tmp_path / "w")
+    assert any(said.startswith(told) for said in summary.data["problems"])
+    assert told in (tmp_path / "w" / "report.md").read_text()
 
 
 def test_a_group_that_does_not_fit_is_tried_in_halves(declared, tmp_path, monkeypatch):

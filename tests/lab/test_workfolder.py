@@ -24,6 +24,14 @@ def test_results_that_are_damaged_are_named(tmp_path, content):
             read()
 
 
-def test_lines_that_are_no_text_end_what_is_read(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 3}\n')
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b'{"step": 2\n', b"2\n", b"\n", b"\0\0\0\n"])
+def test_a_damaged_line_ends_what_is_read_and_is_named(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'{"step": 3}\n')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl, line 2 is damaged: it and what follows are left out"):
+        assert Tracker.read(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2', b"{", b"", b"\xff"])
+def test_a_last_line_that_was_cut_short_is_no_damage(tmp_path, torn):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + torn)
     assert Tracker.read(tmp_path) == [{"step": 1}]
