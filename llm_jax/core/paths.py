@@ -17,6 +17,7 @@ from typing import Any, cast
 from llm_jax.core.config import ConfigError
 
 BUCKETS = "gs://"
+ANSWER = 10.0  # seconds
 
 
 def to_path(place: str | os.PathLike) -> pathlib.Path:
@@ -56,13 +57,20 @@ def require_folder(place: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def reaching(place: str | os.PathLike) -> Iterator[None]:
-    """Has what goes wrong in a bucket meanwhile be a `ConfigError`: its drivers raise errors of many classes."""
+    """Has what goes wrong in a bucket meanwhile be a `ConfigError`: its drivers raise errors of many classes.
+
+    It is asked for first, for `ANSWER` seconds: later requests are repeated for a minute, as is right in a long run.
+    """
     try:
+        if in_bucket(place):
+            system, name = opened(place)
+            system.exists(name, timeout=ANSWER)
         yield
     except Exception as error:
         if not in_bucket(place) or isinstance(error, ConfigError):
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
+        silent = f"no answer within {ANSWER:g} s" if isinstance(error, TimeoutError) else type(error).__name__
+        said = " ".join(str(error).split()) or silent
         way = "`gcloud auth application-default login` gives credentials, and `gcloud storage buckets create` makes a bucket"
         raise ConfigError(f"cannot be reached ({said}): {way}", os.fspath(place)) from None
 

@@ -1,7 +1,11 @@
 """A work folder in a bucket: processes and workers train into it together, are killed and go on, and it ends as on a disk."""
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +26,19 @@ def test_what_is_no_folder_and_no_bucket_is_a_sentence(bucket):
         pass
     with WorkFolder(bucket).alone():
         pass
+
+
+def test_a_bucket_that_does_not_answer_is_not_waited_for_long():
+    code = "from llm_jax.core import paths; paths.ANSWER = 0.5\nwith paths.reaching('gs://a-bucket/runs'): print('reached')"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = os.environ | {
+            "STORAGE_EMULATOR_HOST": place,
+            "FSSPEC_GCS_TOKEN": "anon",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert "gs://a-bucket/runs cannot be reached (no answer within 0.5 s): `gcloud" in done.stderr and not done.stdout
 
 
 @pytest.mark.slow
