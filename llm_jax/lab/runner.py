@@ -56,23 +56,34 @@ class Runner:
 
     def check(self) -> None:
         """Finds what is wrong with any arm before anything is trained or written. Raises `ConfigError`."""
-        devices, traced = len(jax.devices()), set()
         if self.lease is not None:
             check_lease(self.lease)
             if jax.process_count() > 1:
                 raise ConfigError(f"is one process, and this is one of {jax.process_count()} that train together", "--worker")
+        traced: set[str] = set()
+        wrong = list[str | None]()
         for arm in self.ablation.arms:
-            experiment = self.ablation.experiment(arm)
-            try:
-                check_mesh(experiment, layout(experiment, 1, devices)[0])
-                source = self.sources.of(experiment)
-                source.check()
-                self._check_metrics(experiment, source)
-                if structure(experiment) not in traced:  # a length that is refused is found here, not at the end
-                    _check_lengths(experiment, source)
-                    traced.add(structure(experiment))
-            except ConfigError as error:
-                raise ConfigError(f"{error} (in arm {arm!r})") from None
+            wrong.append(self._wrong(self.ablation.experiment(arm), traced))
+            if wrong[-1] != wrong[0]:
+                break
+        if any(wrong):
+            found = next(i for i, said in enumerate(wrong) if said)
+            where = f" (in arm {list(self.ablation.arms)[found]!r})" if len(set(wrong)) > 1 else ""  # else no arm is the cause
+            raise ConfigError(f"{wrong[found]}{where}")
+
+    def _wrong(self, experiment: Experiment, traced: set[str]) -> str | None:
+        """What is, in a sentence, or nothing; traced: structures whose lengths are known to be right."""
+        try:
+            check_mesh(experiment, layout(experiment, 1, len(jax.devices()))[0])
+            source = self.sources.of(experiment)
+            source.check()
+            self._check_metrics(experiment, source)
+            if structure(experiment) not in traced:  # a length that is refused is found here, not at the end
+                _check_lengths(experiment, source)
+                traced.add(structure(experiment))
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def _check_metrics(self, experiment: Experiment, source: Source) -> None:
         """Raises `ConfigError` for a metric that the experiment will not have."""

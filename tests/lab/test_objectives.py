@@ -183,8 +183,11 @@ def test_micro_batches_and_interruptions_change_nothing(base):
     ],
 )
 def test_a_length_that_is_refused_is_found_before_anything_is_trained(tmp_path, base, changes, sentence):
-    with pytest.raises(ConfigError, match=sentence + r".* \(in arm 'one'\)"):
-        Runner(ablation(base, {"one": changes}), WorkFolder(tmp_path)).check()
+    for others, where in (({}, ""), ({"other": {}}, r" \(in arm 'one'\)"), ({"other": changes}, "")):
+        with pytest.raises(ConfigError, match=f"{sentence}[^()]*{where}$"):
+            Runner(ablation(base, others | {"one": changes}), WorkFolder(tmp_path)).check()
+        with pytest.raises(ConfigError, match=f"{sentence}[^()]*{where}$"):
+            Runner(ablation(base, {"one": changes} | others), WorkFolder(tmp_path)).check()
 
 
 def test_bits_per_byte_are_no_score_of_hidden_tokens(tmp_path, base):
