@@ -58,6 +58,9 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         ways = "give --coordinator=HOST:PORT --processes=N --process=I to each" if coordinator is None else "start all of them"
+        if isinstance(error, ValueError) and coordinator is None:
+            told = "knows of no other processes, since neither SLURM, Open MPI, GKE nor Cloud TPU says here who they are"
+            raise ConfigError(f"{told}: {ways}, or leave it out for a run of one", "--distributed") from None
         raise ConfigError(f"cannot join the other processes within {PATIENCE} s ({reason}): {ways}", "--distributed") from None
     if several():
         _client().key_value_set(f"llm_jax/hosts/{index()}", f"{socket.gethostname()}, pid {os.getpid()}")

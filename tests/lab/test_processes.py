@@ -274,6 +274,8 @@ def test_one_of_many_says_so_instead_of_waiting_for_the_others(environ, told):
             ["--coordinator=localhost:1", "--processes=2", "--process=2"],
             "--process must be at least 0 and below --processes=2, got 2",
         ),
+        (["--distributed"], "--distributed knows of no other processes, since neither SLURM, Open MPI, GKE nor Cloud TPU says"),
+        (["--distributed"], "give --coordinator=HOST:PORT --processes=N --process=I to each, or leave it out for a run of one"),
         (["--distributed", "--worker"], "--distributed trains with others, and --worker for itself"),
     ],
 )
