@@ -72,7 +72,8 @@ class Sums:
     def ratio(self, over: int, under: int) -> Estimate:
         """Σ of one number / Σ of another, over documents drawn at random: Student's t, with the error of the ratio's linear part.
 
-        error² = n / (n-1) · Σ (x - r·y)² / (Σ y)² (Cochran 1977, §6.4).
+        error² = n / (n-1) · Σ (x - r·y)² / (Σ y)² (Cochran 1977, §6.4). No number is negative, and so the interval is not, though
+        that of two documents, where t is 12.7, would often be.
         """
         under_mean = self.mean[under]
         r = self.mean[over] / under_mean
@@ -81,4 +82,4 @@ class Sums:
         squares = self.moment[over, over] - 2 * r * self.moment[over, under] + r * r * self.moment[under, under]
         error = math.sqrt(max(squares, 0) / (self.count * (self.count - 1))) / abs(under_mean)
         half = float(stats.t.ppf((1 + LEVEL) / 2, self.count - 1)) * error
-        return Estimate(r, error, r - half, r + half, self.count)
+        return Estimate(r, error, max(r - half, 0.0), r + half, self.count)

@@ -53,6 +53,16 @@ def test_sums_of_far_numbers_that_hardly_differ_keep_their_digits():
     assert sums.ratio(0, 1).error == pytest.approx(values.std(ddof=1) / math.sqrt(7), rel=1e-6)
 
 
+def test_of_two_documents_the_interval_is_students_and_not_below_0():
+    sums = Sums(2)
+    for pair in ((4.0, 2.0), (3.0, 2.0)):
+        sums.add(pair)
+    found = sums.ratio(0, 1)
+    half = math.tan(math.pi * 0.475) * 0.25  # the quantile of Student's t with one degree of freedom, which is Cauchy's
+    assert (found.value, found.error) == (1.75, 0.25) and found.high == pytest.approx(1.75 + half)
+    assert found.low == 0 and found.transformed(math.exp, 1.0).low == 1
+
+
 def test_one_document_has_no_error():
     sums = Sums(2)
     sums.add((3.0, 2.0))
