@@ -169,10 +169,9 @@ def require_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = str(error).splitlines()[0] if str(error) else "no such device"
-        raise ConfigError(
-            f"JAX cannot use it ({reason}): install the extra for it, or unset it", f"JAX_PLATFORMS={asked}"
-        ) from None
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0].splitlines()[0] if str(error) else "no such device"
+        way = "unset it where this machine has none, and where it has some install the extra for them"
+        raise ConfigError(f"asks for devices that JAX does not find ({reason}): {way}", f"JAX_PLATFORMS={asked}") from None
 
 
 def cache_dir() -> pathlib.Path:

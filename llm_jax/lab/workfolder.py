@@ -93,6 +93,8 @@ class WorkFolder:
             known["identity"].setdefault("tokenizers", {})
             found = _differences(known["identity"], identity)
             if found:
+                there = known["ablation"].get("scale")
+                found = ([f"--scale is {there} there and {scale} here"] if there != scale else []) + found
                 more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
                 raise ConfigError(
                     f"belongs to another experiment: {'; '.join(found[:SHOWN])}{more}. Choose another --workdir", str(self.path)

@@ -72,6 +72,16 @@ def test_a_folder_of_another_experiment_is_refused_with_what_differs(declared, t
     assert (tmp_path / "w" / "ablation.json").read_bytes() == before
 
 
+def test_a_folder_of_another_scale_is_refused_with_its_name(declared, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    sized = tmp_path / "sized.py"
+    scales = "scales={'small': {}, 'big': {'train.steps': 66}}, claims="
+    sized.write_text(declared.read_text().replace("claims=", scales))
+    WorkFolder(tmp_path / "w").claim(load(sized).at_scale("big"), corpora={}, scale="big")
+    code, _, text = run([f"--experiment={sized}", f"--workdir={tmp_path / 'w'}"], monkeypatch, capsys)
+    assert code == 2 and "belongs to another experiment: --scale is big there and small here; train.steps is 66 there" in text
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
@@ -120,7 +130,7 @@ def test_what_flags_alone_tell_is_told_before_jax_is_imported(command, sentence)
 def test_a_platform_that_is_not_there_is_one_sentence(declared, tmp_path):  # noqa: F811
     command = [sys.executable, "-m", "llm_jax", "run", f"--experiment={declared}", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "rocm"}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=rocm"), done.stderr
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS=rocm asks for"), done.stderr
     assert "Traceback" not in done.stderr
 
 
