@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import socket
@@ -38,6 +39,8 @@ flags.DEFINE_string("python", sys.executable, "The interpreter.", flag_values=FL
 flags.DEFINE_boolean("dry_run", False, "Print what would run; start nothing.", flag_values=FLAGS)
 
 LOOK = 0.1  # seconds between looks at the processes
+# what libraries below JAX say of every run of several processes; it stays in the logs
+NOISE = re.compile(rb"\[Gloo\] Rank \d+ is connected|W\d{4} .*Using experimental recoverable task feature")
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,14 @@ def _start(process: Process, *, front: bool, logs: contextlib.ExitStack) -> subp
 
 
 def _copy(source, log) -> None:
-    """All that comes from a pipe, to a log and to standard output."""
-    while block := source.read1():
-        log.write(block)
+    """All that comes from a pipe, line by line, to a log, and but for noise to standard output."""
+    for line in source:
+        log.write(line)
         log.flush()
         with contextlib.suppress(OSError):  # nobody reads it any more
-            sys.stdout.buffer.write(block)
-            sys.stdout.buffer.flush()
+            if not NOISE.match(line):
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
 
 
 @contextlib.contextmanager

@@ -104,6 +104,17 @@ def test_processes_get_the_words_verbatim_and_one_coordinator(start, tmp_path):
     assert "started 0" in out and "started 1" not in out, "one in front"
 
 
+def test_what_libraries_say_of_every_run_stays_in_the_log(start, tmp_path):
+    noise = (
+        "[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+        "W1127 18:52:05.214408    3892 coordination_service.cc:185] [1503] Using experimental recoverable task feature. The\n"
+    )
+    child = start("--processes=1", body=f"print({noise!r} + 'W1127 18:52:05.214408 of another kind')")
+    out, _ = child.communicate(timeout=30)
+    assert out == "started 0\nW1127 18:52:05.214408 of another kind\n"
+    assert noise in (tmp_path / "runs" / "w-logs" / "process-0.log").read_text()
+
+
 @pytest.mark.slow
 def test_jax_finds_the_other_process_by_the_flags(start):
     body = """
