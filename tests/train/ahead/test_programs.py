@@ -273,14 +273,22 @@ KERNELS = """HloModule m
 ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
   %x = bf16[64,8] parameter(0)
   %attend.1 = bf16[64,8] custom-call(%x), custom_call_target="tpu_custom_call"
-  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call"
+  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jvp(Decoder)/attention"}
   ROOT %ragged-dot-none = bf16[64,8] custom-call(%attend.12), custom_call_target="tpu_custom_call"
 }
 """
 
 
 def test_kernels_have_the_names_that_they_were_given():
-    assert operations.kernels(operations.of_module(hlo.parse(KERNELS))) == ("attend", "ragged-dot-none")
+    done = operations.of_module(hlo.parse(KERNELS))
+    assert operations.kernels(done) == ("attend", "ragged-dot-none")
+    assert [one.label for one in done] == [
+        "attend.1",
+        "jvp(Decoder)/attention",
+        "ragged-dot-none",
+    ]  # notes of several lines before it
 
 
 MASKED = """HloModule m
