@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from llm_jax.core.mesh import BATCH
 from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.footprint import kept, parts
 from llm_jax.models import count
-from llm_jax.train.ahead.memory import TEMPORARY, Memory
+from llm_jax.train.ahead.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def _state(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> 
 
 
 def _activations(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], memory: Memory) -> list[Change]:
-    """What the backward pass keeps of the rows gives way to; estimated by `lab.footprint`, at most what is temporary."""
-    most, now = memory.parts.get(TEMPORARY, math.inf), kept(experiment, vocabulary, mesh)
+    """What the backward pass keeps of the rows gives way to; estimated by `lab.footprint`, at most what a step needs."""
+    most, now = memory.working, kept(experiment, vocabulary, mesh)
     accumulate, length = experiment.train.accumulate, experiment.data.sequence_length
     candidates = [
         ({"train.accumulate": 2 * accumulate}, "twice as many, smaller products"),

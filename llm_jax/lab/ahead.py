@@ -11,7 +11,7 @@ import pathlib
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +131,9 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
     traced = compiled.steps.trace(values, compiled.abstract, batch)
     machine, begun = flops.of_jaxpr(traced.jaxpr), time.perf_counter()
     machine = replace(machine, grouped=machine.grouped * filled(experiment, compiled.mesh.shape))
-    text, report, stats = _compiled(traced.lower())
+    dump, stats = _compiled(traced.lower())
     seconds = time.perf_counter() - begun
-    module = hlo.parse(text)
+    module = hlo.parse(dump.program)
     mesh = dict(compiled.mesh.shape)
     where = [getattr(device, "slice_index", 0) or 0 for device in compiled.mesh.devices.flat] if topology.slices > 1 else []
     sent = collectives.of_module(module, mesh, where)
@@ -166,7 +166,12 @@ def _examined(experiment: Experiment, compiled: Compiled, topology: Topology) ->
         model,
         machine,
         products,
-        memory.of_program(stats, {name: size for name, size in given.items() if size}, report),
+        memory.of_program(
+            stats,
+            {name: size for name, size in given.items() if size},
+            dump.report,
+            memory.at_peak(dump.assignment, dump.ranges, module),
+        ),
         tuple(sent),
         estimate,
         steps,
@@ -196,8 +201,17 @@ def _values(compiled: Compiled) -> dict[str, Any]:
     return {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where) for path, value in compiled.values.items()}
 
 
-def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
-    """The program's text, the compiler's report of its memory, and its sizes; the last is None where it does not fit."""
+class _Dump(NamedTuple):
+    """Texts of the compiler: the program, its report of memory, where values lie, and from when to when."""
+
+    program: str
+    report: str
+    assignment: str
+    ranges: str
+
+
+def _compiled(lowered: jax.stages.Lowered) -> tuple[_Dump, Any]:
+    """What the compiler wrote, and its `memory_analysis()`; None where the program does not fit."""
     with tempfile.TemporaryDirectory(prefix="llm_jax_compile_") as folder:
         stats = None
         try:
@@ -206,8 +220,9 @@ def _compiled(lowered: jax.stages.Lowered) -> tuple[str, str, Any]:
         except jax.errors.JaxRuntimeError as error:
             if not platform.is_exhausted(error):
                 raise ConfigError(f"cannot be compiled for it: {str(error).splitlines()[0]}", "the training step") from None
-        names = {end: sorted(pathlib.Path(folder).glob(f"*.after_optimizations{end}.txt")) for end in ("", "-memory-usage-report")}
-        text, report = ("".join(file.read_text() for file in files[-1:]) for files in names.values())
-    if not text:
+        ends = ("", "-memory-usage-report", "-buffer-assignment", "-live-range")
+        files = (sorted(pathlib.Path(folder).glob(f"*.after_optimizations{end}.txt"))[-1:] for end in ends)
+        dump = _Dump(*("".join(file.read_text() for file in found) for found in files))
+    if not dump.program:
         raise ConfigError("was compiled without a dump: leave --xla_dump_to out of XLA_FLAGS", "the training step")
-    return text, report, stats
+    return dump, stats

@@ -81,18 +81,21 @@ def schedule(experiment: Experiment, mesh: Mapping[str, int]) -> Schedule:
     return Schedule(stages, given.rounds if stages > 1 else 1, given.microbatches or stages, 1)
 
 
-def memory(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
-    """Bytes of a device at the peak of a step: parameters, gradients, moments, weights gathered for one layer, and what is kept."""
+def memory(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], target: str = "tpu") -> float:
+    """Bytes of a device at the peak of a step: parameters, gradients, moments, weights gathered for one layer, and what is kept.
+
+    target: the platform, as attention's scores are kept on some.
+    """
     train = experiment.train
     copies = 2 + experiment.optimizer.slots + (train.average is not None) + (train.accumulate > 1)  # sums over micro-batches
     own = ENTRY * held(experiment, vocabulary, mesh) * copies
-    return own + _gathered(experiment, vocabulary, mesh) + kept(experiment, vocabulary, mesh)
+    return own + _gathered(experiment, vocabulary, mesh) + kept(experiment, vocabulary, mesh, target)
 
 
-def kept(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int]) -> float:
+def kept(experiment: Experiment, vocabulary: int, mesh: Mapping[str, int], target: str = "tpu") -> float:
     """Bytes that one device keeps of its rows for the backward pass, and needs beside them at its peak: where logits are judged, or
     in the layer that is computed again."""
-    with platform.targeting("tpu"):
+    with platform.targeting(target):
         layers = list(_layers(experiment, mesh))
         return sum(one.until for one in layers) + max(_ending(experiment, vocabulary, mesh), *(one.during for one in layers))
 

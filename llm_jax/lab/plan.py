@@ -10,8 +10,10 @@ from typing import Literal
 import jax
 from rich.table import Table
 
+from llm_jax.core import platform
 from llm_jax.core.config import fingerprint
 from llm_jax.core.whole import safe
+from llm_jax.lab import footprint
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.population import groups, layout, structure
 from llm_jax.lab.sources import Reading
@@ -124,15 +126,12 @@ def cost(
 
     forward = sum(n / m * flops(each, m) / 3 for n, m in scored for each in experiment.objective.evaluated.values())
     asked = 0.0 if teacher is None else flops(experiment.objective, length, teacher.model, teacher.vocabulary) / 3
-    words, inputs = experiment.lengths
-    micro, slots = data.batch_size // experiment.train.accumulate, experiment.optimizer.slots
-    memory = count.training_memory(model, vocabulary, micro, words, slots, inputs)
     return Cost(
         count.parameters(model, vocabulary),
         rows * length,
         rows * (flops(experiment.objective, length) + asked),
         forward,
-        memory,
+        footprint.memory(experiment, vocabulary, {}, platform.name()),
         0.0 if teacher is None else 4.0 * count.parameters(teacher.model, teacher.vocabulary),
     )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from llm_jax.models.block import Layer, layer_entries, layer_parameters
+from llm_jax.models.block import layer_entries, layer_parameters
 from llm_jax.models.model import Model
 from llm_jax.models.stack import Stack
-from llm_jax.nn.kernels.blocks import block_count
 from llm_jax.nn.multihead import Attention
 
 
@@ -46,16 +45,6 @@ def flops_per_row(model: Model, vocabulary: int, length: int, inputs: int | None
     return 6.0 * total
 
 
-def training_memory(model: Model, vocabulary: int, batch: int, length: int, slots: int, inputs: int | None = None) -> float:
-    """Bytes at the peak of a step, estimated: parameters, gradients and `slots` float32 moments each, and what the
-    backward pass keeps: with remat the layer boundaries and one layer, without it every product's operands."""
-    states = 4.0 * parameters(model, vocabulary) * (2 + slots)
-    lengths, tokens = _lengths(model, length, inputs), batch * length
-    judged = -(-tokens // block_count(tokens, vocabulary))  # whose logits, and their gradient, are there at once
-    kept = sum(own * _kept(stack, own) for stack, own in zip(model.stacks.values(), lengths, strict=True))
-    return states + batch * kept + 4.0 * 2 * vocabulary * judged
-
-
 def _lengths(model: Model, length: int, inputs: int | None) -> list[int]:
     """The tokens that each stack reads, of which the last says something of `length`."""
     return [length if inputs is None else inputs] * (len(model.stacks) - 1) + [length]
@@ -75,19 +64,3 @@ def _stack_parameters(stack: Stack, cross: Attention | None) -> int:
 def _output_entries(model: Model, vocabulary: int) -> int:
     tied = model.embedding.entries(model.width, vocabulary) if model.head.tied else 0
     return model.head.entries(model.final, vocabulary) + tied
-
-
-def _kept(stack: Stack, length: int) -> float:
-    """Bytes for each token."""
-    size, width = (2 if stack.precision.compute == "bfloat16" else 4), stack.width
-    layers = [_layer_kept(stack, layer, length) for layer in stack.in_full]
-    return stack.depth * size * width + max(layers) if stack.remat != "none" else sum(layers)
-
-
-def _layer_kept(stack: Stack, layer: Layer, length: int) -> float:
-    size, width = (2 if stack.precision.compute == "bfloat16" else 4), stack.width
-    hidden = layer.ffn.hidden(width) * (layer.ffn.branches + 1) if layer.ffn else 0
-    mixer = layer.attention
-    inner = mixer.inner(width) if mixer else 0
-    scores = mixer.heads_for_bias * length if mixer and mixer.scores(width) else 0
-    return size * (4 * width + inner + hidden) + 4 * 2 * scores

@@ -8,12 +8,12 @@ from llm_jax.lab.experiment import Experiment
 from llm_jax.lab.footprint import kept
 from llm_jax.models import count
 from llm_jax.models.decoder import Decoder
-from llm_jax.train.ahead.memory import TEMPORARY, Memory
+from llm_jax.train.ahead.memory import TOGETHER, Memory
 
 MODEL = Decoder(width=256, depth=8)
 EXPERIMENT = Experiment(model=MODEL, data=Data(sequence_length=1024, batch_size=64))
 MESH = {"population": 1, "data": 1, "fsdp": 8, "tensor": 1}
-HUGE = Memory({TEMPORARY: 1e12})
+HUGE = Memory({TOGETHER: 1e12})
 
 
 def advised(experiment=EXPERIMENT, mesh=MESH, memory=HUGE):
@@ -41,7 +41,7 @@ def test_savings_are_the_analytic_models():
 
 
 def test_no_change_saves_more_than_there_is():
-    assert advised(memory=Memory({TEMPORARY: 10.0}))["model.remat=full"].saves == 10
+    assert advised(memory=Memory({TOGETHER: 10.0}))["model.remat=full"].saves == 10
 
 
 def test_what_has_been_done_or_does_not_divide_is_not_advised():

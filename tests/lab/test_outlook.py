@@ -13,7 +13,7 @@ from llm_jax.models.decoder import Decoder
 from llm_jax.train.ahead import roofline
 from llm_jax.train.ahead.collectives import Collective
 from llm_jax.train.ahead.flops import Flops
-from llm_jax.train.ahead.memory import TEMPORARY, Largest, Memory
+from llm_jax.train.ahead.memory import TOGETHER, Largest, Memory
 
 POD = Topology.parse("v5e:16x16")
 EXPERIMENT = Experiment(model=Decoder(width=256, depth=4), data=Data(batch_size=512))
@@ -22,7 +22,7 @@ EXPERIMENT = Experiment(model=Decoder(width=256, depth=4), data=Data(batch_size=
 def examined(temporary):
     sent = (Collective("all-gather", 2.0**20, 256, ("fsdp",), "bf16", count=64, overlaps=True, label="layers/ffn"),)
     estimate = roofline.estimate(products=1e13, memory=1e9, collectives=sent, topology=POD, model=256e13 * 0.75)
-    memory = Memory({"parameters": 2.0 * GIB, TEMPORARY: temporary}, (Largest(GIB, "f32[4096,128256]"),))
+    memory = Memory({"parameters": 2.0 * GIB, TOGETHER: temporary}, (Largest(GIB, "f32[4096,128256]"),))
     mesh = {"population": 1, "data": 1, "fsdp": 256, "tensor": 1}
     return Examined(POD, mesh, 10**9, 10**6, 256e13 * 0.75, Flops(256e13), 1e13, memory, sent, estimate, 2, 12.0, 0)
 

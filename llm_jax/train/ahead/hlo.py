@@ -170,7 +170,7 @@ def parse(text: str) -> Module:
     """The program of XLA's text, as `compiled.as_text()` or a dump has it."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r'\n(?="|}})', "", text).splitlines():  # kernels' own notes are written over several
         header = _HEADER.match(line) if not line.startswith(" ") else None
         if header and not line.startswith("HloModule"):
             current = computations[header[2]] = Computation(header[2])

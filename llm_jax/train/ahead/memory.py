@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
-from llm_jax.train.ahead.hlo import arrays
+from llm_jax.train.ahead.hlo import Module, arrays
 
-TEMPORARY = "activations, gradients, temporaries"
+ACTIVATIONS, GRADIENTS, TEMPORARIES = "activations", "gradients", "temporaries"
+TOGETHER = "activations, gradients, temporaries"  # where they cannot be told apart
 UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -26,10 +28,20 @@ class Largest:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, by what they are for; largest: places of what is temporary."""
+    """Bytes of one device, by what they are for; largest: places of what a step needs beside its arguments.
+
+    Activations are what the forward pass has made, the first time or again, and is there when most is; gradients what the backward
+    pass has; temporaries the rest: weights in the compute dtype, what is sent and received, and gaps between places.
+    """
 
     parts: Mapping[str, float]
     largest: tuple[Largest, ...] = ()
+
+    @property
+    def working(self) -> float:
+        """Of what a step needs beside its arguments and results; infinite where that is not known."""
+        known = [self.parts[name] for name in (ACTIVATIONS, GRADIENTS, TEMPORARIES, TOGETHER) if name in self.parts]
+        return sum(known) if known else math.inf
 
     @property
     def total(self) -> float:
@@ -47,21 +59,60 @@ def on_device(tree: Any) -> float:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def of_program(stats: Any, given: Mapping[str, float], report: str = "") -> Memory:
+def of_program(stats: Any, given: Mapping[str, float], report: str = "", peak: Mapping[str, float] | None = None) -> Memory:
     """The memory of a program from XLA's `memory_analysis()`, or, where it did not fit and there is none, from the report alone.
 
-    given: bytes of its arguments by what they are; report: XLA's memory-usage report.
+    given: bytes of its arguments by what they are; report: XLA's memory-usage report; peak: from `at_peak`.
     """
     if stats is None:
         end = max((place.end for place in _places(report)), default=math.nan)
-        return Memory(dict(given) | {TEMPORARY: end}, largest(report))
+        return Memory(dict(given) | {TOGETHER: end}, largest(report))
+    temporary, peak = float(stats.temp_size_in_bytes), peak or {}
     parts = {
         "padding": max(stats.argument_size_in_bytes - sum(given.values()), 0.0),
-        TEMPORARY: float(stats.temp_size_in_bytes),
+        **peak,
+        TEMPORARIES if peak else TOGETHER: max(temporary - sum(peak.values()), 0.0),
         "output": max(float(stats.output_size_in_bytes - stats.alias_size_in_bytes), 0.0),
         "program": float(stats.generated_code_size_in_bytes),
     }
     return Memory(dict(given) | {name: value for name, value in parts.items() if value}, largest(report))
+
+
+def at_peak(assignment: str, ranges: str, module: Module) -> dict[str, float]:
+    """Bytes of activations and gradients at the moment when most of the temporary memory is in use.
+
+    assignment, ranges: XLA's dumps of where every value lies, and from when to when. Empty where they name no such values.
+    """
+    block = re.search(r"^allocation \d+: size \d+, preallocated-temp:\n((?: value: .*\n)*)", assignment, re.MULTILINE)
+    found = re.findall(r"<\d+ ([\w.\-]+\{[\d,]*\}) @\d+> \(size=(\d+),offset=(\d+)\)", block[1] if block else "")
+    places = {name: (int(offset), int(size)) for name, size, offset in found}
+    begun, ended = defaultdict(list), defaultdict(list)
+    for name, start, end in re.findall(r"^ +([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$", ranges, re.MULTILINE):
+        if name in places:
+            begun[int(start)].append(name)
+            ended[int(end) + 1].append(name)
+    live: dict[str, None] = {}
+    most: dict[int, str] = {}
+    size = 0
+    for time in sorted({*begun, *ended}):
+        live = {name: None for name in live if name not in ended[time]} | dict.fromkeys(begun[time])
+        now = {places[name][0]: name for name in live}  # one place may have several names
+        total = sum(places[name][1] for name in now.values())
+        if total > size:
+            size, most = total, now
+    purpose = {one.name: _purpose(one.name, one.label) for each in module.computations.values() for one in each}
+    parts = {ACTIVATIONS: 0.0, GRADIENTS: 0.0}
+    for name in most.values():
+        kind = purpose.get(name.partition("{")[0], TEMPORARIES)
+        parts |= {kind: parts[kind] + places[name][1]} if kind in parts else {}
+    return parts if most else {}
+
+
+def _purpose(name: str, label: str) -> str:
+    """What a value is for: by JAX's name of its source, `transpose(jvp(…))` backward, with what is computed again inside."""
+    if "jvp(" not in label or name.startswith(("all-gather", "async-collective", "collective-permute")):
+        return TEMPORARIES
+    return GRADIENTS if "transpose(" in label and "rematted_computation" not in label else ACTIVATIONS
 
 
 def largest(report: str, count: int = 8) -> tuple[Largest, ...]:

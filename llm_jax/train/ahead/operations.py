@@ -25,14 +25,14 @@ GROUPED = "ragged_dot"  # in the label of products of rows with one of several m
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation, done `times` a step. flops, bytes: each time; kernel: whether its FLOPs are unknown here, because it is
+    """One operation, done `times` a step. flops, bytes: each time; kernel: its name where its FLOPs are unknown here, because it is
     written by hand or decides at run time which matrix a row meets; overlaps: whether others run meanwhile, as with a copy."""
 
     name: str
     flops: float
     bytes: float
     times: float = 1.0
-    kernel: bool = False
+    kernel: str = ""
     overlaps: bool = False
     label: str = ""
 
@@ -45,7 +45,7 @@ def of_module(module: Module) -> list[Operation]:
             _flops(module, computation, one),
             _bytes(module, computation, one),
             times,
-            kernel='custom_call_target="tpu_custom_call"' in one.rest or GROUPED in one.label,
+            kernel=_kernel(module, computation, one),
             overlaps=one.opcode == "copy-start" or name in module.aside,
             label=one.label,
         )
@@ -58,21 +58,42 @@ def of_module(module: Module) -> list[Operation]:
 
 def kernels(done: Iterable[Operation]) -> tuple[str, ...]:
     """The names of kernels among them."""
-    return tuple(sorted({re.sub(r"\.\d+$", "", one.name) for one in done if one.kernel}))
+    return tuple(sorted({one.kernel for one in done if one.kernel}))
+
+
+def _kernel(module: Module, computation: Computation, one: Instruction) -> str:
+    if 'custom_call_target="tpu_custom_call"' in one.rest:
+        return re.sub(r"\.\d+$", "", one.name)
+    return "ragged-dot" if _grouped(module, computation, one) else ""
 
 
 # ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _flops(module: Module, computation: Computation, one: Instruction) -> float:
-    if GROUPED in one.label:
+    if one.opcode == "fusion" and GROUPED not in one.label:
+        return sum(_flops(module, each, other) for each in _inside(module, one) for other in each)
+    if one.opcode not in PRODUCTS or _grouped(module, computation, one):
         return 0.0
-    if one.opcode == "dot":
-        return _dot(computation, one)
-    if one.opcode == "convolution":
-        return _convolution(computation, one)
-    if one.opcode != "fusion":
-        return 0.0
-    inside = [module.computations[name] for name in one.called.get("calls", []) if name in module.computations]
-    return sum(_flops(module, each, other) for each in inside for other in each)
+    return PRODUCTS[one.opcode](computation, one)
+
+
+def _grouped(module: Module, computation: Computation, one: Instruction) -> bool:
+    """Whether rows meet one of several matrices each, as its label says, or one mask that chooses rows of both operands."""
+    if one.opcode == "fusion":
+        return GROUPED in one.label or any(_grouped(module, each, other) for each in _inside(module, one) for other in each)
+    if one.opcode not in PRODUCTS:
+        return False
+    left, right = (_masks(computation, operand) for operand in computation.operands(one)[:2])
+    return GROUPED in one.label or bool(left & right)
+
+
+def _masks(computation: Computation, one: Instruction) -> set[str]:
+    """What a fusion chooses by, among its operands."""
+    given = computation.operands(one) if one.opcode == "fusion" else []
+    return {each.name for each in given if [array.dtype for array in each.arrays] == ["pred"]}
+
+
+def _inside(module: Module, fusion: Instruction) -> list[Computation]:
+    return [module.computations[name] for name in fusion.called.get("calls", []) if name in module.computations]
 
 
 def _dot(computation: Computation, one: Instruction) -> float:
@@ -119,6 +140,9 @@ def _places(size: int, kernel: int, outputs: int, window: dict[str, str], place:
     before = int(value("pad", "0_0").split("_")[0])
     at = np.arange(outputs)[:, None] * stride - before + np.arange(kernel)[None] * spread
     return float(((at >= 0) & (at % holes == 0) & (at // holes < size)).sum())
+
+
+PRODUCTS = {"dot": _dot, "convolution": _convolution}
 
 
 def _number(text: str, name: str) -> int:

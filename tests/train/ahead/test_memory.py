@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llm_jax.train.ahead import memory
+from llm_jax.train.ahead import hlo, memory
 
 REPORT = """Memory Space: default (color=0)
 Total bytes: 3000 (2.93KiB)
@@ -39,13 +39,66 @@ def test_parts_add_up_to_what_xla_says():
         generated_code_size_in_bytes=7,
     )
     found = memory.of_program(stats, {"parameters": 600, "batch": 300}, REPORT)
-    assert found.parts == {"parameters": 600, "batch": 300, "padding": 100, memory.TEMPORARY: 300, "output": 20, "program": 7}
+    assert found.parts == {"parameters": 600, "batch": 300, "padding": 100, memory.TOGETHER: 300, "output": 20, "program": 7}
     assert found.total == 1000 + 300 + 20 + 7
+
+
+PROGRAM = """HloModule m
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %kept = f32[8] copy(%a), metadata={op_name="jit(step)/jvp(Decoder)/mul"}
+  %again = f32[8] copy(%kept), metadata={op_name="jit(step)/transpose(jvp(Decoder))/rematted_computation/mul"}
+  %back = f32[8] copy(%again), metadata={op_name="jit(step)/transpose(jvp(Decoder))/mul"}
+  %all-gather.1 = f32[8] copy(%back), metadata={op_name="jit(step)/jvp(Decoder)/dot_general"}
+  ROOT %moved = f32[8] copy(%all-gather.1)
+}
+"""
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 4096, parameter 0, shape |f32[8]| at ShapeIndex {}:
+ value: <1 a @0> (size=4096,offset=0): f32[8]{0}
+allocation 1: size 900, preallocated-temp:
+ value: <2 kept{} @0> (size=100,offset=0): f32[8]{0}
+ value: <3 again{} @0> (size=200,offset=128): f32[8]{0}
+ value: <4 back{} @0> (size=300,offset=384): f32[8]{0}
+ value: <5 all-gather.1{} @0> (size=50,offset=768): f32[8]{0}
+ value: <6 moved{} @0> (size=350,offset=384): f32[8]{0}
+allocation 2: size 9000, color 2, preallocated-temp:
+ value: <7 kept{1} @2> (size=9000,offset=0): f32[8]{0}
+"""
+RANGES = """  BufferLiveRange:
+    a{}:0-9
+    kept{}:1-6
+    again{}:2-4
+    back{}:3-4
+    all-gather.1{}:4-5
+    moved{}:5-6
+  Live ranges at 4 (peak):
+    back{}: 300 bytes (cumulative: 300 bytes)
+"""
+
+
+def test_what_is_there_when_most_is_told_apart():
+    """At 4 it is 100 + 200 + 300 + 50; what shares the place of another has it later."""
+    module = hlo.parse(PROGRAM)
+    peak = memory.at_peak(ASSIGNMENT, RANGES, module)
+    assert peak == {"activations": 100 + 200, "gradients": 300}
+    stats = SimpleNamespace(
+        argument_size_in_bytes=4096,
+        temp_size_in_bytes=900,
+        output_size_in_bytes=0,
+        alias_size_in_bytes=0,
+        generated_code_size_in_bytes=0,
+    )
+    found = memory.of_program(stats, {"parameters": 4096}, peak=peak)
+    assert found.parts == {"parameters": 4096, "activations": 300, "gradients": 300, "temporaries": 300}
+    assert found.working == 900
+    assert memory.at_peak("", "", module) == {}
 
 
 def test_what_does_not_fit_is_known_from_the_report_alone():
     found = memory.of_program(None, {"parameters": 1000}, REPORT).parts  # the end of the last place, whatever lies before it
-    assert found == {"parameters": 1000, memory.TEMPORARY: pytest.approx(1.96 * 2**30)}
+    assert found == {"parameters": 1000, memory.TOGETHER: pytest.approx(1.96 * 2**30)}
 
 
 def test_the_largest_places_of_hbm_the_largest_first():

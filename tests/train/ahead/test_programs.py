@@ -273,11 +273,52 @@ KERNELS = """HloModule m
 ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
   %x = bf16[64,8] parameter(0)
   %attend.1 = bf16[64,8] custom-call(%x), custom_call_target="tpu_custom_call"
-  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call"
+  %attend.12 = bf16[64,8] custom-call(%attend.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jvp(Decoder)/attention"}
   ROOT %ragged-dot-none = bf16[64,8] custom-call(%attend.12), custom_call_target="tpu_custom_call"
 }
 """
 
 
 def test_kernels_have_the_names_that_they_were_given():
-    assert operations.kernels(operations.of_module(hlo.parse(KERNELS))) == ("attend", "ragged-dot-none")
+    done = operations.of_module(hlo.parse(KERNELS))
+    assert operations.kernels(done) == ("attend", "ragged-dot-none")
+    assert [one.label for one in done] == [
+        "attend.1",
+        "jvp(Decoder)/attention",
+        "ragged-dot-none",
+    ]  # notes of several lines before it
+
+
+MASKED = """HloModule m
+
+%rows (x: bf16[64,8], mask: pred[4,64]) -> bf16[4,64,8] {
+  %x = bf16[64,8] parameter(0)
+  ROOT %each = bf16[4,64,8] broadcast(%x), dimensions={1,2}
+}
+
+%gradient (x: bf16[64,8], y: bf16[64,8], mask: pred[4,64], other: pred[4,64]) -> bf16[4,8,8] {
+  %x = bf16[64,8] parameter(0)
+  %y = bf16[64,8] parameter(1)
+  %mask = pred[4,64] parameter(2)
+  %other = pred[4,64] parameter(3)
+  %left = bf16[4,64,8] fusion(%x, %mask), kind=kLoop, calls=%rows
+  %right = bf16[4,64,8] fusion(%y, %MASK), kind=kLoop, calls=%rows
+  ROOT %c = bf16[4,8,8] convolution(%left, %right), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0fb_0io->0bf
+}
+
+ENTRY %main (x: bf16[64,8], mask: pred[4,64], other: pred[4,64]) -> bf16[4,8,8] {
+  %x = bf16[64,8] parameter(0)
+  %mask = pred[4,64] parameter(1)
+  %other = pred[4,64] parameter(2)
+  ROOT %fusion.7 = bf16[4,8,8] fusion(%x, %x, %mask, %other), kind=kOutput, calls=%gradient
+}
+"""
+
+
+@pytest.mark.parametrize("mask, flops, kernels", [("mask", 0.0, ("ragged-dot",)), ("other", 2 * 4 * 64 * 8 * 8, ())])
+def test_products_of_rows_that_one_mask_chooses_are_those_of_experts(mask, flops, kernels):
+    """As libtpu 0.0.42 writes the gradients of experts' matrices, without a label: it skips the rows of other experts."""
+    done = operations.of_module(hlo.parse(MASKED.replace("MASK", mask)))
+    assert (sum(one.flops for one in done), operations.kernels(done)) == (flops, kernels)
