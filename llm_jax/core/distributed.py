@@ -87,12 +87,22 @@ def one_of_many() -> str | None:
     for where, count, own in (
         ("SLURM step", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
         ("Open MPI job", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ("multi-slice job", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
     ):
         size = os.environ.get(count, "1")
         if size.isdigit() and int(size) > 1:
             return f"process {os.environ.get(own, '?')} of a {where} of {size}"
-    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name] or _hosts_of_tpu()
+    return host_of_many()
+
+
+def host_of_many() -> str | None:
+    """The same of the hosts of a TPU, which sees no device before all are there, but where its bounds are set to those of one."""
+    if os.environ.get("TPU_PROCESS_BOUNDS") == "1,1,1":
+        return None
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    if slices.isdigit() and int(slices) > 1:
+        return f"a process of slice {os.environ.get('MEGASCALE_SLICE_ID', '?')} of {slices} that are one TPU job"
+    told = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    hosts = [name for name in told.split(",") if name] or _hosts_of_tpu()
     if len(hosts) > 1:
         return f"host {os.environ.get('TPU_WORKER_ID', '?')} of a TPU slice of {len(hosts)}"
     return None

@@ -1,5 +1,6 @@
 """One run on several real processes: the numbers of one, what they say when one of them dies, and nothing lost."""
 
+import copy
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.cli import run
+from llm_jax.core import platform
 from llm_jax.io import checkpoint
 from llm_jax.io.nearby import REST
 from tests.conftest import CACHE
@@ -264,6 +267,29 @@ def lone(*flags, **environ):
 def test_one_of_many_says_so_instead_of_waiting_for_the_others(environ, told):
     code, error = lone(**environ)
     assert code == 2 and error.startswith(f"error: {told}, and was not told so: start all with --distributed"), error
+
+
+@pytest.mark.parametrize(
+    "environ, told",
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}, "host 1 of a TPU slice of 4"),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_ID": "0"}, "host 0 of a TPU slice of 2"),
+        ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, "a process of slice 1 of 2 that are one TPU job"),
+    ],
+)
+def test_a_worker_on_a_host_of_a_larger_tpu_says_so_instead_of_waiting_for_the_others(environ, told):
+    code, error = lone("--worker", **environ, JAX_PLATFORMS="")
+    assert code == 2 and error.startswith(f"error: --worker is one process with a TPU of its own, and this is {told}: start"), error
+
+
+@pytest.mark.parametrize("own", [{"JAX_PLATFORMS": "cpu"}, {"TPU_PROCESS_BOUNDS": "1,1,1"}, {"TPU_WORKER_HOSTNAMES": "a"}])
+def test_a_worker_that_has_a_host_for_itself_is_not_refused(own, monkeypatch):
+    for name, value in ({"JAX_PLATFORMS": "", "TPU_WORKER_HOSTNAMES": "a,b"} | own).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "setup", lambda **given: None)
+    monkeypatch.setattr(run, "FLAGS", copy.deepcopy(run.FLAGS))
+    run.parse(run.FLAGS, ["run", "--worker"])
+    run._join()
 
 
 @pytest.mark.parametrize(
