@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from llm_jax.core.config import ConfigError
 
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
+UNEVEN = 3600  # the same where some may compile, read or write for much longer than others; who dies meanwhile is told by `_watch`
 GOODBYE = 5  # seconds for which a process that gives up waits for others that may do so too
 NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
@@ -154,6 +155,15 @@ def meet(where: str, *, seconds: float = PATIENCE) -> None:
         _client().wait_at_barrier(name, int(seconds * 1000))
     except Exception as error:
         raise Missing(f"waited {seconds:g} s at {where!r} for {_names(_absent(name))}") from error
+
+
+def abreast(where: str) -> None:
+    """Returns when all are here: before programs that run on all. Raises `Missing`.
+
+    gloo, which carries what CPUs send each other, waits for 30 seconds where processes first connect, which those of any set of
+    devices do when it is first used, and in every reduce-scatter.
+    """
+    meet(where, seconds=UNEVEN)
 
 
 def agreed(what: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.core import distributed
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.nearby import Nearby
@@ -134,7 +135,7 @@ class _Training:
         self.session.rewind(self.step, self.step - self.due)
         self.session.watch.rewind(self.step)
         self.batches = self.session.watch.feed(self.feed, self.step, self.rhythm.dispatch)
-        self.losses = []
+        self.losses, self.apart = [], True
         return seconds
 
     def finish(self) -> list[Row]:
@@ -160,7 +161,11 @@ class _Training:
     def _dispatch(self) -> None:
         after = self.step + self.rhythm.dispatch
         self.session.profiler.before(self.step, after, self.pending)
-        self.state, metrics = self.program.steps(self.state, next(self.batches))
+        batches = next(self.batches)
+        if self.apart:  # all have read and written at their own speed
+            distributed.abreast("training goes on")
+            self.apart = False
+        self.state, metrics = self.program.steps(self.state, batches)
         self.stop.at_stake = True
         if not self.clock.running:
             self.clock.go()
@@ -217,6 +222,7 @@ class _Training:
         """What is saved with the state."""
         self._settle()
         self.session.keep()
+        self.apart = True
         sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
         return {"seconds": self.clock.read(), "sums": sums}
 

@@ -200,6 +200,32 @@ def test_sigterm_to_one_of_two_has_both_save_and_leaves_the_numbers_as_they_are(
     assert_as_undisturbed(folder, undisturbed)
 
 
+LATE = """
+import time
+from llm_jax.core.ahead import Ahead
+from llm_jax.io.checkpoint import Checkpointer
+
+def late(cls, name):
+    inner, left = getattr(cls, name), [35]  # more than gloo's 30
+
+    def outer(*args, **given):
+        time.sleep(left.pop() if left else 0)
+        return inner(*args, **given)
+
+    setattr(cls, name, outer)
+
+late(Ahead, "_compile")
+late(Checkpointer, "save")
+"""
+
+
+@pytest.mark.slow
+def test_one_that_compiles_and_saves_much_later_than_the_other_is_waited_for(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other.py"
+    other.write_text(EXPERIMENT.replace("STEPS", "10") + LATE)
+    ended(start(2, folder, each={1: [f"--experiment={other}"]}, steps=10), folder)
+
+
 def copied(near):
     """Steps of the copies that both of two processes have whole."""
     folders = [[one.parent for one in near.glob(f"*/*/process_{index}/*/{REST}")] for index in range(2)]
