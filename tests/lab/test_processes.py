@@ -185,11 +185,13 @@ def assert_as_undisturbed(folder, undisturbed):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_has_both_save_and_leaves_the_numbers_as_they_are(undisturbed, tmp_path):
+@pytest.mark.parametrize("told", [[1], [0], [0, 1]], ids=["second", "first", "both"])
+def test_sigterm_to_any_of_two_has_both_save_and_leaves_the_numbers_as_they_are(told, undisturbed, tmp_path):
     folder = tmp_path / "run"
     processes = start(2, folder, RARELY, steps=LONG, forked=False)
     until(lambda: lines(folder))
-    processes[1].send_signal(signal.SIGTERM)
+    for index in told:
+        processes[index].send_signal(signal.SIGTERM)
     assert [process.wait(DEADLINE) for process in processes] == [0, 0], said(folder, 0) + said(folder, 1)
     found = re.search(r"stopped at step (\d+); the same command again goes on from there", said(folder, 0))
     assert found and "stopped" not in said(folder, 1), said(folder, 0) + said(folder, 1)
