@@ -195,12 +195,19 @@ def led(what: str, act: Callable[[], Any]) -> Any:
     return said["result"]
 
 
-def failed_together(what: str, *, seconds: float = PATIENCE) -> bool:
-    """After an error of this process: whether all have had one; alone it is the only one."""
+def failed_together(what: str, *, seconds: float = PATIENCE, error: Exception | None = None) -> bool:
+    """After an error of this process: whether all have had one; alone it is the only one. If others take their time, it is told."""
+    told = f"process {index()}: {type(error).__name__}: {error}: waiting {seconds:g} s for the others, which may have had it too"
+    teller = threading.Timer(GOODBYE, lambda: print(told, file=sys.stderr, flush=True))
+    teller.daemon = True
+    if several() and error is not None:
+        teller.start()
     try:
         meet(what, seconds=seconds)  # `_watch` ends the process before, if another is gone
     except Missing:
         return False
+    finally:
+        teller.cancel()
     return True
 
 

@@ -228,6 +228,25 @@ def test_one_that_compiles_and_saves_much_later_than_the_other_is_waited_for(tmp
     ended(start(2, folder, each={1: [f"--experiment={other}"]}, steps=10), folder)
 
 
+FAILS = """
+from llm_jax.core.ahead import Ahead
+
+def fails(self, *args):
+    raise RuntimeError("it is my own")
+
+Ahead._compile = fails
+"""
+
+
+@pytest.mark.slow
+def test_one_that_fails_alone_says_so_while_it_waits_for_the_others(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other.py"
+    other.write_text(EXPERIMENT.replace("STEPS", "10") + FAILS)
+    start(2, folder, each={1: [f"--experiment={other}"]}, steps=10)
+    until(lambda: "process 1: RuntimeError: it is my own: waiting 300 s for the others" in said(folder, 1))
+    assert "RuntimeError" not in said(folder, 0)
+
+
 def copied(near):
     """Steps of the copies that both of two processes have whole."""
     folders = [[one.parent for one in near.glob(f"*/*/process_{index}/*/{REST}")] for index in range(2)]
