@@ -8,6 +8,7 @@ With `--worker` the same command, started any number of times on any machines th
 from __future__ import annotations
 
 import atexit
+import os
 import pathlib
 import shlex
 import shutil
@@ -121,7 +122,7 @@ def joins(values: flags.FlagValues) -> bool:
 def _join() -> None:
     """Sets this process up, and meets the others of the job, if there are any.
 
-    Raises `ConfigError` where it is one of many and was not told.
+    Raises `ConfigError` where it is one of many and was not told, or cannot be one alone.
     """
     together = joins(FLAGS)
     platform.setup(deterministic=FLAGS.deterministic, alone=not together)
@@ -132,6 +133,9 @@ def _join() -> None:
             f"this is {many}, and was not told so: start all with --distributed, to train together, or with --worker, to share the "
             "trials among them"
         )
+    elif FLAGS.worker and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu") and (many := distributed.host_of_many()):
+        way = "start all with --distributed in its stead, or give each worker a TPU of one host"
+        raise ConfigError(f"is one process with a TPU of its own, and this is {many}: {way}", "--worker")
 
 
 def _require_sound() -> None:

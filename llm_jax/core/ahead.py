@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from llm_jax.core import sharding
+from llm_jax.core import distributed, sharding
 from llm_jax.core.mesh import Mesh
 
 _Key = tuple[tuple[int, ...], ...]
@@ -20,12 +20,14 @@ class Ahead:
     """A jitted `function` on a mesh; `expect` starts compiling it for arguments to come, and a call waits for that program.
 
     Programs are told apart by the shapes of the last argument (a batch), so all else must keep its shapes. Arguments that
-    were not expected are compiled for when they come. An error of the compiler is raised by the call.
+    were not expected are compiled for when they come. An error of the compiler is raised by the call. Several processes begin a
+    program's first run together, however long each of them compiles.
     """
 
     def __init__(self, function: jax.stages.Wrapped, devices: jax.sharding.Mesh, layout: Mesh | None = None):
         self._function, self._where = function, partial(sharding.on, devices, layout)
         self._programs: dict[_Key, Future] = {}
+        self._begun = set[_Key]()
 
     def expect(self, pool: ThreadPoolExecutor, *args: Any) -> None:
         """Has `pool` trace and compile for `args`, whose leaves may be `jax.ShapeDtypeStruct`s with their shardings."""
@@ -46,8 +48,15 @@ class Ahead:
         return self.lower(*args).compile()
 
     def __call__(self, *args: Any) -> Any:
-        ahead = self._programs.get(_key(args))
+        key = _key(args)
+        if distributed.several() and key not in self._programs:  # the call would compile, when it is too late to wait for others
+            self._programs[key] = Future()
+            self._programs[key].set_result(self._compile(args))
+        ahead = self._programs.get(key)
         program = self._function if ahead is None else ahead.result()
+        if key not in self._begun:
+            distributed.abreast("a program's first run")
+            self._begun.add(key)
         with self._where():
             return program(*args)
 

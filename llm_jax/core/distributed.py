@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from llm_jax.core.config import ConfigError
 
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
+UNEVEN = 3600  # the same where some may compile, read or write for much longer than others; who dies meanwhile is told by `_watch`
 GOODBYE = 5  # seconds for which a process that gives up waits for others that may do so too
 NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
@@ -90,12 +91,22 @@ def one_of_many() -> str | None:
     for where, count, own in (
         ("SLURM step", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
         ("Open MPI job", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ("multi-slice job", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
     ):
         size = os.environ.get(count, "1")
         if size.isdigit() and int(size) > 1:
             return f"process {os.environ.get(own, '?')} of a {where} of {size}"
-    hosts = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name] or _hosts_of_tpu()
+    return host_of_many()
+
+
+def host_of_many() -> str | None:
+    """The same of the hosts of a TPU, which sees no device before all are there, but where its bounds are set to those of one."""
+    if os.environ.get("TPU_PROCESS_BOUNDS") == "1,1,1":
+        return None
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    if slices.isdigit() and int(slices) > 1:
+        return f"a process of slice {os.environ.get('MEGASCALE_SLICE_ID', '?')} of {slices} that are one TPU job"
+    told = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    hosts = [name for name in told.split(",") if name] or _hosts_of_tpu()
     if len(hosts) > 1:
         return f"host {os.environ.get('TPU_WORKER_ID', '?')} of a TPU slice of {len(hosts)}"
     return None
@@ -149,6 +160,15 @@ def meet(where: str, *, seconds: float = PATIENCE) -> None:
         raise Missing(f"waited {seconds:g} s at {where!r} for {_names(_absent(name))}") from error
 
 
+def abreast(where: str) -> None:
+    """Returns when all are here: before programs that run on all. Raises `Missing`.
+
+    gloo, which carries what CPUs send each other, waits for 30 seconds where processes first connect, which those of any set of
+    devices do when it is first used, and in every reduce-scatter.
+    """
+    meet(where, seconds=UNEVEN)
+
+
 def agreed(what: str, value: Any) -> Any:
     """The first process's `value`, JSON, on all of them; what the others give is not looked at. Raises `Missing`."""
     if not several():
@@ -178,12 +198,19 @@ def led(what: str, act: Callable[[], Any]) -> Any:
     return said["result"]
 
 
-def failed_together(what: str, *, seconds: float = PATIENCE) -> bool:
-    """After an error of this process: whether all have had one; alone it is the only one."""
+def failed_together(what: str, *, seconds: float = PATIENCE, error: Exception | None = None) -> bool:
+    """After an error of this process: whether all have had one; alone it is the only one. If others take their time, it is told."""
+    told = f"process {index()}: {type(error).__name__}: {error}: waiting {seconds:g} s for the others, which may have had it too"
+    teller = threading.Timer(GOODBYE, lambda: print(told, file=sys.stderr, flush=True))
+    teller.daemon = True
+    if several() and error is not None:
+        teller.start()
     try:
         meet(what, seconds=seconds)  # `_watch` ends the process before, if another is gone
     except Missing:
         return False
+    finally:
+        teller.cancel()
     return True
 
 

@@ -79,6 +79,7 @@ class Checkpointer:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            distributed.abreast("the checkpoints")  # Orbax meets by a program, the first of its kind
             self._manager = ocp.CheckpointManager(self.folder, options=self._options)
         return self._manager
 

@@ -40,12 +40,18 @@ class Nearby:
         shards = {name: np.asarray(data) for name, data in _shards(keys.taken_out(state)).items()}
         self._written = self._writer.submit(self._write, step, shards, dict(extra))
 
-    def restore(self, abstract: Any, *, after: int) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, extra) of the newest copy of a step > after that all processes have whole, laid out as `abstract` says."""
+    def restore(
+        self, abstract: Any, *, after: int, fits: Callable[[int, dict[str, Any]], bool] = lambda step, extra: True
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, extra) of the newest copy of a step > after that all processes have whole, laid out as `abstract` says.
+
+        fits: asked of its step and `extra` whether it can be gone on with.
+        """
         common = set.intersection(*(set(json.loads(said)) for said in distributed.everyones("nearby", json.dumps(self.steps()))))
         for step in sorted((step for step in common if step > after), reverse=True):
             found = self._read(step, keys.taken_out(abstract))
-            if distributed.first_said("nearby is damaged", "yes" if found is None else None) is None and found is not None:
+            useless = found is None or not fits(step, found[1])
+            if distributed.first_said("nearby is of no use", "yes" if useless else None) is None and found is not None:
                 state, extra = found
                 return step, keys.put_back(state, abstract), extra
         return None

@@ -80,14 +80,14 @@ class Profiler:
         """Ends what has begun, and writes the summary."""
         if self.folder is None or self._traced is None:
             return
+        folder, self.folder = self.folder, None  # whatever comes now, the trace has been ended
         jax.profiler.stop_trace()
         found = summary(self._trace)
-        if self._trace != self.folder:
-            copy_folder(self._trace, self.folder)
+        if self._trace != folder:
+            copy_folder(self._trace, folder)
             remove_folder(self._trace)
         if found is not None and jax.process_index() == 0:
-            write_whole(self.folder / SUMMARY, json.dumps({"label": self.label, "steps": self._traced} | found, indent=1) + "\n")
-        self.folder = None
+            write_whole(folder / SUMMARY, json.dumps({"label": self.label, "steps": self._traced} | found, indent=1) + "\n")
 
 
 def once(workdir: pathlib.Path, steps: tuple[int, int] | None, arms: Iterable[str]) -> Profiler:

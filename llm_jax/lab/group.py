@@ -207,6 +207,7 @@ class Group:
             flops_per_step=self.cost.flops / rhythm.steps,
             checkpointer=checkpointer,
             nearby=nearby,
+            recorded=lambda: min(max((r["step"] for r in tracker.read(tracker.folder)), default=0) for tracker in trackers),
             proceed=self.runner.schedule.check,
             keep=keep,
             watchdog=self.runner.watchdog,

@@ -191,7 +191,7 @@ class Runner:
             raise
         except Exception as error:  # one broken group must not lose the others
             self.schedule.confirm()  # who trains it now may have taken away what it needed
-            if is_full(error) or not distributed.failed_together(group.name):
+            if is_full(error) or not distributed.failed_together(group.name, error=error):
                 raise  # nothing could be written down about any of them
             if len(members) > 1 and distributed.agreed("no room", platform.is_exhausted(error)):
                 self.note(f"{group.title} does not fit in memory: trying half of them at a time")

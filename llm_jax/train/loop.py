@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.core import distributed
 from llm_jax.core.types import Batch, Metrics, Probed
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.nearby import Nearby
@@ -63,6 +64,15 @@ class Rhythm:
         """Whether something that happens every so often, and at the end, happens after `step` steps."""
         return step % every == 0 or step == self.steps
 
+    def due(self, step: int, sums: Mapping[str, Any]) -> bool:
+        """Whether a record is, of a state that was saved with sums: it was stopped while it was scored."""
+        return bool(sums) and self.at(step, self.log_every)
+
+    def told(self, step: int, sums: Mapping[str, Any]) -> int:
+        """The step of the last record before such a state was saved."""
+        last = step - self.due(step, sums)
+        return last if self.at(last, self.log_every) else last - last % self.log_every
+
 
 @dataclass
 class Session:
@@ -71,7 +81,9 @@ class Session:
     record: `(step, rows)`, one row of numbers a member. evaluations: name → batches `[n, B, L]` scored during training;
     final: those scored at the end instead.
     rewind: called with the restored step, and that of the last record that stays, before anything is recorded. watch: a guard's;
-    nearby: copies on this machine's own disk. keep: called before a state is saved or copied; records must outlive the process too.
+    nearby: copies on this machine's own disk. recorded: the step up to which there are records; a copy that came after more,
+    and was left when training went on elsewhere, is passed over.
+    keep: called before a state is saved or copied; records must outlive the process too.
     proceed: called after every dispatch, before anything of it is written; what it raises ends training, and nothing is saved.
     flops_per_step, tokens_per_step: of one member.
     """
@@ -85,6 +97,7 @@ class Session:
     flops_per_step: float
     checkpointer: Checkpointer | None = None
     nearby: Nearby | None = None
+    recorded: Callable[[], float] = lambda: math.inf
     proceed: Callable[[], None] = lambda: None
     keep: Callable[[], None] = lambda: None
     watch: Watch = field(default_factory=Watch)
@@ -117,12 +130,12 @@ class _Training:
     def _begin(self, at_most: int | None = None) -> float:
         """From the newest checkpoint, at `at_most` or before, where there is one; the seconds that it had taken."""
         self.state = None  # so that there is room for the other
-        self.state, self.step, seconds, self.sums = _start(self.program, self.session, at_most)
-        self.due = bool(self.sums) and self.rhythm.at(self.step, self.rhythm.log_every)  # it was stopped while it was scored
+        self.state, self.step, seconds, self.sums = _start(self.program, self.rhythm, self.session, at_most)
+        self.due = self.rhythm.due(self.step, self.sums)
         self.session.rewind(self.step, self.step - self.due)
         self.session.watch.rewind(self.step)
         self.batches = self.session.watch.feed(self.feed, self.step, self.rhythm.dispatch)
-        self.losses = []
+        self.losses, self.apart = [], True
         return seconds
 
     def finish(self) -> list[Row]:
@@ -148,7 +161,11 @@ class _Training:
     def _dispatch(self) -> None:
         after = self.step + self.rhythm.dispatch
         self.session.profiler.before(self.step, after, self.pending)
-        self.state, metrics = self.program.steps(self.state, next(self.batches))
+        batches = next(self.batches)
+        if self.apart:  # all have read and written at their own speed
+            distributed.abreast("training goes on")
+            self.apart = False
+        self.state, metrics = self.program.steps(self.state, batches)
         self.stop.at_stake = True
         if not self.clock.running:
             self.clock.go()
@@ -205,6 +222,7 @@ class _Training:
         """What is saved with the state."""
         self._settle()
         self.session.keep()
+        self.apart = True
         sums = {name: [np.atleast_1d(t).tolist(), np.atleast_1d(w).tolist()] for name, (t, w) in self.sums.items()}
         return {"seconds": self.clock.read(), "sums": sums}
 
@@ -275,12 +293,14 @@ def _publish(step: int, rows: list[Row], clock: _Clock, session: Session, member
     return mean
 
 
-def _start(program: Program, session: Session, at_most: int | None) -> tuple[Any, int, float, Sums]:
+def _start(program: Program, rhythm: Rhythm, session: Session, at_most: int | None) -> tuple[Any, int, float, Sums]:
     checkpointer, nearby, restored = session.checkpointer, session.nearby, None
     if nearby is not None and at_most is not None:
         nearby.clear()  # it may be of what training goes back from
     if nearby is not None:
-        restored = nearby.restore(program.abstract, after=max(checkpointer.steps() if checkpointer is not None else [], default=0))
+        after, recorded = max(checkpointer.steps() if checkpointer is not None else [], default=0), session.recorded()
+        fits = lambda step, extra: rhythm.told(step, extra["sums"]) <= recorded  # noqa: E731
+        restored = nearby.restore(program.abstract, after=after, fits=fits)
     if restored is None and checkpointer is not None:
         restored = checkpointer.restore(program.abstract, at_most=at_most)
     if restored is None:

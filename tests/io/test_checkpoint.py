@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import time
 from concurrent.futures import Future
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.core.paths import append, opened, to_path
+from llm_jax.core.paths import append, move_folder, opened, to_path
 from llm_jax.io import checkpoint, lines
 from llm_jax.io.checkpoint import Checkpointer
 from llm_jax.io.tracker import Tracker
@@ -113,7 +114,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_newest_taken(tmp_path, d
     assert (tmp_path / "c.damaged" / "20").is_dir() and not (tmp_path / "c" / "20").exists()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_comes_back_and_a_damaged_one_does_not(bucket):
     folder, like = to_path(bucket) / "c", state(20, 4)
     saved(folder)
@@ -127,6 +127,18 @@ def test_a_checkpoint_in_a_bucket_comes_back_and_a_damaged_one_does_not(bucket):
     assert step == 10 and len(warnings) == 1 and "step 20 is damaged" in warnings[0]
     assert_equal(restored, state(10))
     assert (folder.with_name("c.damaged") / "20").is_dir() and not (folder / "20").exists()
+
+
+def test_a_folder_in_a_bucket_is_moved_by_requests_that_every_storage_knows(bucket):
+    folder, began = to_path(bucket) / "c" / "10", time.monotonic()
+    for name in ("a", "b/c", "b/10"):
+        (folder / name).write_text(name)
+    (folder.parent / "100").write_text("another's")
+    move_folder(folder, to_path(bucket) / "aside" / "10")
+    assert time.monotonic() - began < 15, "others are repeated for half a minute"
+    system, name = opened(bucket)
+    found = {file.removeprefix(f"{name}/"): system.cat(file).decode() for file in system.find(name)}
+    assert found == {"aside/10/a": "a", "aside/10/b/c": "b/c", "aside/10/b/10": "b/10", "c/100": "another's"}
 
 
 def test_a_whole_checkpoint_of_another_structure_is_an_error_and_stays(tmp_path):

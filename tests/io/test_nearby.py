@@ -53,6 +53,7 @@ def test_what_was_saved_comes_back_as_it_lay(mesh, copies):
     jax.tree.map(np.testing.assert_array_equal, plain(found), plain(state(mesh, 30)))
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, state(mesh))
     assert copies.restore(abstract(state(mesh)), after=30) is None, "a checkpoint of the same step serves as well"
+    assert copies.restore(abstract(state(mesh)), after=0, fits=lambda step, extra: extra["seconds"] < 15)[0] == 20
     copies.clear()
     assert copies.restore(abstract(state(mesh)), after=0) is None and not copies.told
 

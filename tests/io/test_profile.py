@@ -103,6 +103,23 @@ def test_steps_are_traced_in_whole_dispatches_and_no_others(tmp_path, monkeypatc
     assert "start" not in calls
 
 
+def test_what_goes_wrong_at_the_end_of_a_trace_is_told_and_not_hidden_by_another_end(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+
+    def full(folder):
+        raise OSError("no room")
+
+    monkeypatch.setattr(profile, "summary", full)
+    profiler = Profiler(tmp_path, 0, 2)
+    profiler.before(0, 2, [])
+    with pytest.raises(OSError, match="no room"):
+        profiler.after(2, [])
+    profiler.close()
+    assert calls == ["start", "stop"]
+
+
 @pytest.mark.parametrize("text", ["10", "10:", "5:5", "-1:3", "a:b", "1:2:3"])
 def test_steps_that_are_none_are_refused(text):
     from llm_jax.cli.run import _steps

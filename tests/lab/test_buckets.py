@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +13,13 @@ import pytest
 from llm_jax.core.config import ConfigError
 from llm_jax.core.paths import to_path
 from llm_jax.lab.workfolder import WorkFolder
+from tests.cli.outcome import outcome
+from tests.forked import Forked
 from tests.lab import test_processes as processes
+from tests.lab import test_scaling as scaling
 from tests.lab import test_workers as workers
 from tests.lab.test_processes import no_leftovers  # noqa: F401
-from tests.lab.test_runner import declared  # noqa: F401
+from tests.lab.test_runner import command, declared, environment, outcomes, run  # noqa: F401
 
 
 def test_what_is_no_folder_and_no_bucket_is_a_sentence(bucket):
@@ -68,3 +72,60 @@ def test_two_workers_of_which_one_is_killed_make_what_one_makes_on_a_disk(declar
     workers.check(far, disk)
     claims = [json.loads(file.read_text()) for file in (far / "shared" / "claims").glob("*.json")]
     assert len({claim["worker"] for claim in claims}) == 2
+
+
+SHORT = ("--arms=rope", "--seeds=1", "--population=1")
+
+
+@pytest.mark.slow
+def test_a_worker_that_stood_still_leaves_its_successors_records_alone(declared, bucket, tmp_path, monkeypatch):  # noqa: F811
+    """It stands still while it trains, and goes on when another has gone on with its group."""
+    monkeypatch.setattr(workers, "STEPS", 96)
+    monkeypatch.setattr(workers, "FLAGS", ("--worker", "--lease=6", "--set=train.steps=96", "--set=checkpoints.every=24", *SHORT))
+    far, disk, logs = to_path(bucket), tmp_path / "disk", [tmp_path / f"{i}.log" for i in range(3)]
+    assert workers.start(declared, disk, logs[2]).wait(timeout=600) == 0, logs[2].read_text()
+    first = workers.start(declared, bucket, logs[0])
+    workers.wait_until(lambda: list(far.glob("groups/*/checkpoints/24/checksums.json")))
+    first.send_signal(signal.SIGSTOP)
+    second = workers.start(declared, bucket, logs[1])
+    workers.wait_until(lambda: "going on after step" in logs[1].read_text())
+    first.send_signal(signal.SIGCONT)
+    assert (first.wait(timeout=600), second.wait(timeout=600)) == (0, 0), [log.read_text()[-2000:] for log in logs]
+    assert workers.check(far, disk, trials=3) >= 1
+    assert "taking it over" in logs[1].read_text() and "left to whoever claims it next" in logs[0].read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on_at_once_to_what_a_disk_has(declared, bucket, tmp_path):  # noqa: F811
+    flags, log = ("--set=train.steps=600", "--set=checkpoints.every=600", *SHORT), tmp_path / "log"
+    whole = run(declared, tmp_path / "disk", *flags)
+    assert whole.returncode == 0, whole.stderr
+    line = command(declared, bucket, *flags)
+    process = Forked(line, environment(declared), log)
+    processes.until(lambda: "step 6/600" in log.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(processes.DEADLINE) == 0
+    (step,) = re.findall(r"stopped at step (\d+); the same command again goes on from there", log.read_text())
+    assert 0 < int(step) < 600
+    assert Forked(line, environment(declared), log).wait(300) == 0, log.read_text()
+    assert f"going on after step {step}\n" in log.read_text() and "waiting for a sign of life" not in log.read_text()
+    assert outcomes(bucket) == outcomes(tmp_path / "disk")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs to aiohttp, a trace
+def test_commands_that_read_and_write_a_work_folder_do_so_in_a_bucket(declared, bucket, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    flags = [f"--experiment={declared}", f"--workdir={bucket}/run", "--arms=rope", "--set=train.steps=12", "--set=mesh.data=1"]
+    code, out, err = outcome("run", [*flags, "--set=mesh.population=8", "--profile=2:4", "--seeds=1"], monkeypatch, capsys)
+    assert code == 0 and out.endswith(f"report: {bucket}/run/report.html"), err
+    assert "## Where the time goes" in (far := to_path(bucket) / "run" / "report.md").read_text()
+    assert json.loads((far.parent / "profiles" / "rope" / "summary.json").read_text())
+    asked = [f"--model={bucket}/run", "--text=the quick", "--show=lens,embeddings"]
+    code, out, err = outcome("inspect", [*asked, f"--out={bucket}/inside"], monkeypatch, capsys)
+    assert (code, err) == (0, "") and out.endswith(f"The page: {bucket}/inside/inspection.html")
+    assert {"inspection.html", "lens_tokens.png"} <= {file.name for file in (to_path(bucket) / "inside").iterdir()}
+    scaling.folder(to_path(bucket) / "sizes", scaling.RATIO, seeds=1)
+    code, out, err = outcome("fit", [f"--workdir={bucket}/sizes", "--draws=20"], monkeypatch, capsys)
+    assert (code, err) == (0, "") and out.endswith(f"The page: {bucket}/sizes/fit/fit.html")
+    assert {"fit.html", "fit.json", "law.png"} <= {file.name for file in (to_path(bucket) / "sizes" / "fit").iterdir()}

@@ -1,5 +1,6 @@
 """One run on several real processes: the numbers of one, what they say when one of them dies, and nothing lost."""
 
+import copy
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.cli import run
+from llm_jax.core import platform
 from llm_jax.io import checkpoint
 from llm_jax.io.nearby import REST
 from tests.conftest import CACHE
@@ -182,11 +185,13 @@ def assert_as_undisturbed(folder, undisturbed):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_has_both_save_and_leaves_the_numbers_as_they_are(undisturbed, tmp_path):
+@pytest.mark.parametrize("told", [[1], [0], [0, 1]], ids=["second", "first", "both"])
+def test_sigterm_to_any_of_two_has_both_save_and_leaves_the_numbers_as_they_are(told, undisturbed, tmp_path):
     folder = tmp_path / "run"
     processes = start(2, folder, RARELY, steps=LONG, forked=False)
     until(lambda: lines(folder))
-    processes[1].send_signal(signal.SIGTERM)
+    for index in told:
+        processes[index].send_signal(signal.SIGTERM)
     assert [process.wait(DEADLINE) for process in processes] == [0, 0], said(folder, 0) + said(folder, 1)
     found = re.search(r"stopped at step (\d+); the same command again goes on from there", said(folder, 0))
     assert found and "stopped" not in said(folder, 1), said(folder, 0) + said(folder, 1)
@@ -195,6 +200,51 @@ def test_sigterm_to_one_of_two_has_both_save_and_leaves_the_numbers_as_they_are(
     ended(start(2, folder, RARELY, steps=LONG, forked=False), folder)
     assert f"going on after step {step}\n" in said(folder, 0)
     assert_as_undisturbed(folder, undisturbed)
+
+
+LATE = """
+import time
+from llm_jax.core.ahead import Ahead
+from llm_jax.io.checkpoint import Checkpointer
+
+def late(cls, name):
+    inner, left = getattr(cls, name), [35]  # more than gloo's 30
+
+    def outer(*args, **given):
+        time.sleep(left.pop() if left else 0)
+        return inner(*args, **given)
+
+    setattr(cls, name, outer)
+
+late(Ahead, "_compile")
+late(Checkpointer, "save")
+"""
+
+
+@pytest.mark.slow
+def test_one_that_compiles_and_saves_much_later_than_the_other_is_waited_for(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other.py"
+    other.write_text(EXPERIMENT.replace("STEPS", "10") + LATE)
+    ended(start(2, folder, each={1: [f"--experiment={other}"]}, steps=10), folder)
+
+
+FAILS = """
+from llm_jax.core.ahead import Ahead
+
+def fails(self, *args):
+    raise RuntimeError("it is my own")
+
+Ahead._compile = fails
+"""
+
+
+@pytest.mark.slow
+def test_one_that_fails_alone_says_so_while_it_waits_for_the_others(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other.py"
+    other.write_text(EXPERIMENT.replace("STEPS", "10") + FAILS)
+    start(2, folder, each={1: [f"--experiment={other}"]}, steps=10)
+    until(lambda: "process 1: RuntimeError: it is my own: waiting 300 s for the others" in said(folder, 1))
+    assert "RuntimeError" not in said(folder, 0)
 
 
 def copied(near):
@@ -264,6 +314,29 @@ def lone(*flags, **environ):
 def test_one_of_many_says_so_instead_of_waiting_for_the_others(environ, told):
     code, error = lone(**environ)
     assert code == 2 and error.startswith(f"error: {told}, and was not told so: start all with --distributed"), error
+
+
+@pytest.mark.parametrize(
+    "environ, told",
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "1"}, "host 1 of a TPU slice of 4"),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_ID": "0"}, "host 0 of a TPU slice of 2"),
+        ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, "a process of slice 1 of 2 that are one TPU job"),
+    ],
+)
+def test_a_worker_on_a_host_of_a_larger_tpu_says_so_instead_of_waiting_for_the_others(environ, told):
+    code, error = lone("--worker", **environ, JAX_PLATFORMS="")
+    assert code == 2 and error.startswith(f"error: --worker is one process with a TPU of its own, and this is {told}: start"), error
+
+
+@pytest.mark.parametrize("own", [{"JAX_PLATFORMS": "cpu"}, {"TPU_PROCESS_BOUNDS": "1,1,1"}, {"TPU_WORKER_HOSTNAMES": "a"}])
+def test_a_worker_that_has_a_host_for_itself_is_not_refused(own, monkeypatch):
+    for name, value in ({"JAX_PLATFORMS": "", "TPU_WORKER_HOSTNAMES": "a,b"} | own).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "setup", lambda **given: None)
+    monkeypatch.setattr(run, "FLAGS", copy.deepcopy(run.FLAGS))
+    run.parse(run.FLAGS, ["run", "--worker"])
+    run._join()
 
 
 @pytest.mark.parametrize(

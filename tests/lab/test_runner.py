@@ -1,5 +1,6 @@
 """From a declaration to results on disk; killed at any moment, the same command again ends in the same numbers."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import pytest
 
 from llm_jax.core.paths import to_path
 from llm_jax.io import checkpoint
+from llm_jax.io.tracker import Tracker
 from tests.forked import Forked
 
 EXPERIMENT = """
@@ -317,6 +319,49 @@ def test_what_a_guard_left_out_is_told_with_its_text_and_reported(declared, tmp_
     told = (tmp_path / "w" / "report.md").read_text()
     assert "rope: the guard left out" in told
     assert "## Where the time goes" in told and "| rope | 2–4 |" in told and (tmp_path / "w/profiles/rope/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_what_goes_on_elsewhere_and_comes_back_has_all_records(declared, tmp_path, monkeypatch):
+    """The copies that it left behind are newer than the last checkpoint, and than what was recorded elsewhere."""
+    from llm_jax.lab import group, runner
+    from llm_jax.lab.experiment import load
+    from llm_jax.lab.workfolder import WorkFolder
+
+    class Dies(BaseException):
+        pass
+
+    def fit_until(program, feed, rhythm, session):
+        def record(step, rows):
+            inner(step, rows)
+            if step == dies:
+                raise Dies
+
+        begun.clear()
+        inner, rewind = session.record, session.rewind
+        session.record, session.rewind = record, lambda step, recorded: (begun.append(step), rewind(step, recorded))
+        return fit(program, feed, rhythm, session)
+
+    monkeypatch.setenv("LLM_JAX_CACHE", str(declared.parent / "cache"))
+    own, other = tmp_path / "near", tmp_path / "elsewhere"
+    own.mkdir()
+    other.mkdir()
+    changes = {"train.steps": 24, "train.log_every": 2, "train.steps_per_dispatch": 1, "evaluation.every": 24}
+    changes |= {"checkpoints.every": 10, "checkpoints.nearby": str(own), "checkpoints.nearby_every": 1}
+    ablation = load(declared).only(["rope"]).changed({"nuisance": {}, "seeds": 1, **changes})
+    fit, begun, compiled, found = group.fit, [], {}, []
+    monkeypatch.setattr(group, "fit", fit_until)
+    for folder, dies, begins in (("a", 18, 0), ("a", 14, 10), ("a", 0, 10), ("whole", 0, 0)):
+        one = runner.Runner(ablation, WorkFolder(tmp_path / folder))
+        one._compiled = compiled
+        with pytest.raises(Dies) if dies else contextlib.nullcontext():
+            found += one.run()
+        assert begun == [begins]
+        own.rename(tmp_path / "swapped")
+        other.rename(own)
+        (tmp_path / "swapped").rename(other)
+    again, whole = ([{**r, "seconds": 0} for r in Tracker.read(next((tmp_path / f / "trials").iterdir()))] for f in ("a", "whole"))
+    assert again == whole and len(again) == 12 and found[0]["metrics"] == found[1]["metrics"]
 
 
 @pytest.mark.slow

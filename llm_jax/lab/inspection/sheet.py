@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_jax.core.config import ConfigError, nearest
+from llm_jax.core.paths import to_path
+from llm_jax.core.whole import write_whole
 from llm_jax.lab import page
 from llm_jax.lab.inspection import views
 from llm_jax.lab.inspection.drawing import png
@@ -78,12 +80,11 @@ class Inspection:
                 left_out[name] = str(error)
         if not drawn:
             raise ConfigError(f"has nothing to show: {'; '.join(left_out.values())}", self.subject.name)
-        folder = pathlib.Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = to_path(folder)
         pictures = {file: png(figure) for view in drawn for file, figure in view.figures.items()}
         for file, picture in pictures.items():
-            (folder / f"{file}.png").write_bytes(picture)
-        (folder / PAGE).write_text(_html(self.subject, drawn, left_out, pictures), encoding="utf-8")
+            write_whole(folder / f"{file}.png", picture)
+        write_whole(folder / PAGE, _html(self.subject, drawn, left_out, pictures))
         return Written(folder / PAGE, tuple(drawn), left_out)
 
 
