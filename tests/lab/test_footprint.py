@@ -47,7 +47,7 @@ def small_gpt2(rows, **changes):
     )
 
 
-# GiB of a device that `compile` found with libtpu 0.0.52 for v5e:2x2, the program itself left out
+# GiB of a device that `compile` found with libtpu 0.0.42.1 for v5e:2x2, the program itself left out
 COMPILED = {
     "plain": (experiment(), {"fsdp": 4}, 2.450),
     "plain, again": (experiment(remat="full"), {"fsdp": 4}, 0.864),
@@ -133,5 +133,4 @@ def test_the_formula_is_near_what_is_compiled(tmp_path):
     for arm, found in compiled.items():
         parts = found["memory"]["parts"]
         formula = footprint.memory(ablation.experiment(arm), 4096, found["mesh"])
-        # what is offered fits; newer compilers need less than older ones
-        assert 0.8 <= formula / (sum(parts.values()) - parts["program"]) <= 1.6, arm
+        assert formula == pytest.approx(sum(parts.values()) - parts["program"], rel=0.25), arm

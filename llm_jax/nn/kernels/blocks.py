@@ -145,7 +145,8 @@ def _differentiated(
     wide = jnp.promote_types(unembedding.hidden.dtype, jnp.float32)
     shapes = _trained(unembedding)
     start = jnp.zeros((), wide), {name: jnp.zeros(x.shape, wide) for name, x in shapes.items()}
-    sums, by_token = jax.lax.scan(step, start, _cut((unembedding.hidden, targets, weights_BL), count))
+    with jax.named_scope("gradient"):
+        sums, by_token = jax.lax.scan(step, start, _cut((unembedding.hidden, targets, weights_BL), count))
     return sums, jax.tree.map(lambda x: _joined(x, unembedding.hidden), by_token)
 
 

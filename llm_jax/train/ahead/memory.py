@@ -84,8 +84,9 @@ def at_peak(assignment: str, ranges: str, module: Module) -> dict[str, float]:
     assignment, ranges: XLA's dumps of where every value lies, and from when to when. Empty where they name no such values.
     """
     block = re.search(r"^allocation \d+: size \d+, preallocated-temp:\n((?: value: .*\n)*)", assignment, re.MULTILINE)
-    found = re.findall(r"<\d+ ([\w.\-]+\{[\d,]*\}) @\d+> \(size=(\d+),offset=(\d+)\)", block[1] if block else "")
-    places = {name: (int(offset), int(size)) for name, size, offset in found}
+    value = r"<\d+ ([\w.\-]+)(\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)"
+    found = re.findall(value, block[1] if block else "")
+    places = {name + (index or "{}"): (int(offset), int(size)) for name, index, size, offset in found}
     begun, ended = defaultdict(list), defaultdict(list)
     for name, start, end in re.findall(r"^ +([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$", ranges, re.MULTILINE):
         if name in places:
@@ -100,19 +101,27 @@ def at_peak(assignment: str, ranges: str, module: Module) -> dict[str, float]:
         total = sum(places[name][1] for name in now.values())
         if total > size:
             size, most = total, now
-    purpose = {one.name: _purpose(one.name, one.label) for each in module.computations.values() for one in each}
+    purposes = _purposes(module)
     parts = {ACTIVATIONS: 0.0, GRADIENTS: 0.0}
     for name in most.values():
-        kind = purpose.get(name.partition("{")[0], TEMPORARIES)
+        kind = purposes.get(name.partition("{")[0], TEMPORARIES)
         parts |= {kind: parts[kind] + places[name][1]} if kind in parts else {}
     return parts if most else {}
 
 
+def _purposes(module: Module) -> dict[str, str]:
+    """What values are for, by JAX's names of their sources: `transpose(jvp(…))` is backward, with what is computed again inside,
+    and `gradient` what a loss by blocks has made of it already. What a loop carries is as the loop is."""
+    every = [(each.name, one) for each in module.computations.values() for one in each]
+    loops = {one.called["body"][0]: one.label for _, one in every if one.opcode == "while"}
+    return {one.name: _purpose(one.name, loops.get(of, "") if one.opcode == "parameter" else one.label) for of, one in every}
+
+
 def _purpose(name: str, label: str) -> str:
-    """What a value is for: by JAX's name of its source, `transpose(jvp(…))` backward, with what is computed again inside."""
     if "jvp(" not in label or name.startswith(("all-gather", "async-collective", "collective-permute")):
         return TEMPORARIES
-    return GRADIENTS if "transpose(" in label and "rematted_computation" not in label else ACTIVATIONS
+    back = "transpose(" in label and "rematted_computation" not in label
+    return GRADIENTS if back or "/gradient/" in label else ACTIVATIONS
 
 
 def largest(report: str, count: int = 8) -> tuple[Largest, ...]:
