@@ -70,9 +70,9 @@ def test_the_formula_splits_parameters_as_the_rules_do(file):
 
 # what `compile` found with libtpu 0.0.42.1, of the same meshes: MFU, GiB of a device
 COMPILED = {
-    "llama_1b": (0.479, 4.23),
+    "llama_1b": (0.479, 4.91),
     "llama_8b": (0.624, 11.89),
-    "llama_8b_128k": (0.553, 8.10),
+    "llama_8b_128k": (0.552, 9.36),
     "deepseek_v3": (0.444, 89.96),
 }
 
