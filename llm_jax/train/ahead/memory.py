@@ -92,20 +92,23 @@ def at_peak(assignment: str, ranges: str, module: Module) -> dict[str, float]:
         if name in places:
             begun[int(start)].append(name)
             ended[int(end) + 1].append(name)
+    purposes = _purposes(module)
     live: dict[str, None] = {}
-    most: dict[int, str] = {}
+    most: dict[int, list[str]] = {}
     size = 0
     for time in sorted({*begun, *ended}):
         live = {name: None for name in live if name not in ended[time]} | dict.fromkeys(begun[time])
-        now = {places[name][0]: name for name in live}  # one place may have several names
-        total = sum(places[name][1] for name in now.values())
+        now = defaultdict(list)  # one place may have several names
+        for name in live:
+            now[places[name][0]].append(name)
+        total = sum(max(places[name][1] for name in names) for names in now.values())
         if total > size:
             size, most = total, now
-    purposes = _purposes(module)
     parts = {ACTIVATIONS: 0.0, GRADIENTS: 0.0}
-    for name in most.values():
-        kind = purposes.get(name.partition("{")[0], TEMPORARIES)
-        parts |= {kind: parts[kind] + places[name][1]} if kind in parts else {}
+    for names in most.values():
+        kinds = {purposes.get(name.partition("{")[0], TEMPORARIES) for name in names} - {TEMPORARIES}
+        for kind in sorted(kinds)[-1:]:
+            parts[kind] += max(places[name][1] for name in names)
     return parts if most else {}
 
 
