@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     word, words = verb(argv, ["run", *others], __doc__ or "")
     theirs = parse(FLAGS, words, __doc__ or "")
     required(FLAGS, "name", "zone")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", FLAGS.name):
+        raise LaunchError(f"--name={FLAGS.name}: write at most 63 small letters, digits and dashes, a letter first")
     place = (f"--zone={FLAGS.zone}", *([f"--project={FLAGS.project}"] if FLAGS.project else []))
     tpu = Tpu(FLAGS.name, place, Shell(FLAGS.dry_run), FLAGS.slices, tuple(FLAGS.ssh), FLAGS.poll)
     if word == "run":

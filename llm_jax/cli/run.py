@@ -145,13 +145,18 @@ def _require_sound() -> None:
     if not FLAGS.workdir and not FLAGS.plan:
         raise ConfigError("--workdir is missing: name a folder for the results, e.g. --workdir=runs/c06")
     require_named(FLAGS)
-    require_folder(FLAGS.workdir or ".")
+    if FLAGS.workdir:
+        require_folder(FLAGS.workdir)
     _steps(FLAGS.profile)
 
 
 def _run(argv: Sequence[str]) -> int:
-    _require_sound()
+    together = joins(FLAGS)
+    if not together:
+        _require_sound()
     _join()
+    if together:  # what is wrong for one of them is then told to all
+        _require_sound()
     platform.require_devices()
     from llm_jax.io.tracker import is_full
     from llm_jax.lab import plan, report

@@ -50,8 +50,9 @@ class Ahead:
     def __call__(self, *args: Any) -> Any:
         key = _key(args)
         if distributed.several() and key not in self._programs:  # the call would compile, when it is too late to wait for others
-            self._programs[key] = Future()
-            self._programs[key].set_result(self._compile(args))
+            compiled: Future = Future()
+            compiled.set_result(self._compile(args))
+            self._programs[key] = compiled
         ahead = self._programs.get(key)
         program = self._function if ahead is None else ahead.result()
         if key not in self._begun:

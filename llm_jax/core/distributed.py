@@ -17,16 +17,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from llm_jax.core import platform
 from llm_jax.core.config import ConfigError
+from llm_jax.core.epitaph import Epitaph
 
 PATIENCE = 300  # seconds that processes wait for each other where all must meet
 UNEVEN = 3600  # the same where some may compile, read or write for much longer than others; who dies meanwhile is told by `_watch`
 GOODBYE = 5  # seconds for which a process that gives up waits for others that may do so too
+TELL = 5  # seconds after which a process that has failed, perhaps alone, says so
 NOTHING = "llm_jax/nothing"  # a key that nobody sets before the end
 
 _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
 _watcher: threading.Thread | None = None
+_epitaph: Epitaph | None = None
 
 
 class Missing(RuntimeError):
@@ -65,7 +69,13 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
         raise ConfigError(f"cannot join the other processes within {PATIENCE} s ({reason}): {ways}", "--distributed") from None
     if several():
         _client().key_value_set(f"llm_jax/hosts/{index()}", f"{socket.gethostname()}, pid {os.getpid()}")
-        global _watcher  # noqa: PLW0603 (of one process there is one)
+        global _watcher, _epitaph  # noqa: PLW0603 (of one process there is one)
+        if not leads():  # JAX ends the others at once when the first dies, which runs its service, and does not say who that was
+            _client().blocking_key_value_get("llm_jax/hosts/0", PATIENCE * 1000)
+            _epitaph = Epitaph(
+                f"error: {_names([index()])} ended without a word: it was killed, or {_names([0])} is gone: run the same command "
+                "again, it goes on from the last checkpoint"
+            )
         _watcher = threading.Thread(target=_watch, args=(heartbeat,), name="other processes", daemon=True)
         _watcher.start()
 
@@ -84,6 +94,8 @@ def end() -> None:
         _watcher.join(PATIENCE)
     _see_off(PATIENCE)
     jax.distributed.shutdown()
+    if _epitaph is not None:
+        _epitaph.withdraw()
 
 
 def one_of_many() -> str | None:
@@ -161,12 +173,9 @@ def meet(where: str, *, seconds: float = PATIENCE) -> None:
 
 
 def abreast(where: str) -> None:
-    """Returns when all are here: before programs that run on all. Raises `Missing`.
-
-    gloo, which carries what CPUs send each other, waits for 30 seconds where processes first connect, which those of any set of
-    devices do when it is first used, and in every reduce-scatter.
-    """
-    meet(where, seconds=UNEVEN)
+    """Returns when all are here: before programs that run on all, where one that comes late is not waited for. Raises `Missing`."""
+    if several() and platform.traits().messages_give_up:
+        meet(where, seconds=UNEVEN)
 
 
 def agreed(what: str, value: Any) -> Any:
@@ -201,7 +210,7 @@ def led(what: str, act: Callable[[], Any]) -> Any:
 def failed_together(what: str, *, seconds: float = PATIENCE, error: Exception | None = None) -> bool:
     """After an error of this process: whether all have had one; alone it is the only one. If others take their time, it is told."""
     told = f"process {index()}: {type(error).__name__}: {error}: waiting {seconds:g} s for the others, which may have had it too"
-    teller = threading.Timer(GOODBYE, lambda: print(told, file=sys.stderr, flush=True))
+    teller = threading.Timer(TELL, lambda: print(told, file=sys.stderr, flush=True))
     teller.daemon = True
     if several() and error is not None:
         teller.start()
@@ -261,6 +270,8 @@ def everyones(what: str, value: str) -> list[str]:
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once, without waiting for others as an ordinary exit does."""
+    if _epitaph is not None:
+        _epitaph.withdraw()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

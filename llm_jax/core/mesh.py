@@ -124,12 +124,12 @@ class Mesh(Config):
 
         Devices are placed so that the last axes are nearest; of several slices each holds a block of the first axes that divide.
         """
-        devices = list(devices if devices is not None else jax.devices())
-        if -1 not in self.sizes.values():
-            devices = devices[: math.prod(self.sizes.values())]
-        shape = self.shape(len(devices))
+        every = list(devices if devices is not None else jax.devices())
+        chosen = every if -1 in self.sizes.values() else every[: math.prod(self.sizes.values())]
+        shape = self.shape(len(chosen))
         types = (jax.sharding.AxisType.Auto,) * len(shape)
-        return jax.sharding.Mesh(_placed(shape, devices), tuple(shape), axis_types=types)
+        placed = _placed(shape, chosen) if len(chosen) == len(every) else np.array(chosen).reshape(list(shape.values()))
+        return jax.sharding.Mesh(placed, tuple(shape), axis_types=types)
 
 
 def across_slices(shape: Mapping[str, int], slices: int) -> dict[str, int]:

@@ -47,6 +47,10 @@ class Traits:
     population_in_turn: bool  # trials of one device one after another inside the program, not batched by vmap
     ragged_exchange: bool  # messages of unequal lengths from every device to every other
     expert_blocks: bool  # products with experts' matrices by blocks of rows: XLA:CPU's ragged_dot does the work of all experts
+    # gloo waits for 30 s where processes first connect, which those of any set of devices do when it is first used, and in every
+    # reduce-scatter
+    messages_give_up: bool
+    recomputed_inside: bool  # what is computed again for one product alone is computed inside of it, and never written
 
 
 CPU = Traits(
@@ -66,6 +70,8 @@ CPU = Traits(
     population_in_turn=True,
     ragged_exchange=False,
     expert_blocks=True,
+    messages_give_up=True,
+    recomputed_inside=False,
 )
 ACCELERATOR = Traits(
     scan_layers=True,
@@ -84,6 +90,8 @@ ACCELERATOR = Traits(
     population_in_turn=False,
     ragged_exchange=True,
     expert_blocks=False,
+    messages_give_up=False,
+    recomputed_inside=True,
 )
 
 GPU = replace(ACCELERATOR, fused_attention="cudnn")

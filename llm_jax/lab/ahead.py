@@ -24,7 +24,7 @@ from llm_jax.core.types import Batch
 from llm_jax.data.tokenizers import Fitted, nameless
 from llm_jax.lab.expected import filled, head, visited
 from llm_jax.lab.experiment import Experiment
-from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout, rhythm_of
+from llm_jax.lab.population import Compiled, check_mesh, compile_population, layout, require_all_busy, rhythm_of
 from llm_jax.models import count
 from llm_jax.train.ahead import collectives, flops, hlo, memory, operations, roofline
 from llm_jax.train.ahead.collectives import Collective
@@ -120,7 +120,10 @@ def examine(experiment: Experiment, topology: Topology, *, members: int = 1) -> 
             "asks a trained model, which is not there yet: leave the arm out, or compile it without", "objective.teacher"
         )
     with platform.targeting("tpu"):
-        check_mesh(experiment, layout(experiment, members, topology.chips * topology.chip.devices)[0])
+        devices = topology.chips * topology.chip.devices
+        mesh, _ = layout(experiment, members, devices)
+        check_mesh(experiment, mesh)
+        require_all_busy(experiment, mesh, devices)
         compiled = compile_population(experiment, members, declared(experiment), devices=devices_of(topology))
         return _examined(experiment, compiled, topology)
 

@@ -21,7 +21,7 @@ from llm_jax.nn.moe import MoE
 from llm_jax.train.ahead.roofline import Estimate
 
 GIB = 2**30
-SAFE = 0.9  # of a device's memory that the formula may fill: compiled programs took up to a tenth more than it says
+SAFE = 0.8  # of a device's memory that the formula may fill: large compiled programs took up to a quarter more than it says
 SHOWN = 10  # candidates in the table
 MICRO = 1, 2, 4, 8  # micro-batches, in stages, that are tried where the experiment names none
 TENSOR = 16  # devices along it, at most: every layer waits for its messages four times
@@ -100,9 +100,10 @@ def rank(experiments: Sequence[tuple[Experiment, int]], topology: Topology) -> R
     if not fitting:
         least = min(found, key=lambda one: one.memory)
         needs = f"{least.split} needs the least, {least.memory / GIB:.1f} of {limit / GIB:.1f} GiB a device"
-        raise ConfigError(
-            f"none of {len(found)} meshes fits: {needs}: take more devices, model.remat=full or train.accumulate", "--autoshard"
-        )
+        plain = any(stack.remat == "none" for one, _ in experiments for stack in one.model.stacks.values())
+        ways = ["more devices", *["model.remat=full"] * plain, "fewer rows at a time (data.batch_size, train.accumulate)"]
+        where = f"{needs}, {SAFE:.0%} of what there is, as this is a formula"
+        raise ConfigError(f"none of {len(found)} meshes fits: {where}: take {', '.join(ways)}", "--autoshard")
     return Ranking(topology, tuple(fitting), len(found))
 
 

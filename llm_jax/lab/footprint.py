@@ -117,7 +117,8 @@ def _layers(experiment: Experiment, mesh: Mapping[str, int]) -> Iterator[_Kept]:
         length = words if stack is model.final else experiment.lengths[1] or words
         given = {"cross": cross, "inputs": experiment.lengths[1] or words, "segmented": experiment.data.packing.segmented}
         for layer, number in kinds(stack).items():
-            left, most = (residuals.kept(stack, layer, length, **given, again=again) for again in (False, True))
+            left = residuals.kept(stack, layer, length, **given)
+            most = left if stack.remat == "none" else residuals.kept(stack, layer, length, **given, again=True)
             until, during = (rows * (one.whole + one.split / tensor) / cut for one in (left, most))
             tokens = rows * length / tensor / cut
             keys, sent = tokens * _whole_keys(experiment, stack, layer, mesh), tokens * _travelling(stack, layer, mesh)

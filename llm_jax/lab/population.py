@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.core import sharding
 from llm_jax.core.ahead import Ahead
-from llm_jax.core.config import fingerprint, require, substitute, to_json, traced_values
+from llm_jax.core.config import ConfigError, fingerprint, require, substitute, to_json, traced_values
 from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import cores, traits
 from llm_jax.core.types import Batch, Probed
@@ -172,6 +172,15 @@ def layout(experiment: Experiment, members: int, devices: int) -> tuple[Mesh, in
     mesh = experiment.mesh.for_population(members, devices, experiment.data.batch_size // experiment.train.accumulate)
     parts = mesh.sizes["population"]
     return mesh, -(-members // parts) * parts
+
+
+def require_all_busy(experiment: Experiment, mesh: Mesh, devices: int) -> None:
+    """Raises `ConfigError` where so few devices can share the rows that others are idle, which a pod's cannot be."""
+    rows, idle = experiment.data.batch_size, devices - math.prod(mesh.sizes.values())
+    if idle:
+        apart = math.prod(size for axis, size in mesh.sizes.items() if axis not in BATCH)
+        unit = experiment.train.accumulate * devices // apart
+        raise ConfigError(f"leaves {idle} of {devices} devices idle, got {rows}: take {-(-rows // unit) * unit}", "data.batch_size")
 
 
 def rhythm_of(experiment: Experiment) -> Rhythm:

@@ -21,7 +21,7 @@ from llm_jax.lab.claims import Crew, Lapsed, check_lease, clear
 from llm_jax.lab.experiment import Ablation, Experiment
 from llm_jax.lab.group import Group
 from llm_jax.lab.plan import Cost, Run
-from llm_jax.lab.population import Compiled, check_mesh, compile_population, groups, layout, structure
+from llm_jax.lab.population import Compiled, check_mesh, compile_population, groups, layout, require_all_busy, structure
 from llm_jax.lab.schedule import Alone, Schedule, Workers
 from llm_jax.lab.sources import Reading, Source, Sources
 from llm_jax.lab.workfolder import WorkFolder
@@ -74,7 +74,12 @@ class Runner:
     def _wrong(self, experiment: Experiment, traced: set[str]) -> str | None:
         """What is, in a sentence, or nothing; traced: structures whose lengths are known to be right."""
         try:
-            check_mesh(experiment, layout(experiment, 1, len(jax.devices()))[0])
+            mesh, _ = layout(experiment, 1, len(jax.devices()))
+            check_mesh(experiment, mesh)
+            if jax.process_count() > 1:
+                require_all_busy(experiment, mesh, len(jax.devices()))
+            if self.profiled is not None and self.profiled[0] >= experiment.train.steps:
+                raise ConfigError(f"begins after the last of {experiment.train.steps} steps", "--profile")
             source = self.sources.of(experiment)
             source.check()
             self._check_metrics(experiment, source)

@@ -231,6 +231,7 @@ def _read(file: pathlib.Path, field: str | None = None) -> Any:
         if field is not None and (not isinstance(found, dict) or field not in found):
             raise ValueError(f"it has no {field!r}")
     except ValueError as error:
-        way = "choose another --workdir" if field in ("ablation", "identity", "mark") else "remove it and run the command again"
+        own = ", or choose another --workdir" if field in ("ablation", "identity", "mark") else ""
+        way = f"remove it and run the same command again{own}"
         raise ConfigError(f"is damaged ({error}): {way}", str(file)) from None
     return found

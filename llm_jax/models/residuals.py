@@ -51,13 +51,13 @@ def kept(
     """Of a layer on rows of `length` tokens, for the platform that is targeted.
 
     cross: attention to an encoder's output of `inputs` tokens; segmented: rows hold several documents. again: of a layer that is
-    computed again as a whole, while it is differentiated: what products and kernels read and write, since an accelerator computes
-    the rest inside of them where nothing asks for it later; else what `stack.remat` keeps until then.
+    computed again as a whole, while it is differentiated: all of it, or what products and kernels read and write where the platform
+    computes the rest inside of them; else what `stack.remat` keeps until then.
     """
     policy = None if again else REMAT.get(stack.remat)
     plain = replace(stack, depth=1, first=(), pattern=(), remat="none")  # what a layer's arrays do not depend on
     times = 1 if getattr(layer.attention, "backend", None) == "dense" else max(-(-length // LONG), -(-inputs // LONG))
-    operands = again and platform.name() != "cpu"
+    operands = again and platform.traits().recomputed_inside
     found = _kept(Traced(plain, layer, -(-length // times), cross, inputs // times, segmented, policy, operands), platform.name())
     return Kept(found.whole * times, found.split * times, found.weights)
 

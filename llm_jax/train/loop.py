@@ -163,7 +163,8 @@ class _Training:
         self.session.profiler.before(self.step, after, self.pending)
         batches = next(self.batches)
         if self.apart:  # all have read and written at their own speed
-            distributed.abreast("training goes on")
+            with self.session.watchdog.resting():
+                distributed.abreast("training goes on")
             self.apart = False
         self.state, metrics = self.program.steps(self.state, batches)
         self.stop.at_stake = True

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from llm_jax.core.distributed import leave
+
 USUAL = 20  # so many usual dispatches may one take at least
 STUCK = 75  # EX_TEMPFAIL: try again
 
@@ -99,4 +101,4 @@ class Watchdog:
             known = f"the stacks of all threads could not be written ({error.strerror})"
         self.tell(f"watchdog: no sign of life for {late:.0f} s after step {step}{usual}: {known}")
         if self.leaves:
-            os._exit(STUCK)
+            leave(STUCK)

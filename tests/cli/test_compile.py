@@ -68,6 +68,10 @@ def small(tmp_path):
         (["--topology=v5e:2x2", "--arm=dense", "--all-arms"], "error: --arm and --all-arms exclude each other"),
         (["--topology=v5e:8x8"], "error: data.batch_size must be a multiple of train.accumulate × data × fsdp = 64"),
         (["--topology=v5e:2x2", "--set=data.batch_size=18"], "error: data.batch_size must be a multiple of"),
+        (
+            ["--topology=v5e:4x4", "--set=mesh.population=None", "--set=data.batch_size=500"],
+            "error: data.batch_size leaves 6 of 16 devices idle, got 500: take 512",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(small, flags, says, monkeypatch, capsys):

@@ -42,6 +42,7 @@ ERRORS = {
     ),
     "a lease of no worker": (["--lease=30"], "--lease=30 is how long a worker may be silent: give --worker too"),
     "a lease too short": (["--worker", "--lease=0.5"], "--lease must be at least 2 seconds"),
+    "a trace of no step": (["--profile=60:66"], "--profile begins after the last of 60 steps"),
     "unknown flag": (["--sett=1"], "sett"),
     "stray word": (["train.steps=5"], "takes flags only"),
 }

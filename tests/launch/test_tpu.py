@@ -173,6 +173,7 @@ def test_dry_run_tells_it_all_and_calls_nothing(programs, capsys):
     [
         (["run", "--topology=v5e:4x4"], ("--workdir=runs/w",), "--workdir=runs/w is on the disk of machines that go away"),
         (["run"], RUN, "--topology is missing"),
+        (["run", "--name=c 06;rm", "--topology=v5e:4x4"], RUN, "--name=c 06;rm: write at most 63 small letters"),
         (["run", "--topology=v5:4x4"], RUN, "no TPU 'v5' (did you mean v5"),
         (["run", "--topology=v5e:4x4x4"], RUN, "slices of v5e have 2 axes, as in v5e:16x16"),
         (["run", "--topology=v5e:3x5"], RUN, "--topology=v5e:3x5 does not exist: the nearest are v5e:4x4, v5e:2x4, v5e:4x8"),

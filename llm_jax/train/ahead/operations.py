@@ -87,9 +87,11 @@ def _grouped(module: Module, computation: Computation, one: Instruction) -> bool
 
 
 def _masks(computation: Computation, one: Instruction) -> set[str]:
-    """What a fusion chooses by, among its operands."""
+    """What a fusion that has its rows once for each of several matrices chooses them by, among its operands."""
     given = computation.operands(one) if one.opcode == "fusion" else []
-    return {each.name for each in given if [array.dtype for array in each.arrays] == ["pred"]}
+    masks = {each.name for each in given if [array.dtype for array in each.arrays] == ["pred"]}
+    rows = [each.arrays[0] for each in given if each.name not in masks]
+    return masks if all(len(each.shape) < len(one.arrays[0].shape) for each in rows) else set()
 
 
 def _inside(module: Module, fusion: Instruction) -> list[Computation]:
