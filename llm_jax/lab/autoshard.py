@@ -21,7 +21,7 @@ from llm_jax.nn.moe import MoE
 from llm_jax.train.ahead.roofline import Estimate
 
 GIB = 2**30
-SAFE = 0.8  # of a device's memory that the formula may fill: large compiled programs took up to a quarter more than it says
+SAFE = 0.75  # of a device's memory that the formula may fill: compiled programs took up to a third more than it says
 SHOWN = 10  # candidates in the table
 MICRO = 1, 2, 4, 8  # micro-batches, in stages, that are tried where the experiment names none
 TENSOR = 16  # devices along it, at most: every layer waits for its messages four times

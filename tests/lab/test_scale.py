@@ -21,6 +21,7 @@ from llm_jax.lab.population import check_mesh, layout, trial
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "scale"
 README = FOLDER.parents[1] / "README.md"
+NEAR = (0.03, 0.15)  # of MFU, and the share of memory
 COMMAND = re.compile(r"python -m llm_jax compile --experiment=(\S+) --topology=(\S+)")
 FILES = sorted(FOLDER.glob("*.py"))
 TRAINED_ELSEWHERE = [file for file in FILES if COMMAND.search(file.read_text())]
@@ -68,22 +69,24 @@ def test_the_formula_splits_parameters_as_the_rules_do(file):
     assert footprint.held(experiment, tokens.vocabulary, sizes) == pytest.approx(held, rel=0.01)  # norms and the router are whole
 
 
-# what `compile` found with libtpu 0.0.42.1, of the same meshes: MFU, GiB of a device
+# what `compile` found with libtpu 0.0.42.1, of the same meshes: MFU, GiB of a device; and how near to it the formulas are
 COMPILED = {
-    "llama_1b": (0.479, 4.91),
-    "llama_8b": (0.624, 11.89),
-    "llama_8b_128k": (0.552, 9.36),
-    "deepseek_v3": (0.444, 89.96),
+    "gpt2_124m": (0.451, 4.66, (0.03, 0.3)),
+    "llama_1b": (0.479, 4.91, NEAR),
+    "llama_8b": (0.624, 11.89, NEAR),
+    "llama_8b_128k": (0.552, 9.36, NEAR),
+    "mixtral_8x7b": (0.520, 23.83, (0.03, 0.2)),
+    "deepseek_v3": (0.380, 76.22, (0.06, 0.3)),
 }
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_formulas_are_near_what_was_compiled(name):
-    file, (mfu, gib) = FOLDER / f"{name}.py", COMPILED[name]
+    file, (mfu, gib, (off, share)) = FOLDER / f"{name}.py", COMPILED[name]
     experiment, topology = load(file).base, topology_of(file)
     mesh, vocabulary = layout(experiment, 1, topology.chips)[0].shape(topology.chips), declared(experiment).vocabulary
-    assert estimate(experiment, vocabulary, mesh, topology).mfu == pytest.approx(mfu, abs=0.03)
-    assert footprint.memory(experiment, vocabulary, mesh) / 2**30 == pytest.approx(gib, rel=0.15)
+    assert estimate(experiment, vocabulary, mesh, topology).mfu == pytest.approx(mfu, abs=off)
+    assert footprint.memory(experiment, vocabulary, mesh) / 2**30 == pytest.approx(gib, rel=share)
 
 
 # ── with libtpu ──────────────────────────────────────────────────────────────────────────────────────────────────────
