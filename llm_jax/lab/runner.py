@@ -61,15 +61,15 @@ class Runner:
             if jax.process_count() > 1:
                 raise ConfigError(f"is one process, and this is one of {jax.process_count()} that train together", "--worker")
         traced: set[str] = set()
-        wrong = list[str | None]()
+        found: dict[str | None, str] = {}  # what is wrong → the first arm of which it is
         for arm in self.ablation.arms:
-            wrong.append(self._wrong(self.ablation.experiment(arm), traced))
-            if wrong[-1] != wrong[0]:
+            found.setdefault(self._wrong(self.ablation.experiment(arm), traced), arm)
+            if len(found) > 1:
                 break
-        if any(wrong):
-            found = next(i for i, said in enumerate(wrong) if said)
-            where = f" (in arm {list(self.ablation.arms)[found]!r})" if len(set(wrong)) > 1 else ""  # else no arm is the cause
-            raise ConfigError(f"{wrong[found]}{where}")
+        for sentence, arm in found.items():
+            if sentence is not None:
+                where = f" (in arm {arm!r})" if len(found) > 1 else ""  # else no arm is the cause
+                raise ConfigError(f"{sentence}{where}")
 
     def _wrong(self, experiment: Experiment, traced: set[str]) -> str | None:
         """What is, in a sentence, or nothing; traced: structures whose lengths are known to be right."""
