@@ -150,6 +150,8 @@ def _sensitivity(ax, summary: Summary, path: str) -> None:
     grid = summary.data["nuisance"][path]
     if min(grid) > 0 and max(grid) / min(grid) > 5:
         ax.set_xscale("log")
+    ax.set_xticks(grid, [f"{value:.2g}" for value in grid], minor=False)
+    ax.set_xticks([], minor=True)
     ax.set_xlabel(f"{path} (ring: chosen)")
     ax.set_ylabel(metric)
     _legend(ax, len(summary.data["arms"]))
