@@ -47,7 +47,7 @@ class Chip:
             return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
         below: list[tuple[int, ...]] = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
         a, b, c = (range(4, most + 1, 4) for most in self.largest)
-        cubes = [(i, j, k) for i in a for j in b for k in c if i <= j <= k and math.prod((i, j, k)) <= math.prod(self.largest)]
+        cubes = [(i, j, k) for i in a for j in b for k in c if i <= j <= k]
         return below + sorted(cubes, key=math.prod)
 
 

@@ -17,6 +17,7 @@ from llm_jax.lab.expected import estimate
 from llm_jax.lab.experiment import load
 from llm_jax.models import count
 from llm_jax.train.ahead.collectives import Collective
+from llm_jax.train.ahead.memory import ACTIVATIONS, GRADIENTS, TEMPORARIES, TOGETHER
 from tests.cli.outcome import outcome
 
 SMALL = '''
@@ -154,6 +155,7 @@ def test_a_small_step_for_v5e(compiled, small, topology, chips):
     assert parts["parameters"] == pytest.approx(4 * parameters / chips, rel=0.02)
     assert parts["optimizer state"] == pytest.approx(2 * parts["parameters"], rel=0.01)
     assert found["memory_bytes"] == pytest.approx(sum(parts.values()))
+    assert parts[ACTIVATIONS] > 0 and parts[TEMPORARIES] > 0 and TOGETHER not in parts
     model = 16 * count.flops_per_row(base.model, 4096, 512)
     assert found["model"] == pytest.approx(model)
     # what each device does is its share of what was traced
@@ -167,6 +169,35 @@ def test_a_small_step_for_v5e(compiled, small, topology, chips):
         assert found["estimate"][part] == pytest.approx(getattr(formula, part), rel=0.02)
     # splash computes scores again in both of its backward kernels: 2 + 2 + 3 + 4 products, all blocks counted
     assert found["machine"]["kernels"] == pytest.approx(scores / 6 * 11, rel=0.02)
+
+
+@slow
+def test_activations_are_kept_where_they_are_not_computed_again(compiled, small):
+    depth = 8  # with few layers they lie in vector memory, which is not counted
+    full, none = (
+        next(iter(compiled("--topology=v5e:2x2", f"--set=model.depth={depth}", f"--set=model.remat={remat}")[0].values()))
+        for remat in ("full", "none")
+    )
+    kept, parts = full["memory"]["parts"], none["memory"]["parts"]
+    rows = 2 * 16 * 512 * 256 / 4  # of one device, in bfloat16
+    # at least queries, keys, values, what attention gives, and the hidden units before and after their activation
+    assert kept[ACTIVATIONS] < 12 * rows * depth < parts[ACTIVATIONS]
+    assert 0 < parts[GRADIENTS] < parts[ACTIVATIONS] and parts[TEMPORARIES] > 0
+    assert TOGETHER not in kept | parts
+    assert parts["parameters"] == kept["parameters"] and parts["optimizer state"] == kept["optimizer state"]
+
+
+@slow
+def test_replicas_lie_in_slices_of_their_own_and_nothing_else_crosses(compiled, small):
+    (found,) = compiled("--topology=v5e:2x2", "--slices=2", "--set=mesh.replica=2")[0].values()
+    assert {axis: n for axis, n in found["mesh"].items() if n > 1} == {"replica": 2, "fsdp": 4}
+    assert {(one["crosses"], *one["axes"]) for one in found["collectives"]} == {(True, "replica"), (False, "fsdp")}
+    between = [one for one in found["collectives"] if one["crosses"]]
+    assert {one["kind"] for one in between} == {"all-reduce"}
+    own = count.parameters(load(small).base.model, 4096) / 4
+    # each device's part of every gradient once, of two or four bytes; rows of a head are filled up to 128
+    assert 2 * own < sum(one["bytes"] * one["count"] for one in between) < 6 * own
+    assert found["estimate"]["dcn"] > 0 and found["estimate"]["ici"] > 0
 
 
 WHOLE = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"  # no product of less is made while its operands come in pieces

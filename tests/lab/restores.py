@@ -142,7 +142,7 @@ def restore(folder: pathlib.Path, onto: str) -> None:
         step, state, _ = checkpointer.restore(bound.abstract)
         checkpointer.close()
         as_asked = lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim)  # noqa: E731
-        split = jax.tree.map(as_asked, state.params, bound.abstract.params)
+        split = jax.tree.map(as_asked, state, bound.abstract)  # with the optimizer's state and the average
         got, held = whole(state, program.mesh), np.load(folder / name / "held.npz")
         got, held = (together(numbers) for numbers in (got, dict(held)))
         same = set(got) == set(held) and all(np.array_equal(got[path], held[path]) for path in got)

@@ -34,18 +34,18 @@ def losses(mesh: Mesh, devices, *, extra: int = 3, **changes):
 
 @pytest.mark.parametrize("layers", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_a_mesh_of_eight_equals_one_device(layers):
-    one, _, _ = losses(Mesh(), jax.devices()[:1], **{"model.layers": layers})
-    eight, state, _ = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **{"model.layers": layers})
+    changes = {"model.layers": layers, "train.average": 0.9}
+    one, _, _ = losses(Mesh(), jax.devices()[:1], **changes)
+    eight, state, _ = losses(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8], **changes)
     np.testing.assert_allclose(eight, one, atol=1e-5)
     assert one[-1] < one[0], "nothing was learned, so equality would show nothing"
     split = [leaf for leaf in jax.tree.leaves(state.params) if leaf.addressable_shards[0].data.size < leaf.size]
     assert len(split) >= 4, "the weights should be split over fsdp and tensor"
-    query = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if "query" in jax.tree_util.keystr(path))
-    assert query.addressable_shards[0].data.size == query.size // 4, query.sharding
-    moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state) if "query" in jax.tree_util.keystr(path)]
-    assert moments and all(m.addressable_shards[0].data.size == m.size // 4 for m in moments), (
-        "optimizer state should be split like its parameter"
-    )
+    for tree, what in ((state.params, "parameters"), (state.opt_state, "optimizer state"), (state.average, "average")):
+        queries = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if "query" in jax.tree_util.keystr(path)]
+        assert queries and all(leaf.addressable_shards[0].data.size == leaf.size // 4 for leaf in queries), (
+            f"{what} should be split over fsdp and tensor"
+        )
 
 
 @pytest.mark.parametrize("axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("data", "tensor"))])

@@ -57,14 +57,15 @@ def environment(devices):
     return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags}
 
 
-def start(count, folder, *more, devices=2, each=None, cwd=None, forked=True, **given):
-    """So many processes of one run; each, cwd: what one of them is given besides, and where it is."""
+def start(count, folder, *more, devices=2, heartbeat=5, each=None, cwd=None, forked=True, **given):
+    """So many processes of one run; each, cwd: what one of them is given besides, and where it is. heartbeat: None is not given."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = []
     for index in range(count):
-        own = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}", "--heartbeat=5"]
+        own = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}"]
+        own += [] if heartbeat is None else [f"--heartbeat={heartbeat}"]
         line = command(folder, *own, *more, *((each or {}).get(index, [])), **given)
         log = folder.with_suffix(f".{index}.log")
         log.unlink(missing_ok=True)
@@ -150,6 +151,15 @@ def test_what_dies_at_twenty_random_moments_goes_on_where_it_was_saved(tmp_path)
         killed += 1
     assert ended(start(2, folder, steps=STEPS), folder)["metrics"] == undisturbed["metrics"]
     assert records(folder) == records(whole)
+
+
+@pytest.mark.slow
+def test_who_dies_is_missed_within_a_minute_at_the_heartbeat_of_a_run_that_sets_none(tmp_path):
+    folder = tmp_path / "run"
+    first, second = start(2, folder, RARELY, heartbeat=None, steps=LONG)
+    until(lambda: lines(folder))
+    second.kill()
+    assert first.wait(DEADLINE) == 1 and GONE.search(said(folder, 0)), said(folder, 0)
 
 
 def lines(folder):

@@ -252,6 +252,31 @@ def test_the_rhythm_dispatches_what_divides_every_interval():
     assert replace(RHYTHM, steps=13).at(13, 4), "what happens every so often also happens at the end"
 
 
+SUMS = {"train/loss": (np.ones(1), np.ones(1))}
+
+
+@pytest.mark.parametrize(
+    "step, sums, due, told",
+    [
+        (0, {}, False, 0),
+        (2, SUMS, False, 0),  # before the first record
+        (4, {}, False, 4),  # recorded, as nothing is left of the sums
+        (4, SUMS, True, 0),  # stopped while it was scored
+        (5, SUMS, False, 4),
+        (8, {}, False, 8),
+        (8, SUMS, True, 4),
+        (9, SUMS, False, 8),
+        (10, {}, False, 10),  # the end, which is no multiple
+        (10, SUMS, True, 8),
+    ],
+)
+def test_the_last_record_before_a_state_that_was_saved_with_sums(step, sums, due, told):
+    rhythm = Rhythm(steps=10, dispatch=1, log_every=4, evaluate_every=8, checkpoint_every=1)
+    assert (rhythm.due(step, sums), rhythm.told(step, sums)) == (due, told)
+    each = replace(rhythm, log_every=1)
+    assert (each.due(step, sums), each.told(step, sums)) == (bool(sums), step - bool(sums))
+
+
 def test_training_that_may_not_proceed_ends_with_nothing_recorded_or_saved(tmp_path):
     records, calls, checkpointer = [], [], Checkpointer(tmp_path, asynchronous=False)
 
