@@ -31,7 +31,8 @@ class Memory:
     """Bytes of one device, by what they are for; largest: places of what a step needs beside its arguments.
 
     Activations are what the forward pass has made, the first time or again, and is there when most is; gradients what the backward
-    pass has; temporaries the rest: weights in the compute dtype, what is sent and received, and gaps between places.
+    pass has; temporaries the rest: weights in the compute dtype, what is sent and received, and gaps between places. What lies in
+    the chip's own memory beside the arithmetic is not counted, as all of a tiny model may.
     """
 
     parts: Mapping[str, float]
