@@ -116,7 +116,9 @@ class Sent:
         expected += Counter({(inside, size): times * count for size, count in experts.items() if inside})
         within = self.axes["population"] > 1  # a `shard_map`, where what embedding and head gather is not found to be the same
         expected += Counter({(along, 4 * VOCABULARY * self.row.model.width / self.axes["tensor"]): 1 + within} if along else {})
-        if self.row.axes.keys() == {"replica", "data", "fsdp", "tensor"}:  # two more of each feed-forward layer: why is not known
+        # two kernels of a gated layer twice, computed again and for the gradient: XLA writes the same groups of devices once as a
+        # pattern and once as a list, and takes the gathers for different ones
+        if self.row.axes.keys() == {"replica", "data", "fsdp", "tensor"}:
             expected[along, max(own)] += 2 * self.runs
         found, others = Counter[tuple[tuple[str, ...], float]](), self.keys() + self.over("all-gather", "stage")
         if within:
