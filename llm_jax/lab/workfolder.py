@@ -232,6 +232,6 @@ def _read(file: pathlib.Path, field: str | None = None) -> Any:
             raise ValueError(f"it has no {field!r}")
     except ValueError as error:
         own = ", or choose another --workdir" if field in ("ablation", "identity", "mark") else ""
-        way = f"remove it and run the same command again{own}"
+        way = f"remove it and run the command again{own}"
         raise ConfigError(f"is damaged ({error}): {way}", str(file)) from None
     return found

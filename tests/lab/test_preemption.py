@@ -41,7 +41,7 @@ class Stops:
             sys.meta_path.remove(self)
             signal.raise_signal(signal.SIGTERM)
 sys.meta_path.insert(0, Stops())
-sys.argv = ["llm_jax", "run", "--workdir=none"]
+sys.argv = ["llm_jax", "run", "--workdir=none", "--experiment=" + sys.executable]
 from llm_jax.__main__ import main
 sys.exit(main())
 """

@@ -38,7 +38,7 @@ OPTIMIZERS = [
     Lion(learning_rate=0.02, weight_decay=0.01),
     Muon(learning_rate=0.1, weight_decay=0.01),
     SOAP(learning_rate=0.05, weight_decay=0.01, frequency=3),
-    Sophia(learning_rate=0.05, weight_decay=0.01, interval=3),
+    Sophia(learning_rate=0.03, weight_decay=0.01, interval=3),
     ScheduleFreeAdamW(learning_rate=0.1, weight_decay=0.01),
 ]
 every_optimizer = pytest.mark.parametrize(
