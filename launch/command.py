@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,6 +161,12 @@ def required(values: flags.FlagValues, *names: str) -> None:
     for name in names:
         if values[name].value is None:
             raise LaunchError(f"--{name} is missing: {values[name].help.rstrip('.')}")
+
+
+def require_name(name: str, most: int) -> None:
+    """Raises `LaunchError` unless a --name is one that Google Cloud takes, of so many characters at most."""
+    if len(name) > most or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        raise LaunchError(f"--name={name}: write at most {most} small letters, digits and dashes, a letter first")
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -6,12 +6,11 @@ where a JobSet has several slices), which JAX reads; elsewhere the place is an i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.command import LaunchError
+from launch.command import require_name
 
 LABEL = "llm-jax/run"
 JOB = "slice"
@@ -45,8 +44,7 @@ class Pods:
     worker: bool = False
 
     def __post_init__(self):
-        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
-            raise LaunchError(f"--name={self.name}: write at most 40 small letters, digits and dashes, a letter first")
+        require_name(self.name, 40)
 
     @property
     def tpu(self) -> bool:

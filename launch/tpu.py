@@ -22,7 +22,21 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from launch import accelerators
-from launch.command import ROOT, TEMPLATES, LaunchError, Run, Shell, found, guarded, one_process, parse, required, say, verb
+from launch.command import (
+    ROOT,
+    TEMPLATES,
+    LaunchError,
+    Run,
+    Shell,
+    found,
+    guarded,
+    one_process,
+    parse,
+    require_name,
+    required,
+    say,
+    verb,
+)
 from launch.queued import GONE, PATIENCE, TAKEN, Lost, Tpu
 
 FLAGS = flags.FlagValues()
@@ -63,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
     word, words = verb(argv, ["run", *others], __doc__ or "")
     theirs = parse(FLAGS, words, __doc__ or "")
     required(FLAGS, "name", "zone")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", FLAGS.name):
-        raise LaunchError(f"--name={FLAGS.name}: write at most 63 small letters, digits and dashes, a letter first")
+    require_name(FLAGS.name, 63)
     place = (f"--zone={FLAGS.zone}", *([f"--project={FLAGS.project}"] if FLAGS.project else []))
     tpu = Tpu(FLAGS.name, place, Shell(FLAGS.dry_run), FLAGS.slices, tuple(FLAGS.ssh), FLAGS.poll)
     if word == "run":

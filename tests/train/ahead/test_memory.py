@@ -30,14 +30,14 @@ def test_a_device_holds_its_share_of_what_is_split_and_all_of_the_rest():
     assert memory.on_device(tree) == 2 * 4 * 4 + 3 * 2
 
 
+def analysis(*, argument, temp, output=0, alias=0, generated_code=0):
+    """As XLA's `memory_analysis()` has it."""
+    sizes = {"argument": argument, "temp": temp, "output": output, "alias": alias, "generated_code": generated_code}
+    return SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+
+
 def test_parts_add_up_to_what_xla_says():
-    stats = SimpleNamespace(
-        argument_size_in_bytes=1000,
-        temp_size_in_bytes=300,
-        output_size_in_bytes=900,
-        alias_size_in_bytes=880,
-        generated_code_size_in_bytes=7,
-    )
+    stats = analysis(argument=1000, temp=300, output=900, alias=880, generated_code=7)
     found = memory.of_program(stats, {"parameters": 600, "batch": 300}, REPORT)
     assert found.parts == {"parameters": 600, "batch": 300, "padding": 100, memory.TOGETHER: 300, "output": 20, "program": 7}
     assert found.total == 1000 + 300 + 20 + 7
@@ -95,14 +95,7 @@ def test_what_is_there_when_most_is_told_apart():
     module = hlo.parse(PROGRAM)
     peak = memory.at_peak(ASSIGNMENT, RANGES, module)
     assert peak == {"activations": 100 + 200, "gradients": 300 + 40}
-    stats = SimpleNamespace(
-        argument_size_in_bytes=4096,
-        temp_size_in_bytes=900,
-        output_size_in_bytes=0,
-        alias_size_in_bytes=0,
-        generated_code_size_in_bytes=0,
-    )
-    found = memory.of_program(stats, {"parameters": 4096}, peak=peak)
+    found = memory.of_program(analysis(argument=4096, temp=900), {"parameters": 4096}, peak=peak)
     assert found.parts == {"parameters": 4096, "activations": 300, "gradients": 340, "temporaries": 260}
     assert found.working == 900
     assert memory.at_peak("", "", module) == {}
