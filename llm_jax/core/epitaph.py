@@ -22,5 +22,5 @@ class Epitaph:
     def withdraw(self) -> None:
         """This process has said itself what there is to say."""
         atexit.unregister(self.withdraw)
-        with contextlib.suppress(OSError, ValueError):  # the child is gone, or was told
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):  # the child is gone, was told, or is stopped
             self._child.communicate(b"said", timeout=10)
