@@ -6,12 +6,16 @@ import pathlib
 import tempfile
 import uuid
 
+from llm_jax.core.platform import SUMS_AS_WRITTEN
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
     # programs of tests run once or twice: half of the time would go into making them fast
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if "xla_disable_hlo_passes" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {SUMS_AS_WRITTEN}"
 
 import jax
 import pytest
@@ -22,7 +26,8 @@ CACHE = pathlib.Path(os.environ.get("LLM_JAX_TEST_CACHE", pathlib.Path(tempfile.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_disable_most_optimizations", True)
 gc.set_threshold(
     100_000, 20, 100
 )  # programs are large heaps of objects that live on: looking through them took a fifth of the time

@@ -18,6 +18,9 @@ from llm_jax.core import chips
 from llm_jax.core.config import ConfigError
 
 LIBTPU = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
+# XLA:CPU would add 16-bit numbers up in 32 bits, and dies where a `shard_map` leaves axes to the compiler ("Invalid binary
+# instruction opcode copy"): the sum that JAX writes there has a sharding constraint in it. On GPUs the pass is for integers alone
+SUMS_AS_WRITTEN = "--xla_disable_hlo_passes=all-reduce-promotion"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
         if "xla_gpu_deterministic_ops=false" in flags:
             raise ConfigError("contradicts XLA_FLAGS with its xla_gpu_deterministic_ops=false: leave one out", "--deterministic")
         os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if "xla_disable_hlo_passes" not in flags:
+        os.environ["XLA_FLAGS"] = flags = f"{flags} {SUMS_AS_WRITTEN}".strip()
     if "xla_force_host_platform_device_count" not in flags:
         count = devices or cores()
         flags += f" --xla_force_host_platform_device_count={count}"

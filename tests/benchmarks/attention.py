@@ -1,14 +1,16 @@
 """Memory and time of attention's gradient, written out (dense) against by blocks, on this machine.
 
     python tests/benchmarks/attention.py --lengths=512,1024,2048,4096 --rounds=5
+    JAX_PLATFORMS=cuda python tests/benchmarks/attention.py --kernels=dense,blockwise,cudnn --dtype=bfloat16 --rows=8
 
-First the peak of temporaries at `--long` tokens, as the compiler counts it, and one real step by blocks. Then seconds of both
-kernels in turn, on one thread as each device of `core.platform.setup` has, by the CPU's clock, which other processes hardly move:
-medians, and the median of the rounds' ratios with the least and the greatest. Causal, float32.
+First the peak of temporaries at `--long` tokens, as the compiler counts it, and one real step by blocks. Then seconds of the
+kernels in turn: medians, and the median of the rounds' ratios to the first with the least and the greatest. Causal. On a CPU they
+run on one thread as each device of `core.platform.setup` has, and the clock is the CPU's, which other processes hardly move.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -29,8 +31,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kernel, in turn.
 WINDOW = flags.DEFINE_integer("window", None, "A sliding window of so many tokens instead of all before.")
 BLOCK = flags.DEFINE_integer("block", None, "attention_block instead of the platform's.")
 PATIENCE = flags.DEFINE_float("patience", 20.0, "Seconds to wait for the machine to be quiet, before each round.")
-LABELS = {"dense": "written out at once", "blockwise": "by blocks"}
-KERNELS = tuple(LABELS)
+KERNELS = flags.DEFINE_list(
+    "kernels", ["dense", "blockwise"], "Backends of attention; the first is what the others are compared with."
+)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of queries, keys and values.")
 GIB = 2**30
 
 
@@ -42,9 +46,9 @@ def gradient(backend: str, length: int):
 
     mask = Causal() if WINDOW.value is None else SlidingWindow(WINDOW.value)
     shapes = [
-        jax.ShapeDtypeStruct((ROWS.value, length, heads, SIZE.value), "float32") for heads in (HEADS.value, *[KV_HEADS.value] * 2)
+        jax.ShapeDtypeStruct((ROWS.value, length, heads, SIZE.value), DTYPE.value) for heads in (HEADS.value, *[KV_HEADS.value] * 2)
     ]
-    step = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, mask=mask, backend=backend).sum(), (0, 1, 2)))  # type: ignore[arg-type]
+    step = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, mask=mask, backend=backend).astype("float32").sum(), (0, 1, 2)))  # type: ignore[arg-type]
     return step.lower(*shapes).compile(), shapes
 
 
@@ -54,44 +58,56 @@ def timer(backend: str, length: int) -> Callable[[], float]:
 
     compiled, shapes = gradient(backend, length)
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    given = [jax.random.normal(key, shape.shape) for key, shape in zip(keys, shapes, strict=True)]
+    given = [jax.random.normal(key, shape.shape, shape.dtype) for key, shape in zip(keys, shapes, strict=True)]
+    clock, times = (time.process_time, 1) if jax.default_backend() == "cpu" else (time.perf_counter, 20)
 
     def run() -> float:
-        start = time.process_time()
-        jax.block_until_ready(compiled(*given))
-        return time.process_time() - start
+        start = clock()
+        jax.block_until_ready([compiled(*given) for _ in range(times)])
+        return (clock() - start) / times
 
     run()
     return run
 
 
 def memory(length: int) -> None:
-    """Prints temporaries of both kernels, and the time of one step by blocks."""
-    for backend in KERNELS:
-        with platform.targeting("gpu") if backend == "dense" else platform.targeting("cpu"):  # without row blocks: quick to compile
+    """Prints temporaries of every kernel, and the time of one step by blocks."""
+    for backend in KERNELS.value:
+        with platform.targeting("gpu") if backend == "dense" else contextlib.nullcontext():  # without row blocks: quick to compile
             compiled, _ = gradient(backend, length)
         print(
             f"{length} tokens, {backend}: {compiled.memory_analysis().temp_size_in_bytes / GIB:.2f} GiB of temporaries", flush=True
         )
-    print(f"{length} tokens, by blocks: one step takes {timer('blockwise', length)():.1f} s of one core", flush=True)
+    print(f"{length} tokens, by blocks: one step takes {timer('blockwise', length)():.3f} s", flush=True)
 
 
 def times(length: int) -> None:
     """Prints a row of the table."""
-    timers = {backend: timer(backend, length) for backend in KERNELS}
-    seconds: dict[str, list[float]] = {backend: [] for backend in KERNELS}
+    import jax
+
+    names, timers = KERNELS.value, {}
+    for name in names:
+        try:
+            timers[name] = timer(name, length)
+        except jax.errors.JaxRuntimeError as error:  # the scores do not fit
+            if not platform.is_exhausted(error):
+                raise
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     disturbed = 0
     for index in range(ROUNDS.value):
         wait_for_quiet(PATIENCE.value)
         watch = Watch()
-        for backend in KERNELS if index % 2 == 0 else KERNELS[::-1]:
-            seconds[backend].append(timers[backend]())
+        for name in timers if index % 2 == 0 else reversed(timers):
+            seconds[name].append(timers[name]())
         disturbed += watch.read()[1] > BUSY
-    ratios = [dense / block for dense, block in zip(*seconds.values(), strict=True)]
-    medians = "".join(f"{1e3 * statistics.median(s):12.1f}" for s in seconds.values())
-    print(
-        f"{length:8}{medians}{statistics.median(ratios):12.2f}   [{min(ratios):.2f}, {max(ratios):.2f}]{disturbed:12}", flush=True
-    )
+    cells = [f"{1e3 * statistics.median(seconds[name]):12.2f}" if name in seconds else f"{'no room':>12}" for name in names]
+    for name in names[1:]:
+        if names[0] in seconds and name in seconds:
+            ratios = [base / own for base, own in zip(seconds[names[0]], seconds[name], strict=True)]
+            cells.append(f"{statistics.median(ratios):9.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+        else:
+            cells.append(f"{'':22}")
+    print(f"{length:8}{''.join(cells)}{disturbed:12}", flush=True)
 
 
 def main(_) -> None:
@@ -99,10 +115,11 @@ def main(_) -> None:
     if BLOCK.value is not None:
         from dataclasses import replace
 
-        platform.CPU = replace(platform.CPU, attention_block=BLOCK.value)
+        platform.CPU, platform.GPU = (replace(own, attention_block=BLOCK.value) for own in (platform.CPU, platform.GPU))
     if LONG.value:
         memory(LONG.value)
-    print(f"{'tokens':>8}{'dense ms':>12}{'by blocks':>12}{'× faster':>12}   [least, greatest]   disturbed")
+    heads = [f"{name + ' ms':>12}" for name in KERNELS.value] + [f"{'× ' + name:>22}" for name in KERNELS.value[1:]]
+    print(f"{'tokens':>8}{''.join(heads)}   disturbed")
     for length in LENGTHS.value:
         times(int(length))
 

@@ -8,6 +8,7 @@ from llm_jax.lab.experiment import Checkpoints, Evaluation, Experiment
 from llm_jax.models.decoder import Decoder
 from llm_jax.nn.embedding import Embed
 from llm_jax.nn.ffn import Dense
+from llm_jax.nn.linear import Precision
 from llm_jax.nn.multihead import Attention
 from llm_jax.nn.position import Learned
 from llm_jax.optim.optimizers import AdamW
@@ -26,6 +27,7 @@ def gpt2(shape: Shape, *, steps: int, log_every: int) -> Experiment:
             ffn=Dense(activation="gelu", bias=True),
             position=Learned(max_length=shape.length),
             embedding=Embed(scaled=False),
+            precision=Precision(compute=shape.compute),
         ),
         optimizer=AdamW(learning_rate=LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=WEIGHT_DECAY),
         schedule=Constant(warmup=0.0),

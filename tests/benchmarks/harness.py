@@ -224,11 +224,13 @@ def timed(
 
 
 # ── the machine's peak ───────────────────────────────────────────────────────────────────────────────────────────────
-def peaks(peer_python: str | None) -> list[Side]:
-    """Sides that multiply matrices with NumPy, JAX and, where there is one, the peer's PyTorch."""
+def peaks(peer_python: str | None, compute: str = "float32") -> list[Side]:
+    """Sides that multiply matrices with NumPy (in float32), JAX and, where there is one, the peer's PyTorch."""
     worker = str(HERE / "worker_peak.py")
-    sides = [Side(f"peak {library}", [sys.executable, worker, library], {"JAX_PLATFORMS": "cpu"}) for library in ("numpy", "jax")]
-    return sides + ([Side("peak torch", [peer_python, worker, "torch"])] if peer_python else [])
+    libraries = ("numpy", "jax") if compute == "float32" else ("jax",)
+    own = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    sides = [Side(f"peak {library}", [sys.executable, worker, library, compute], own) for library in libraries]
+    return sides + ([Side("peak torch", [peer_python, worker, "torch", compute])] if peer_python else [])
 
 
 def peak(rates: Rates) -> float:

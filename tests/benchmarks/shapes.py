@@ -1,11 +1,11 @@
-"""The four GPT-2 shapes that both sides train, and what training on a token costs."""
+"""The GPT-2 shapes that both sides train, and what training on a token costs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2: `depth` layers of `width` channels; `rows` sequences of `length` tokens a step."""
+    """A GPT-2: `depth` layers of `width` channels; `rows` sequences of `length` tokens a step; products in `compute`."""
 
     depth: int
     width: int
@@ -13,6 +13,7 @@ class Shape:
     length: int
     rows: int
     vocabulary: int
+    compute: str = "float32"
 
     @property
     def parameters(self) -> int:
@@ -31,9 +32,12 @@ SHAPES = {
     "S": Shape(depth=4, width=128, heads=4, length=64, rows=12, vocabulary=65),
     "M": Shape(depth=6, width=384, heads=6, length=256, rows=8, vocabulary=65),
     "L": Shape(depth=12, width=768, heads=12, length=512, rows=2, vocabulary=50_304),
+    # for a GPU: GPT-2 small and medium
+    "124M": Shape(depth=12, width=768, heads=12, length=1024, rows=16, vocabulary=50_304, compute="bfloat16"),
+    "350M": Shape(depth=24, width=1024, heads=16, length=1024, rows=8, vocabulary=50_304, compute="bfloat16"),
 }
 # steps between two looks at the loss, on both sides
-LOG_EVERY = {"XS": 100, "S": 50, "M": 10, "L": 2}
+LOG_EVERY = {"XS": 100, "S": 50, "M": 10, "L": 2, "124M": 10, "350M": 10}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 EVALUATED = 65_536  # tokens of the validation split that a trial is scored on
 

@@ -2,8 +2,11 @@
 
     python tests/benchmarks/train.py --sizes=XS,S,M,L --rounds=5 --peer_python=PEER/bin/python
 
-Same function (erf GELU, biases, learned positions, tied output layer), same batch, AdamW, clipped gradients, float32. The peer's
-interpreter needs `torch==2.13.0`, `transformers` and `numpy`. Printed for every side: tokens a second, its share of the machine's
+Same function (erf GELU, biases, learned positions, tied output layer), same batch, AdamW, clipped gradients, float32. On a GPU:
+
+    JAX_PLATFORMS=cuda python tests/benchmarks/train.py --sizes=124M,350M --sides=llm_jax,compiled,gpt_compiled --seconds=5
+
+which computes in bfloat16, parameters in float32. The peer's interpreter needs `torch==2.13.0`, `transformers` and `numpy`. Printed for every side: tokens a second, its share of the machine's
 matrix-product peak (the best of NumPy, JAX and PyTorch, measured in the same rounds), and the ratio to PyTorch eager: the
 median of the rounds' ratios, with the least and the greatest.
 """
@@ -22,13 +25,14 @@ SIZES = flags.DEFINE_list("sizes", ["XS", "S", "M", "L"], "Which shapes.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Pieces of each side.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a piece takes, about.")
 SIDES = flags.DEFINE_list(
-    "sides", ["llm_jax", "eager", "compiled"], "Of llm_jax, eager, compiled, and gpt, a plain GPT in PyTorch eager."
+    "sides", ["llm_jax", "eager", "compiled"], "Of llm_jax, eager, compiled, and gpt and gpt_compiled, a plain GPT in PyTorch."
 )
 PEER = flags.DEFINE_string("peer_python", None, "The interpreter that has PyTorch and transformers (default: this one).")
 SET = flags.DEFINE_multi_string("set", [], "path=value: a change to our experiment, e.g. train.steps_per_dispatch=1.")
 DEVICES = flags.DEFINE_integer("devices", None, "Virtual CPU devices of our side (default: what the platform layer chooses).")
 PATIENCE = flags.DEFINE_float("patience", 20.0, "Seconds to wait for the machine to be quiet, before each piece.")
 RETAKES = flags.DEFINE_integer("retakes", 3, "How often a piece is taken again because others were busy.", lower_bound=0)
+MEMORY = flags.DEFINE_string("memory", "0.4", "The share of a GPU's memory that our side may take: the others live beside it.")
 LOGS = flags.DEFINE_string("logs", None, "Where what the workers print to standard error goes (default: nowhere).")
 
 BASE = "eager"
@@ -39,28 +43,30 @@ def sides(size: str) -> list[Side]:
     peer = PEER.value or sys.executable
     root = str(HERE.parents[1])
     ours = {"PYTHONPATH": root} | ({"DEVICES": str(DEVICES.value)} if DEVICES.value else {})
+    ours |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY.value}
     known = {
         "llm_jax": Side("llm_jax", [sys.executable, str(HERE / "worker_llm_jax.py"), size, *SET.value], ours),
         "eager": Side("eager", [peer, str(HERE / "worker_pytorch.py"), size, "eager", "huggingface"]),
         "compiled": Side("compiled", [peer, str(HERE / "worker_pytorch.py"), size, "compiled", "huggingface"]),
         "gpt": Side("gpt", [peer, str(HERE / "worker_pytorch.py"), size, "eager", "gpt"]),
+        "gpt_compiled": Side("gpt_compiled", [peer, str(HERE / "worker_pytorch.py"), size, "compiled", "gpt"]),
     }
     torch = peer if any(name != "llm_jax" for name in SIDES.value) else None
-    return [known[name] for name in SIDES.value] + peaks(torch)
+    return [known[name] for name in SIDES.value] + peaks(torch, SHAPES[size].compute)
 
 
 def show(size: str, shape: Shape, rates: Rates) -> None:
     """Prints a size's table."""
     best, base = peak(rates), BASE if BASE in SIDES.value else SIDES.value[0]
     each = ", ".join(
-        f"{name.removeprefix('peak ')} {rates.median(name) / 1e9:.0f}" for name in rates.rates if name.startswith("peak ")
+        f"{name.removeprefix('peak ')} {rates.median(name) / 1e9:,.0f}" for name in rates.rates if name.startswith("peak ")
     )
     kept = f"pieces kept while others were busy: {rates.disturbed}"
     print(
         f"\n{size}: {shape.depth} layers × {shape.width}, block {shape.length}, batch {shape.rows}, vocabulary {shape.vocabulary:,}, "
         f"{shape.parameters:,} parameters; peak GFLOP/s: {each}; {kept}"
     )
-    print(f"  {'':10}{'tokens/s':>12}{'of peak':>9}{f'× {base}':>12}   [least, greatest]   to first step")
+    print(f"  {'':14}{'tokens/s':>12}{'of peak':>9}{f'× {base}':>16}   [least, greatest]   to first step")
     for name in SIDES.value:
         if rates.info[name]["parameters"] != shape.parameters:
             raise RuntimeError(
@@ -69,7 +75,7 @@ def show(size: str, shape: Shape, rates: Rates) -> None:
         speed, (ratio, least, greatest) = rates.median(name), rates.ratio(name, base)
         share = speed * shape.flops_per_token / best
         print(
-            f"  {name:10}{speed:12,.0f}{share:9.1%}{ratio:12.3f}   [{least:.3f}, {greatest:.3f}]{rates.startup[name]:13.1f} s",
+            f"  {name:14}{speed:12,.0f}{share:9.1%}{ratio:16.3f}   [{least:.3f}, {greatest:.3f}]{rates.startup[name]:13.1f} s",
             flush=True,
         )
 

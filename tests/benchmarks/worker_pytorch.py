@@ -1,7 +1,8 @@
 """A worker that trains GPT-2 in PyTorch: `python worker_pytorch.py SIZE eager|compiled huggingface|gpt`. A unit is a few steps.
 
-It gets the best of conditions: batches that are ready in memory, no data loader, no logging but one look at the loss a unit,
-fused AdamW, attention through scaled_dot_product_attention.
+It gets the best of conditions: batches that are ready in memory (a GPU's, where there is one), no data loader, no logging but one
+look at the loss a unit, fused AdamW, attention through scaled_dot_product_attention, TF32 for float32 as JAX has it on GPUs, and
+autocast for bfloat16.
 """
 
 import sys
@@ -12,6 +13,7 @@ from harness import requests
 from shapes import BETAS, CLIP, LEARNING_RATE, LOG_EVERY, SHAPES, WEIGHT_DECAY, Shape
 
 BATCHES = 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def huggingface(shape: Shape) -> torch.nn.Module:
@@ -49,12 +51,13 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def make_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+def make_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, compute: str = "float32"):
     """A function `(tokens, targets) -> loss` that takes one optimizer step with clipped gradients."""
     parameters = list(model.parameters())
 
     def step(tokens, targets):
-        loss = F.cross_entropy(logits(model, tokens).flatten(0, 1), targets.flatten())
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=compute == "bfloat16"):
+            loss = F.cross_entropy(logits(model, tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -69,13 +72,14 @@ def main(size: str, mode: str, kind: str) -> None:
     from gpt_pytorch import adamw
 
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
     shape, every = SHAPES[size], LOG_EVERY[size]
-    model = MODELS[kind](shape)
+    model = MODELS[kind](shape).to(DEVICE)
     model.train()
     count = sum(p.numel() for p in model.parameters())
     optimizer = adamw(model, LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    step = make_step(torch.compile(model) if mode == "compiled" else model, optimizer)
-    windows = torch.randint(shape.vocabulary, (BATCHES, shape.rows, shape.length + 1))
+    step = make_step(torch.compile(model) if mode == "compiled" else model, optimizer, shape.compute)
+    windows = torch.randint(shape.vocabulary, (BATCHES, shape.rows, shape.length + 1), device=DEVICE)
     batches = [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows]
     for tokens, targets in batches[:3]:
         step(tokens, targets).item()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from llm_jax.core import platform
 from llm_jax.core.mesh import Mesh
@@ -139,3 +140,22 @@ def test_elsewhere_every_device_does_all_the_work():
     with jax.set_mesh(mesh(data=2, fsdp=2)):
         text = jax.jit(lambda xs: each_by_one(jnp.sin, xs)).lower(xs).as_text()
     assert "all_reduce" not in text
+
+
+# ── numbers of 16 bits ───────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 2, "tensor": 2}])
+def test_sums_of_bfloat16_where_the_compiler_has_other_axes(axes):
+    """XLA:CPU would end the process here, had it not been told to leave sums as they are written (`SUMS_AS_WRITTEN`)."""
+    rng = np.random.default_rng(0)
+    w, x = rng.integers(-3, 4, (4, 6)).astype(jnp.bfloat16), rng.integers(-3, 4, (ROWS, 4)).astype(jnp.bfloat16)
+
+    def total(w, x):
+        rows = PartitionSpec("data")
+        local = lambda w, x: x @ w * (jax.lax.axis_index("data") + 1).astype(x.dtype)  # noqa: E731
+        specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows, "axis_names": {"data"}, "check_vma": False}
+        return jax.shard_map(local, **specs)(w, x).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh(**axes)):
+        got = jax.jit(jax.grad(total))(w, x)
+    factors = np.repeat([1.0, 2.0], ROWS // 2)
+    np.testing.assert_array_equal(got.astype(jnp.float32), np.repeat((factors @ x.astype(np.float32))[:, None], 6, 1))
