@@ -28,6 +28,8 @@ ENTERED = {"fusion", "call", "async-start"}  # made of the computations that the
 # custom calls by their targets: libraries' products, and attention's kernels (Pallas' for TPU and GPU, cuDNN's)
 PRODUCT_CALLS = re.compile(r"gemm|matmul|cublas|onednn|convForward|convBackward", re.IGNORECASE)
 KERNEL_CALLS = re.compile(r"tpu_custom_call|mosaic|triton|fmha|flash|attention", re.IGNORECASE)
+PRODUCT_KERNELS = re.compile(r"convolution|dot|gemm|matmul|nvjet|cutlass|xmma")  # the last three are cuBLAS's names
+NCCL, MOVES = re.compile(r"nccl", re.IGNORECASE), re.compile(r"memcpy|memset", re.IGNORECASE)
 KINDS = ("matrix products", "attention kernels", "collectives", "copies", "fusions", "other", "idle")
 TOP = 12  # operations that are named
 FOLDER, SUMMARY = "profiles", "summary.json"
@@ -153,6 +155,8 @@ def _events(data: Any, known: Classes) -> Iterator[_Event]:
 
 def _event(plane: str, event: Any, stats: Mapping[str, Any], known: Classes) -> _Event:
     name = str(stats.get("hlo_op") or event.name).partition(" = ")[0].lstrip("%")
+    if name.startswith("command_buffer"):  # of a GPU: many kernels in one, and each is an event
+        name = event.name
     program = known.get(str(stats.get("program_id"))) or known.get(str(stats.get("hlo_module"))) or {}
     kind = program.get(name) or _by_name(str(stats.get("hlo_category") or name))
     device = f"{plane} {stats['device_ordinal']}" if "CPU" in plane and "device_ordinal" in stats else plane
@@ -184,8 +188,12 @@ def _alone(events: Iterable[_Event]) -> Iterator[_Event]:
 
 def _by_name(name: str) -> str:
     """The kind of an operation of which only the name, or the compiler's own category, is known."""
-    if any(part in name for part in ("convolution", "dot", "gemm", "matmul")):
+    if PRODUCT_KERNELS.search(name):
         return "matrix products"
+    if NCCL.match(name):
+        return "collectives"
+    if MOVES.match(name):
+        return "copies"
     if KERNEL_CALLS.search(name) or name.startswith("custom-call"):
         return "attention kernels"
     return _plain(re.sub(r"[.\d]+$", "", name))
@@ -228,6 +236,7 @@ def _program(metadata: bytes) -> Classes:
             if key == 1:
                 bodies |= dict(_computation(value) for at, value in _fields(module) if at == 3)
     kinds = {one.name: _kind(one, bodies) for body in bodies.values() for one in body}
+    kinds |= {re.sub(r"\W", "_", name): kind for name, kind in kinds.items()}  # as a GPU's kernels are called
     plain, _, number = name.rstrip(")").rpartition("(")
     return {number: kinds, plain: kinds}
 

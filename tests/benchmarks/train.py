@@ -13,6 +13,7 @@ median of the rounds' ratios, with the least and the greatest.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 import tempfile
@@ -42,7 +43,9 @@ def sides(size: str) -> list[Side]:
     """The sides asked for, and the peaks."""
     peer = PEER.value or sys.executable
     root = str(HERE.parents[1])
-    ours = {"PYTHONPATH": root} | ({"DEVICES": str(DEVICES.value)} if DEVICES.value else {})
+    ours = {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])} | (
+        {"DEVICES": str(DEVICES.value)} if DEVICES.value else {}
+    )
     ours |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY.value}
     known = {
         "llm_jax": Side("llm_jax", [sys.executable, str(HERE / "worker_llm_jax.py"), size, *SET.value], ours),

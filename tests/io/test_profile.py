@@ -78,6 +78,33 @@ def test_a_loop_is_given_what_lies_between_its_operations(tmp_path):
     assert found["top"][0] == {"operation": "while.1", "kind": "other", "share": pytest.approx(0.25)}
 
 
+GPU = """
+planes { name: "/device:GPU:0"
+  lines { name: "Stream #13(Compute)"
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 30000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
+    events { metadata_id: 2 offset_ps: 30000 duration_ps: 20000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
+    events { metadata_id: 3 offset_ps: 50000 duration_ps: 20000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
+    events { metadata_id: 4 offset_ps: 70000 duration_ps: 10000 stats { metadata_id: 1 str_value: "copy.3" } } }
+  lines { name: "Stream #14"
+    events { metadata_id: 5 offset_ps: 80000 duration_ps: 10000 stats { metadata_id: 1 str_value: "all-reduce-start.1" } }
+    events { metadata_id: 6 offset_ps: 90000 duration_ps: 10000 } }
+  event_metadata { key: 1 value { id: 1 name: "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT" } }
+  event_metadata { key: 2 value { id: 2 name: "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma" } }
+  event_metadata { key: 3 value { id: 3 name: "loop_multiply_fusion_12" } }
+  event_metadata { key: 4 value { id: 4 name: "MemcpyD2D" } }
+  event_metadata { key: 5 value { id: 5 name: "ncclDevKernel_AllReduce_Sum_bf16_RING_LL" } }
+  event_metadata { key: 6 value { id: 6 name: "of no program" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }
+"""
+
+
+def test_kernels_of_a_gpus_command_buffer_are_told_by_their_names(tmp_path):
+    (tmp_path / "one.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(GPU))
+    shares = {"matrix products": 3, "attention kernels": 2, "fusions": 2, "copies": 1, "collectives": 1}
+    expected = {kind: shares.get(kind, 0) / 9 for kind in profile.KINDS}
+    assert summary(tmp_path)["shares"] == pytest.approx(expected)
+
+
 def test_nothing_traced_is_nothing_told(tmp_path):
     assert summary(tmp_path) is None and summed([]) is None
     (tmp_path / "one.xplane.pb").write_bytes(b"")
