@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.config import Config, require, require_positive, traced
-from llm_jax.core.platform import traits
 from llm_jax.nn.kernels.product import row_sum, softmax, widened
 
 SMALLEST = 1e-12  # of 1 - p where a power or a logarithm is taken of it: rounding may leave less than zero
@@ -121,7 +120,4 @@ def top_k_distillation(logits: jax.Array, ids: jax.Array, log_q: jax.Array, *, t
 
 
 def _of_target(x: jax.Array, targets: jax.Array) -> jax.Array:
-    if traits().masked_targets:
-        ids = jax.lax.broadcasted_iota(targets.dtype, x.shape, x.ndim - 1)
-        return jnp.where(ids == targets[..., None], x, 0).sum(-1, keepdims=True)
     return jnp.take_along_axis(x, targets[..., None], -1)

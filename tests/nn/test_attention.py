@@ -1,14 +1,11 @@
 """Norms, products, activations, losses and dropout against float64 numpy; attention is in test_attention_*.py."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 
-from llm_jax.core import platform
 from llm_jax.nn.activations import ACTIVATIONS
 from llm_jax.nn.dropout import dropout
 from llm_jax.nn.kernels.product import product
@@ -28,22 +25,6 @@ def test_the_products_gradients_are_autodiffs(contract):
     cotangent = RNG.normal(size=got[0].shape).astype(np.float32)
     for a, b in zip(got[1](cotangent), expected[1](cotangent), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_where_it_is_asked_for_gradients_of_logits_are_rounded_to_bfloat16(monkeypatch):
-    monkeypatch.setattr(platform, "CPU", replace(platform.CPU, narrow_logit_gradients=True))
-    x, w = (RNG.integers(-3, 4, shape).astype(jnp.bfloat16) for shape in ((2, 3, 4), (4, 5)))
-    out, pull = jax.vjp(lambda x, w: product(x, w, result=jnp.float32), x, w)
-    x64, w64 = x.astype(np.float64), w.astype(np.float64)
-    assert out.dtype == jnp.float32 and (np.asarray(out, np.float64) == x64 @ w64).all()
-    g = RNG.normal(size=out.shape).astype(np.float32)
-    dx, dw = pull(g)
-    rounded = g.astype(jnp.bfloat16).astype(np.float64)
-    assert dx.dtype == dw.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(dx, np.float64), rounded @ w64.T, rtol=2**-8, atol=1e-2)
-    np.testing.assert_allclose(np.asarray(dw, np.float64), np.einsum("bld,blv->dv", x64, rounded), rtol=2**-8, atol=1e-2)
-    text = str(jax.make_jaxpr(pull)(g))
-    assert "bf16[6,5]" in text, "it is rounded before it is multiplied"
 
 
 def test_norms_are_their_formulas():

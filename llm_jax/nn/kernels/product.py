@@ -18,19 +18,13 @@ def product(x: jax.Array, kernel: jax.Array, *, contract: int = 1, result: Any =
 
     result: the dtype of the sums where it is not the operands': f32 logits of bf16 activations are not rounded on the way. Where
     the platform asks for it, the weight gradient is written `(gᵀx)ᵀ` on flattened operands: autodiff's `xᵀg` makes XLA:CPU
-    materialise transposed activations and recompute what produced them inside the copy (1.25–1.5× slower a step). And where it
-    asks for that, the gradient of wider sums is rounded to the operands' dtype first.
+    materialise transposed activations and recompute what produced them inside the copy (1.25–1.5× slower a step).
     """
     inputs, outputs = kernel.shape[:contract], kernel.shape[contract:]
     rows = x.shape[: x.ndim - contract]
     cut = "sequence" in split_axes()  # rows and their tokens, split over different axes, make no one dimension that is split
     written_out = traits().transposed_weight_gradient and (result is None or result == x.dtype) and not cut
-    if written_out:
-        multiply = _product
-    elif result is not None and result != x.dtype and traits().narrow_logit_gradients and not cut:
-        multiply = partial(_widening, jnp.dtype(result))
-    else:
-        multiply = partial(jnp.matmul, preferred_element_type=result)
+    multiply = _product if written_out else partial(jnp.matmul, preferred_element_type=result)
     flat = multiply(x.reshape(*(rows if cut else (-1,)), math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
     return flat.reshape(*rows, *outputs)
 
@@ -63,20 +57,6 @@ def _product_bwd(saved, g):
 
 
 _product.defvjp(lambda x, w: (x @ w, (x, w)), _product_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _widening(result, x, w):
-    return jnp.matmul(x, w, preferred_element_type=result)
-
-
-def _widening_bwd(result, saved, g):
-    x, w = saved
-    g = g.astype(x.dtype)
-    return g @ w.T, x.T @ g
-
-
-_widening.defvjp(lambda result, x, w: (_widening(result, x, w), (x, w)), _widening_bwd)
 
 
 def widened(x: jax.Array) -> jax.Array:
