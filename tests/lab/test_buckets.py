@@ -48,12 +48,12 @@ def test_a_bucket_that_does_not_answer_is_not_waited_for_long():
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_end_as_on_a_disk(bucket, tmp_path):
     disk, log, far = tmp_path / "disk", tmp_path / "far", to_path(bucket)
-    whole = processes.ended(processes.start(2, disk, steps=80), disk)
-    both = processes.start(2, log, f"--workdir={bucket}", steps=80)
+    whole = processes.ended(processes.start(2, disk, steps=40), disk)
+    both = processes.start(2, log, f"--workdir={bucket}", steps=40)
     processes.until(lambda: list(far.glob("groups/*/checkpoints/*/checksums.json*")))
     both[1].kill()
     assert both[0].wait(processes.DEADLINE) not in (0, -signal.SIGKILL)
-    assert processes.ended(processes.start(2, log, f"--workdir={bucket}", steps=80), far)["metrics"] == whole["metrics"]
+    assert processes.ended(processes.start(2, log, f"--workdir={bucket}", steps=40), far)["metrics"] == whole["metrics"]
     assert "going on after step" in processes.said(log, 0)
     assert processes.records(far) == processes.records(disk)
     assert (far / "report.html").exists()
