@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -51,6 +52,7 @@ RULES: Rules = MappingProxyType(
     }
 )
 SMALL = 1 << 10  # entries that are not worth a way to the host
+ORDERED = jaxlib.version.__version_info__ >= (0, 11)  # an inner `shard_map` may take later axes of the mesh alone
 ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
 
 _layout: contextvars.ContextVar[Mesh] = contextvars.ContextVar("layout", default=Mesh())  # noqa: B039 (it is frozen)
@@ -154,9 +156,16 @@ def by_hand(message: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str 
     """
     where = spec(axes, x.shape, _splitting(), rules(layout()))
     taken = {axis for entry in where if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-    if not taken:
+    if not taken or _dies(taken):
         return message(x)
     return jax.shard_map(message, in_specs=where, out_specs=where, axis_names=taken, check_vma=False)(x)
+
+
+def _dies(taken: set[str]) -> bool:
+    """Whether XLA would end the process: from jaxlib 0.11 on, where an inner `shard_map` takes an axis before one of the outer's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    outer = max((mesh.axis_names.index(axis) for axis in mesh.manual_axes), default=-1)
+    return ORDERED and min(mesh.axis_names.index(axis) for axis in taken) < outer
 
 
 def sum_over_data(function: Callable) -> Callable:
