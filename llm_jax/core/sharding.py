@@ -162,7 +162,7 @@ def by_hand(message: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str 
 
 
 def _dies(taken: set[str]) -> bool:
-    """Whether XLA would end the process: from jaxlib 0.11 on, where an inner `shard_map` takes an axis before one of the outer's."""
+    """Whether XLA would end the process: jaxlib 0.11 does where an inner `shard_map` takes an axis before one of the outer's."""
     mesh = jax.sharding.get_abstract_mesh()
     outer = max((mesh.axis_names.index(axis) for axis in mesh.manual_axes), default=-1)
     return ORDERED and min(mesh.axis_names.index(axis) for axis in taken) < outer
