@@ -66,9 +66,9 @@ def _named(kind: str, model: Model, *meshes: dict[str, int], **rest: Any) -> dic
 
 
 TABLE = {
-    **_named("dense", DENSE, *({axis: n} for axis in ("replica", "data", "fsdp") for n in (2, 16))),
-    **_named("dense", DENSE, *({axis: n} for axis in ("tensor", "sequence") for n in (2, 8))),
-    **_named("dense", DENSE, {"sequence": 2}, {"sequence": 16}, context="ring"),
+    **_named("dense", DENSE, *({axis: 16} for axis in ("replica", "data", "fsdp"))),
+    **_named("dense", DENSE, *({axis: 8} for axis in ("tensor", "sequence"))),
+    **_named("dense", DENSE, {"sequence": 16}, context="ring"),
     **_named("dense", DENSE, {"stage": 2}, {"stage": 4}, {"population": 2}),
     **_named("dense", DENSE, {"stage": 2}, rounds=2),
     **_named(
@@ -79,7 +79,7 @@ TABLE = {
     **_named("dense", DENSE, {"stage": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "fsdp": 2, "sequence": 2, "tensor": 2}),
     **_named("experts", MIXTURE, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "sequence": 2, "tensor": 2}),
     **_named("experts", MIXTURE, {"stage": 2, "expert": 4}, {"expert": 4, "sequence": 2}, {"stage": 2, "fsdp": 2, "expert": 4}),
-    **_named("dense", DENSE, *({"population": 2, axis: 2} for axis in ("stage", "replica", "data", "fsdp", "sequence", "tensor"))),
+    **_named("dense", DENSE, *({"population": 2, axis: 2} for axis in ("stage", "fsdp", "sequence", "tensor"))),
     **_named("experts", MIXTURE, {"population": 2, "expert": 2}, {"population": 2, "fsdp": 2, "expert": 4}),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from llm_jax.core import platform
 from llm_jax.core.config import override
@@ -111,7 +112,7 @@ def products(jaxpr) -> int:
     found = 0
     for step in jaxpr.eqns:
         times = step.params["length"] if step.primitive.name == "scan" else 1
-        found += times * sum(products(inner) for inner in jax.core.jaxprs_in_params(step.params))
+        found += times * sum(products(inner) for inner in jaxprs_in_params(step.params))
         if step.primitive.name == "dot_general":
             (contracted, _), _ = step.params["dimension_numbers"]
             found += 2 * step.outvars[0].aval.size * math.prod(step.invars[0].aval.shape[axis] for axis in contracted)

@@ -92,7 +92,13 @@ def test_what_is_dealt_out_comes_back(size):
     np.testing.assert_array_equal(dealt[0], x[0][line.owners(x.shape[1]).reshape(-1)])
 
 
-@pytest.mark.parametrize("context", ["gather", "ring"])
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param("gather", marks=pytest.mark.xfail(sharding.ORDERED, reason="jaxlib 0.11 dies of it")),
+        "ring",
+    ],
+)
 def test_keys_come_only_from_devices_of_the_same_rows_and_heads(context):
     mesh = Mesh(data=2, sequence=2, tensor=2, context=context)
     devices = mesh.build()
