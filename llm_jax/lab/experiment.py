@@ -344,7 +344,8 @@ def load(path: str | pathlib.Path) -> Ablation:
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         if isinstance(error, ConfigError):
             raise ConfigError(f"{where}: {error}") from None
-        raise ConfigError(f"cannot be run: {type(error).__name__}: {error}{_meant(error, vars(module))}", where) from None
+        said = str(error).partition(". Did you mean")[0]  # Python guesses too, from 3.13 on
+        raise ConfigError(f"cannot be run: {type(error).__name__}: {said}{_meant(error, vars(module))}", where) from None
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):
