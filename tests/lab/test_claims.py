@@ -336,7 +336,8 @@ def test_who_is_alone_goes_on_after_a_silence(place):
 
 def test_who_seemed_dead_and_whose_place_was_taken_finds_out(place, sleeping):
     clock, _ = sleeping
-    one, two = crew(place, alone=True, clock=Clock()).__enter__(), crew(place, alone=True, clock=clock, lease=60.0)
+    one, two = (crew(place, alone=True, clock=own, lease=60.0) for own in (Clock(), clock))
+    one.__enter__()
     with two:  # after a lease without another sign
         one.check()
         with pytest.raises(Lapsed, match="another run has taken over"):

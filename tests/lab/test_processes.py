@@ -40,7 +40,7 @@ experiment = override(
 STARTED = []
 STEPS = 200
 RARELY = "--set=checkpoints.every=100000"
-LONG = 300  # steps of a run that can be stopped in the middle: a signal is heard within about a second
+LONG = 200  # steps of a run that can be stopped in the middle: a signal is heard within about a second
 PACKAGE = pathlib.Path(__file__).parents[2] / "llm_jax"
 DEADLINE = 60  # seconds in which the others must have stopped
 

@@ -47,10 +47,17 @@ def value(q, k, v, sinks, slope, places, mask, backend, weights):
     return (out * weights).sum(), out
 
 
-@pytest.mark.parametrize("context, backend", [("ring", "auto"), ("gather", "dense"), ("gather", "blockwise")])
+ALONG, AMONG = {"sequence": 4}, {"data": 2, "sequence": 2, "tensor": 2}  # the axis alone, and with others
+
+
+@pytest.mark.parametrize(
+    "context, backend, meshes",
+    [("ring", "auto", [ALONG, AMONG]), ("gather", "dense", [AMONG]), ("gather", "blockwise", [ALONG])],
+    ids=["ring", "gather-dense", "gather-blockwise"],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_a_row_on_several_devices_is_the_row_on_one(mask, packed, context, backend):
+def test_a_row_on_several_devices_is_the_row_on_one(mask, packed, context, backend, meshes):
     arrays, places = arguments(), documents() if packed else Places()
     weights = np.random.default_rng(1).normal(size=(B, L, H, K)).astype(np.float32)
 
@@ -58,7 +65,7 @@ def test_a_row_on_several_devices_is_the_row_on_one(mask, packed, context, backe
         return jax.value_and_grad(value, argnums=(0, 1, 2, 3, 4), has_aux=True)(*given, places, mask, backend, weights)
 
     (_, expected), slopes = jax.jit(differentiated)(*arrays)
-    for axes in ({"sequence": 4}, {"data": 2, "sequence": 2, "tensor": 2}):
+    for axes in meshes:
         mesh = Mesh(**{"data": 1} | axes, context=context)
         devices = mesh.build(jax.devices())
         with sharding.on(devices, mesh):
