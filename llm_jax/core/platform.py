@@ -18,8 +18,8 @@ from llm_jax.core import chips
 from llm_jax.core.config import ConfigError
 
 LIBTPU = "LIBTPU_INIT_ARGS"  # where libtpu reads its flags, once a process
-# XLA:CPU would add 16-bit numbers up in 32 bits, and dies where a `shard_map` leaves axes to the compiler ("Invalid binary
-# instruction opcode copy"): the sum that JAX writes there has a sharding constraint in it. On GPUs the pass is for integers alone
+# XLA:CPU would add bfloat16 up in float32, and dies where a `shard_map` leaves axes to the compiler ("Invalid binary
+# instruction opcode copy"): the sum that JAX writes there has a sharding constraint in it
 SUMS_AS_WRITTEN = "--xla_disable_hlo_passes=all-reduce-promotion"
 
 
@@ -35,7 +35,7 @@ class Traits:
     attention_row_block: int | None  # causal attention by blocks of query rows, skipping what lies after them
     attention_block: int  # queries and keys of a block of blockwise attention, at most; on CPU 128 is 1.6–2.2× as fast as 512
     # queries × keys up to which attention writes its scores out. By blocks its gradient on CPU is 0.85–1.28× as fast at 512 tokens,
-    # 1.2–1.4× at 1,024, 1.3× at 2,048, 1.35× at 4,096 (`tests/benchmarks/attention.py`); the TPU's value is not measured
+    # 1.2–1.4× at 1,024, 1.3× at 2,048, 1.35× at 4,096 (`tests/benchmarks/attention.py`); accelerators' value is for memory's sake
     dense_attention: int
     # tokens × ids up to which logits are made at once, and else of a block of tokens, but of `tokens_at_once` at least. By blocks
     # the loss and its gradient on CPU are 1.24× as fast at 8,192 × 131,072, 1.30× at 4,096 × 50,257 with 256 tokens in a
@@ -97,15 +97,15 @@ ACCELERATOR = Traits(
     recomputed_inside=True,
 )
 
-# On an H200 GPT-2 124M in bfloat16, 16 × 1,024 tokens, trains 1.25× as fast with layers unrolled as scanned, and 1.07× as fast with
-# all logits at once as with 1,024 tokens' at a time; the loss and its gradient alone are 0.71× as fast by 1,024 tokens as at once,
-# 0.89× by 4,096, 0.96× by 8,192. Attention's gradient (8 heads, 2 of keys) is 2.6× as fast by cuDNN as written out at 1,024 tokens
-# and 9.1× at 4,096; by blocks it is slower: 0.6× and 0.97×, in float32 0.4× and 0.66×
+# On an H200 GPT-2 124M in bfloat16, 16 × 1,024 tokens (`tests/benchmarks/train.py --sizes=124M`), trains 1.25× as fast with layers
+# unrolled as scanned, and 1.07× as fast with all logits at once as with 1,024 tokens' at a time; the loss and its gradient alone
+# (`losses.py`, 50,304 ids) are 0.71× as fast by 1,024 tokens as at once, 0.89× by 4,096, 0.96× by 8,192. Attention's gradient
+# (`attention.py`, 8 heads, 2 of keys) is 2.6× as fast by cuDNN as written out at 1,024 tokens and 9.1× at 4,096; by blocks it is
+# slower: 0.6× and 0.97×, in float32 0.4× and 0.66×
 GPU = replace(
     ACCELERATOR,
     scan_layers=False,
-    logits_at_once=1 << 28,
-    tokens_at_once=8192,
+    logits_at_once=1 << 29,
     fused_attention="cudnn",
 )
 TPU = replace(ACCELERATOR, fused_attention="splash")
@@ -158,7 +158,7 @@ def setup(*, devices: int | None = None, cache: bool = True, deterministic: bool
         if "xla_gpu_deterministic_ops=false" in flags:
             raise ConfigError("contradicts XLA_FLAGS with its xla_gpu_deterministic_ops=false: leave one out", "--deterministic")
         os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    if "xla_disable_hlo_passes" not in flags:
+    if "xla_disable_hlo_passes" not in flags and os.environ.get("JAX_PLATFORMS") not in ("cuda", "tpu"):
         os.environ["XLA_FLAGS"] = flags = f"{flags} {SUMS_AS_WRITTEN}".strip()
     if "xla_force_host_platform_device_count" not in flags:
         count = devices or cores()

@@ -23,6 +23,7 @@ from llm_jax.core.config import nearest, require
 from llm_jax.core.mesh import BATCH, Mesh
 from llm_jax.core.platform import traits
 
+ORDERED = jaxlib.version.__version_info__ >= (0, 11)  # whether an inner `shard_map` may take later axes of the mesh alone
 Rules = Mapping[str, tuple[str, ...]]  # logical axis → the mesh axes that split it
 
 RULES: Rules = MappingProxyType(
@@ -52,7 +53,6 @@ RULES: Rules = MappingProxyType(
     }
 )
 SMALL = 1 << 10  # entries that are not worth a way to the host
-ORDERED = jaxlib.version.__version_info__ >= (0, 11)  # an inner `shard_map` may take later axes of the mesh alone
 ALONE = 1 << 16  # entries from which on copying an array into the common message costs more than a message of its own
 
 _layout: contextvars.ContextVar[Mesh] = contextvars.ContextVar("layout", default=Mesh())  # noqa: B039 (it is frozen)
@@ -152,20 +152,21 @@ def by_hand(message: Callable[[jax.Array], jax.Array], x: jax.Array, *axes: str 
     """`message(x)` among devices along the axes of a `shard_map`, of the part that each has of `x` by the others.
 
     axes: the logical names of the dimensions, None of those that the message changes. Without it the compiler gathers `x` along
-    all other axes before any message but a sum and one that is passed on.
+    all other axes before any message but a sum and one that is passed on; so it does with jaxlib 0.11, which dies of the nesting,
+    along axes that come before the `shard_map`'s in the mesh.
     """
-    where = spec(axes, x.shape, _splitting(), rules(layout()))
+    where = spec(axes, x.shape, _inner(), rules(layout()))
     taken = {axis for entry in where if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-    if not taken or _dies(taken):
+    if not taken:
         return message(x)
     return jax.shard_map(message, in_specs=where, out_specs=where, axis_names=taken, check_vma=False)(x)
 
 
-def _dies(taken: set[str]) -> bool:
-    """Whether XLA would end the process: jaxlib 0.11 does where an inner `shard_map` takes an axis before one of the outer's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    outer = max((mesh.axis_names.index(axis) for axis in mesh.manual_axes), default=-1)
-    return ORDERED and min(mesh.axis_names.index(axis) for axis in taken) < outer
+def _inner() -> dict[str, int]:
+    """The mesh axes that a `shard_map` inside of others may take: XLA ends the process if they do not come in the mesh's order."""
+    names, manual = (mesh := jax.sharding.get_abstract_mesh()).axis_names, mesh.manual_axes
+    first = 1 + max(map(names.index, manual), default=-1) if ORDERED else 0
+    return {axis: size for axis, size in _splitting().items() if axis in names[first:]}
 
 
 def sum_over_data(function: Callable) -> Callable:

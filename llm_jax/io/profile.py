@@ -28,6 +28,7 @@ ENTERED = {"fusion", "call", "async-start"}  # made of the computations that the
 # custom calls by their targets: libraries' products, and attention's kernels (Pallas' for TPU and GPU, cuDNN's)
 PRODUCT_CALLS = re.compile(r"gemm|matmul|cublas|onednn|convForward|convBackward", re.IGNORECASE)
 KERNEL_CALLS = re.compile(r"tpu_custom_call|mosaic|triton|fmha|flash|attention", re.IGNORECASE)
+ATTENTION_KERNELS = re.compile(r"fmha|flash|sdpa", re.IGNORECASE)
 PRODUCT_KERNELS = re.compile(r"convolution|dot|gemm|matmul|nvjet|cutlass|xmma")  # the last three are cuBLAS's names
 NCCL, MOVES = re.compile(r"nccl", re.IGNORECASE), re.compile(r"memcpy|memset", re.IGNORECASE)
 KINDS = ("matrix products", "attention kernels", "collectives", "copies", "fusions", "other", "idle")
@@ -188,6 +189,8 @@ def _alone(events: Iterable[_Event]) -> Iterator[_Event]:
 
 def _by_name(name: str) -> str:
     """The kind of an operation of which only the name, or the compiler's own category, is known."""
+    if ATTENTION_KERNELS.search(name):
+        return "attention kernels"
     if PRODUCT_KERNELS.search(name):
         return "matrix products"
     if NCCL.match(name):
@@ -236,7 +239,7 @@ def _program(metadata: bytes) -> Classes:
             if key == 1:
                 bodies |= dict(_computation(value) for at, value in _fields(module) if at == 3)
     kinds = {one.name: _kind(one, bodies) for body in bodies.values() for one in body}
-    kinds |= {re.sub(r"\W", "_", name): kind for name, kind in kinds.items()}  # as a GPU's kernels are called
+    kinds = {re.sub(r"\W", "_", name): kind for name, kind in kinds.items()} | kinds  # the first as a GPU's kernels are called
     plain, _, number = name.rstrip(")").rpartition("(")
     return {number: kinds, plain: kinds}
 

@@ -344,8 +344,9 @@ def load(path: str | pathlib.Path) -> Ablation:
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         if isinstance(error, ConfigError):
             raise ConfigError(f"{where}: {error}") from None
-        said = str(error).partition(". Did you mean")[0]  # Python guesses too, from 3.13 on
-        raise ConfigError(f"cannot be run: {type(error).__name__}: {said}{_meant(error, vars(module))}", where) from None
+        said, meant = str(error), _meant(error, vars(module))
+        said = said.partition(". Did you mean")[0] if meant else said  # Python guesses too, from 3.13 on
+        raise ConfigError(f"cannot be run: {type(error).__name__}: {said}{meant}", where) from None
     declared = vars(module).get("ablation")
     single = vars(module).get("experiment")
     if isinstance(declared, Ablation):

@@ -35,7 +35,8 @@ def torch_product(compute: str) -> tuple[Callable[[], object], tuple[int, int]]:
     import torch
 
     device, (size, times) = ("cuda", ON_GPU) if torch.cuda.is_available() else ("cpu", ON_CPU)
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     a = torch.randn(size, size, dtype=getattr(torch, compute), device=device)
 
     def products() -> None:

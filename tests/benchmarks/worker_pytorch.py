@@ -72,7 +72,8 @@ def main(size: str, mode: str, kind: str) -> None:
     from gpt_pytorch import adamw
 
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
     shape, every = SHAPES[size], LOG_EVERY[size]
     model = MODELS[kind](shape).to(DEVICE)
     model.train()

@@ -38,6 +38,11 @@ def test_the_number_of_devices_that_the_user_set_stays(flags):
     assert "--xla_force_host_platform_device_count=5" in flags(devices=5)
 
 
+def test_sums_are_left_as_they_are_written_where_there_may_be_cpus(flags):
+    assert platform.SUMS_AS_WRITTEN in flags() and platform.SUMS_AS_WRITTEN in flags(platforms="cpu")
+    assert platform.SUMS_AS_WRITTEN not in flags(platforms="cuda")
+
+
 @pytest.fixture
 def libtpu(monkeypatch):
     """libtpu's flags after `setup` on a slice."""

@@ -43,6 +43,9 @@ def test_the_kind_that_a_program_is_made_of_leads(tmp_path, function, kind):
     busy = {name: share for name, share in found["shares"].items() if name != "idle"}
     assert max(busy, key=busy.get) == kind and busy[kind] > 0.5 * sum(busy.values())
     assert found["top"][0]["kind"] == kind and sum(one["share"] for one in found["top"]) <= 1
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    for known in profile.classes(trace.read_bytes()).values():
+        assert all(known[name.replace(".", "_").replace("-", "_")] for name in known), "as a GPU's kernels are called"
 
 
 def test_collectives_of_several_devices_are_told(tmp_path):
@@ -84,9 +87,9 @@ planes { name: "/device:GPU:0"
     events { metadata_id: 1 offset_ps: 0 duration_ps: 30000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
     events { metadata_id: 2 offset_ps: 30000 duration_ps: 20000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
     events { metadata_id: 3 offset_ps: 50000 duration_ps: 20000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
-    events { metadata_id: 4 offset_ps: 70000 duration_ps: 10000 stats { metadata_id: 1 str_value: "copy.3" } } }
+    events { metadata_id: 4 offset_ps: 70000 duration_ps: 10000 stats { metadata_id: 1 str_value: "command_buffer_7" } } }
   lines { name: "Stream #14"
-    events { metadata_id: 5 offset_ps: 80000 duration_ps: 10000 stats { metadata_id: 1 str_value: "all-reduce-start.1" } }
+    events { metadata_id: 5 offset_ps: 80000 duration_ps: 10000 stats { metadata_id: 1 str_value: "command_buffer_8" } }
     events { metadata_id: 6 offset_ps: 90000 duration_ps: 10000 } }
   event_metadata { key: 1 value { id: 1 name: "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNT" } }
   event_metadata { key: 2 value { id: 2 name: "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma" } }

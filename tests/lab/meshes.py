@@ -79,7 +79,7 @@ TABLE = {
     **_named("dense", DENSE, {"stage": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "fsdp": 2, "sequence": 2, "tensor": 2}),
     **_named("experts", MIXTURE, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "sequence": 2, "tensor": 2}),
     **_named("experts", MIXTURE, {"stage": 2, "expert": 4}, {"expert": 4, "sequence": 2}, {"stage": 2, "fsdp": 2, "expert": 4}),
-    **_named("dense", DENSE, *({"population": 2, axis: 2} for axis in ("stage", "fsdp", "sequence", "tensor"))),
+    **_named("dense", DENSE, *({"population": 2, axis: 2} for axis in ("stage", "data", "fsdp", "sequence", "tensor"))),
     **_named("experts", MIXTURE, {"population": 2, "expert": 2}, {"population": 2, "fsdp": 2, "expert": 4}),
 }
 

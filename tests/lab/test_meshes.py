@@ -14,7 +14,7 @@ from llm_jax.train.ahead.collectives import Collective
 from tests.lab import meshes
 from tests.lab.meshes import LENGTH, ROWS, TABLE, VOCABULARY, Row
 
-QUICK = ("experts-sequence2",)  # of those that are not slow
+QUICK = ("experts-sequence2",)  # the row that the quick tests take
 COUNTED = 1024  # bytes up to which a message is one of numbers, or of a norm's scales
 WEIGHTS = ("fsdp", "expert", "sequence")  # the axes that kernels are gathered along
 

@@ -40,7 +40,7 @@ experiment = override(
 STARTED = []
 STEPS = 200
 RARELY = "--set=checkpoints.every=100000"
-LONG = 200  # steps of a run that can be stopped in the middle: a signal is heard within about a second
+LONG = 300  # steps of a run that can be stopped in the middle: a signal is heard within about a second
 PACKAGE = pathlib.Path(__file__).parents[2] / "llm_jax"
 DEADLINE = 60  # seconds in which the others must have stopped
 
@@ -271,9 +271,9 @@ def copied(near):
 @pytest.mark.slow
 def test_what_is_killed_goes_on_from_the_newest_copies_nearby_that_both_have(undisturbed, tmp_path):
     folder, near = tmp_path / "run", tmp_path / "near"
-    flags = ["--set=checkpoints.every=200", f"--set=checkpoints.nearby={near}", "--set=checkpoints.nearby_every=20"]
+    flags = [f"--set=checkpoints.every={LONG // 2}", f"--set=checkpoints.nearby={near}", "--set=checkpoints.nearby_every=20"]
     processes = start(2, folder, *flags, steps=LONG, forked=False)
-    until(lambda: list(folder.glob("groups/*/checkpoints/200")) and sum(step > 200 for step in copied(near)) > 1)
+    until(lambda: list(folder.glob(f"groups/*/checkpoints/{LONG // 2}")) and sum(step > LONG // 2 for step in copied(near)) > 1)
     for process in processes:
         process.kill()
     assert [process.wait(DEADLINE) for process in processes] == [-signal.SIGKILL] * 2
