@@ -126,10 +126,11 @@ def test_two_and_four_processes_have_the_losses_of_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_what_dies_at_twenty_random_moments_goes_on_where_it_was_saved(tmp_path):
-    chance, whole, killed, runs = random.Random(0), tmp_path / "whole", 0, 0
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_dies_at_ten_random_moments_and_at_ten_others_goes_on_where_it_was_saved(seed, tmp_path):
+    chance, whole, killed, runs = random.Random(seed), tmp_path / "whole", 0, 0
     undisturbed = ended(start(2, whole, steps=STEPS), whole)
-    while killed < 20:
+    while killed < 10:
         folder = tmp_path / f"run{runs}"
         processes, begun = start(2, folder, steps=STEPS), len(lines(folder))
         over = lambda processes=processes: processes[0].poll() is not None  # noqa: E731
