@@ -150,7 +150,14 @@ def test_killed_again_and_again_the_numbers_are_the_same(declared, finished, tmp
 
 def _wait_for_progress(process, workdir, *, seconds: float) -> None:
     """Waits until the run wrote something new, and a little longer."""
-    newest = lambda: max((f.stat().st_mtime_ns for f in pathlib.Path(workdir).rglob("*") if f.is_file()), default=0)  # noqa: E731
+
+    def newest() -> int:
+        times = [0]
+        for file in pathlib.Path(workdir).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # it has had another name since
+                times.append(file.stat().st_mtime_ns)
+        return max(times)
+
     start, deadline = newest(), time.monotonic() + 120
     while process.poll() is None and newest() == start and time.monotonic() < deadline:
         time.sleep(0.02)
