@@ -4,8 +4,9 @@
 
 First the peak of temporaries, as the compiler counts it. Then seconds of both in turn: medians, and the median of the rounds' ratios
 with the least and the greatest; on a CPU on one thread as each device of `core.platform.setup` has, by the CPU's clock, which other
-processes hardly move; on a GPU (`JAX_PLATFORMS=cuda`) ten steps at a time. Last the peak of the process's memory with blocks alone (--rounds=0 leaves the times out). The exit
-code is 1 where temporaries are more than --at_most of those of all at once, or blocks less than --at_least as quick.
+processes hardly move; on a GPU (`JAX_PLATFORMS=cuda`) ten steps at a time. Last the peak of the process's memory with blocks alone
+(--rounds=0 leaves the times out). The exit code is 1 where temporaries are more than --at_most of those of all at once, or blocks
+less than --at_least as quick.
 """
 
 from __future__ import annotations
