@@ -24,7 +24,7 @@ from llm_jax.cli.terminal import console, parse, within
 from llm_jax.core import distributed, platform
 from llm_jax.core.config import ConfigError
 from llm_jax.core.paths import in_bucket, require_folder
-from llm_jax.train.interruption import Interrupted, interruptions, leave_at_once
+from llm_jax.train.interruption import Interrupted, interruptions
 
 FLAGS = flags.FlagValues()
 define(FLAGS)
@@ -93,15 +93,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code: 0, 1 if a trial failed, and if stopped `Interrupted.code`. Raises `ConfigError`."""
     parse(FLAGS, argv)
     try:
-        with interruptions():
+        with interruptions(leaves=True):
             code = _run(argv)
         distributed.end()
         return code
     except Interrupted as interrupted:
         if distributed.leads():
             print(interrupted, file=sys.stderr, flush=True)
-        if interrupted.step is None:
-            leave_at_once(interrupted.code)  # threads may be compiling, for minutes
         distributed.end()
         return interrupted.code
     except Exception as error:

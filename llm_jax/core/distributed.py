@@ -269,11 +269,12 @@ def everyones(what: str, value: str) -> list[str]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once, without waiting for others as an ordinary exit does."""
+    """Ends this process at once, without waiting for others as an ordinary exit does. A handler of signals may call it."""
     if _epitaph is not None:
         _epitaph.withdraw()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(RuntimeError):  # that was interrupted while it wrote
+            stream.flush()
     os._exit(code)
 
 

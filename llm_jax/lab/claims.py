@@ -22,6 +22,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigError
 from llm_jax.io.shared import Shared
+from llm_jax.train.interruption import farewell
 
 SHORTEST = 2.0  # seconds of a lease
 BEATS = 4  # signs of life in a lease
@@ -126,9 +127,12 @@ class Crew:
 
     def __enter__(self) -> Crew:
         self._join()
+        self._told = contextlib.ExitStack()
+        self._told.enter_context(farewell(lambda: self._leave(0.0)))
         return self
 
     def __exit__(self, *_) -> None:
+        self._told.close()
         self._leave()
 
     def rejoin(self) -> None:
@@ -246,10 +250,10 @@ class Crew:
                 str(self.files.folder),
             )
 
-    def _leave(self) -> None:
+    def _leave(self, wait: float | None = None) -> None:
         self._left.set()
         if hasattr(self, "_thread"):
-            self._thread.join(self.lease)
+            self._thread.join(self.lease if wait is None else wait)
         with contextlib.suppress(Exception):  # a full disk, a network that is gone: the lease runs out
             self.files.write(self._file, self._sign() | {"left": True})
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from llm_jax.core.distributed import leave
+from llm_jax.core.distributed import leads, leave
 
 _open: list[Stop] = []  # of this process's main thread, the innermost last
+_farewells: list[Callable[[], None]] = []  # what others are to hear of a process that leaves at once
 _POLLS = itertools.count()  # how often processes have asked each other: all as often, whatever they train
 
 
@@ -40,11 +43,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether to stop. at_stake: set by who has done something that must be saved first; before, a signal is obeyed at once."""
+    """Whether to stop. at_stake: set by who has done something that must be saved first; before, a signal is obeyed at once.
 
-    def __init__(self, *, together: bool = False):
+    leaves: and then the process ends where it is, and nothing is raised.
+    """
+
+    def __init__(self, *, together: bool = False, leaves: bool = False):
         self.number: int | None = None
-        self.at_stake, self._together, self._agreed = False, together, False
+        self.at_stake, self.leaves, self._together, self._agreed = False, leaves, together, False
 
     def asked(self) -> bool:
         """Whether to stop here, as all processes are told at the same of their calls. Once it is true it stays so."""
@@ -63,8 +69,12 @@ class Stop:
 
 
 @contextlib.contextmanager
-def interruptions(*, together: bool = False) -> Iterator[Stop]:
+def interruptions(*, together: bool = False, leaves: bool = False) -> Iterator[Stop]:
     """Turns SIGTERM and the first Ctrl-C into a question while something is at stake, and else into `Interrupted` at once.
+
+    leaves: a signal that comes while nothing is at stake, here and in what is called from here, ends the process with that sentence
+    and code instead. A command wants this: what is raised at any moment may be raised in a function that C++ calls (garbage
+    collection, the keys of JAX's caches), which swallows it, or ends the process by SIGABRT.
 
     The second Ctrl-C does what it did before, for who does not want to wait; SIGTERM again changes nothing: schedulers send it
     twice, and SIGKILL when the time of grace is over. together: of several processes, whose SIGTERM JAX listens to, and has them
@@ -73,13 +83,16 @@ def interruptions(*, together: bool = False) -> Iterator[Stop]:
     """
     if _open and (missed := _open[-1].number) is not None:
         raise Interrupted(missed)
-    stop, previous = Stop(together=together), dict[int, Any]()
+    leaves = leaves or (bool(_open) and _open[-1].leaves)
+    stop, previous = Stop(together=together, leaves=leaves), dict[int, Any]()
 
     def handle(number: int, _) -> None:
         if stop.number is None:
             stop.number = number
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
         if not stop.at_stake:
+            if leaves:
+                _leave(Interrupted(number))
             raise Interrupted(number)
 
     _open.append(stop)
@@ -100,8 +113,23 @@ def interruptions(*, together: bool = False) -> Iterator[Stop]:
         signal.raise_signal(stop.number)
 
 
-def leave_at_once(code: int) -> NoReturn:
-    """Ends this process and its children without waiting for threads, as Python does at a usual end."""
+@contextlib.contextmanager
+def farewell(say: Callable[[], None]) -> Iterator[None]:
+    """Has it called too if the process leaves at once meanwhile. It may fail, and must not wait for long."""
+    _farewells.append(say)
+    try:
+        yield
+    finally:
+        _farewells.remove(say)
+
+
+def _leave(interrupted: Interrupted) -> NoReturn:
+    """Ends this process and its children without waiting for threads, which may be compiling for minutes."""
+    if leads():
+        os.write(sys.__stderr__.fileno(), f"{interrupted}\n".encode())  # what is interrupted may be a print
     for child in multiprocessing.active_children():
         child.kill()
-    leave(code)
+    for say in _farewells:
+        with contextlib.suppress(Exception):
+            say()
+    leave(interrupted.code)

@@ -155,6 +155,8 @@ class _Training:
             if stopping:
                 checkpointer = self.session.checkpointer
                 raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
+        if self.session.checkpointer is not None:
+            self.session.checkpointer.wait()  # while a signal still is a question
         # None: restored at the end
         return scores(self.program, self.state, self.session.final) if self.scored is None else self.scored
 

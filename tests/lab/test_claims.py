@@ -47,6 +47,24 @@ def die(worker: Crew) -> None:
     worker.files = Shared(tempfile.mkdtemp())
 
 
+PREEMPTED = """
+import signal
+import sys
+from llm_jax.io.shared import Shared
+from llm_jax.lab.claims import Crew
+from llm_jax.train.interruption import interruptions
+with interruptions(leaves=True), Crew(Shared(sys.argv[1])):
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_what_a_preempted_worker_had_claimed_is_free_at_once(tmp_path):
+    subprocess.run([sys.executable, "-c", PREEMPTED, str(tmp_path)], check=True, timeout=60)
+    signs = claims.Signs(Shared(tmp_path))
+    signs.look()
+    assert signs.gone and not signs.here()
+
+
 RACE = """
 import sys
 import tempfile

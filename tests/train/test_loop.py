@@ -203,6 +203,32 @@ def test_one_that_a_library_made_an_error_of_is_still_one():
         translated()
 
 
+LEAVES = """
+import contextlib, signal
+from llm_jax.train.interruption import farewell, interruptions
+class Dying:
+    def __del__(self):  # what is raised here is only printed
+        signal.raise_signal(signal.{name})
+def fails():
+    raise OSError
+with interruptions(leaves=True), farewell(fails), farewell(lambda: print("farewell")):
+    with contextlib.suppress(BaseException), interruptions() as stop:
+        stop.at_stake = {at_stake}
+        Dying()
+        print("goes on")
+    print("goes on for long")
+"""
+
+
+@pytest.mark.parametrize("name, at_stake, said", [("SIGTERM", False, []), ("SIGINT", False, []), ("SIGTERM", True, ["goes on"])])
+def test_a_command_leaves_where_nothing_can_be_raised(name, at_stake, said):
+    code = LEAVES.format(name=name, at_stake=at_stake)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n") == [*said, "farewell", ""]
+    assert done.stderr == "stopped at once; the same command again goes on from what is saved\n"
+    assert done.returncode == (0 if name == "SIGTERM" else 130)
+
+
 @pytest.mark.parametrize(
     "number, saved, code", [(signal.SIGTERM, True, 0), (signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)]
 )
