@@ -6,16 +6,14 @@ import pathlib
 import tempfile
 import uuid
 
-from jaxlib.version import __version_info__ as jaxlib
-
 from llm_jax.core.platform import SUMS_AS_WRITTEN
+from tests.quick import EMITTERS, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"] and jaxlib < (0, 11):  # later ones do not know it
-    # programs of tests run once or twice: half of the time would go into making them fast
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {flags(EMITTERS)}"
 if "xla_disable_hlo_passes" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {SUMS_AS_WRITTEN}"
 

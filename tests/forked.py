@@ -15,6 +15,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from jax._src import cache_key
+
 OURS = ["llm_jax.cli.run", "llm_jax.lab.presets", "llm_jax.lab.report", "llm_jax.lab.runner"]
 OTHERS = ["grain", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "orbax.checkpoint", "tensorboardX"]
 SERVER = multiprocessing.get_context("forkserver")
@@ -74,6 +76,8 @@ def _run(argv: list[str], env: dict[str, str], out: pathlib.Path, err: pathlib.P
     for file, number in ((out, 1), (err, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["llm_jax", *argv]
+    # of several processes on CPUs each has a key of its own, and only the first one's is written: the others would always compile
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     from llm_jax.__main__ import main
 
     sys.exit(main())

@@ -139,7 +139,7 @@ def run(declared, workdir, *flags, **variables):
     """The training loss of every step, and what was printed."""
     process = started(declared, workdir, *flags, **variables)
     told = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, told
+    assert process.returncode == 0, told + "".join(file.read_text() for file in workdir.glob("trials/*/error.txt"))
     return losses(workdir), told
 
 

@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxlib.version import __version_info__ as jaxlib
 
 from llm_jax.core.config import Config, ConfigError, choices_of, field_types
 from llm_jax.core.types import Batch
@@ -34,13 +32,10 @@ from llm_jax.train.check import name_of
 from llm_jax.train.pretrain import Teacher, trial
 from tests.lab.combination_table import ALONE, FACTORS, LENGTH, REFUSED, ROWS, VOCABULARY, assignments, base, experiment, refusal
 from tests.lab.covering import covering
+from tests.quick import QUICK
 
 LEVELS = list(FACTORS.values())
 FIRST = [levels[0] for levels in LEVELS]
-# a step runs once: what XLA:CPU spends on fast code is three quarters of the time
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jaxlib < (0, 11):  # later ones do not know it
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def levels_of(row: Iterable[int]) -> list[str]:

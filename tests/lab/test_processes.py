@@ -23,6 +23,7 @@ from llm_jax.io import checkpoint
 from llm_jax.io.nearby import REST
 from tests.conftest import CACHE
 from tests.forked import Forked, started
+from tests.quick import QUICK, flags
 
 EXPERIMENT = """
 from llm_jax.core.config import override
@@ -53,8 +54,8 @@ def command(folder, *more, steps=60):
 
 def environment(devices):
     given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("PYTEST_")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags}
+    options = {"xla_force_host_platform_device_count": devices, **QUICK}
+    return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags(options)}
 
 
 def start(count, folder, *more, devices=2, heartbeat=5, each=None, cwd=None, forked=True, **given):
@@ -183,7 +184,7 @@ def until(condition, seconds=240):
 def undisturbed(tmp_path_factory):
     """The folder of a run of two processes that nobody stops."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended(start(2, folder, RARELY, steps=LONG, forked=False), folder)
+    ended(start(2, folder, RARELY, steps=LONG), folder)
     return folder
 
 
@@ -204,7 +205,7 @@ def assert_as_undisturbed(folder, undisturbed):
 @pytest.mark.parametrize("told", [[0], [0, 1]], ids=["first", "both"])
 def test_sigterm_to_any_of_two_has_both_save_and_leaves_the_numbers_as_they_are(told, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    processes = start(2, folder, RARELY, steps=LONG, forked=False)
+    processes = start(2, folder, RARELY, steps=LONG)
     until(lambda: lines(folder))
     for index in told:
         processes[index].send_signal(signal.SIGTERM)
@@ -213,7 +214,7 @@ def test_sigterm_to_any_of_two_has_both_save_and_leaves_the_numbers_as_they_are(
     assert found and "stopped" not in said(folder, 1), said(folder, 0) + said(folder, 1)
     (checkpoints,) = folder.glob("groups/*/checkpoints")
     assert checkpoint.steps(checkpoints, whole=True) == [step := int(found[1])] and step < LONG
-    ended(start(2, folder, RARELY, steps=LONG, forked=False), folder)
+    ended(start(2, folder, RARELY, steps=LONG), folder)
     assert f"going on after step {step}\n" in said(folder, 0)
     assert_as_undisturbed(folder, undisturbed)
 
@@ -273,7 +274,7 @@ def copied(near):
 def test_what_is_killed_goes_on_from_the_newest_copies_nearby_that_both_have(undisturbed, tmp_path):
     folder, near = tmp_path / "run", tmp_path / "near"
     flags = [f"--set=checkpoints.every={LONG // 2}", f"--set=checkpoints.nearby={near}", "--set=checkpoints.nearby_every=20"]
-    processes = start(2, folder, *flags, steps=LONG, forked=False)
+    processes = start(2, folder, *flags, steps=LONG)
     until(lambda: list(folder.glob(f"groups/*/checkpoints/{LONG // 2}")) and sum(step > LONG // 2 for step in copied(near)) > 1)
     for process in processes:
         process.kill()
@@ -282,7 +283,7 @@ def test_what_is_killed_goes_on_from_the_newest_copies_nearby_that_both_have(und
         shutil.rmtree(next(near.glob(f"*/*/process_1/{copied(near)[-1]}")))
     step, saved = copied(near)[-1], [int(one.name) for one in folder.glob("groups/*/checkpoints/*") if one.name.isdigit()]
     assert max(saved) < step < LONG
-    ended(start(2, folder, *flags, steps=LONG, forked=False), folder)
+    ended(start(2, folder, *flags, steps=LONG), folder)
     assert f"going on after step {step}\n" in said(folder, 0)
     assert_as_undisturbed(folder, undisturbed)
     assert not copied(near), "of what is finished there is nothing to go on with"

@@ -20,6 +20,7 @@ from llm_jax.core.paths import to_path
 from llm_jax.io import checkpoint
 from llm_jax.io.tracker import Tracker
 from tests.forked import Forked
+from tests.quick import QUICK, flags
 
 EXPERIMENT = """
 from llm_jax.data.corpora import TextFiles
@@ -61,6 +62,7 @@ def environment(declared) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu",
         "LLM_JAX_CACHE": str(declared.parent / "cache"),
+        "XLA_FLAGS": flags(QUICK),
     }
 
 
@@ -138,7 +140,7 @@ def test_killed_again_and_again_the_numbers_are_the_same(declared, finished, tmp
     expected, workdir, kills = outcomes(finished[0]), tmp_path / "killed", 0
     for attempt in range(40):
         process = Forked(command(declared, workdir), environment(declared), pathlib.Path(os.devnull))
-        _wait_for_progress(process, workdir, seconds=0.1 * attempt)
+        _wait_for_progress(process, workdir, seconds=0.3 * attempt)
         if process.poll() is not None:
             break
         process.kill()
@@ -377,7 +379,7 @@ def test_two_runs_give_the_same_bits(declared, tmp_path, threads):
     finals = []
     for number in range(2):
         given = environment(declared) | {"LLM_JAX_CACHE": str(tmp_path / f"cache{number}")}
-        given |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} if threads > 1 else {}
+        given["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1" if threads > 1 else ""
         line = command(declared, tmp_path / f"w{number}", "--deterministic", "--arms=rope", "--seeds=1", "--set=model.width=64")
         done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

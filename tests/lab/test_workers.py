@@ -15,13 +15,14 @@ from llm_jax.lab.experiment import load
 from llm_jax.lab.workfolder import WorkFolder
 from tests.forked import Forked
 from tests.lab.test_runner import command, declared, environment, outcomes  # noqa: F401
+from tests.quick import QUICK, flags
 
 STEPS = 120
 FLAGS = ("--worker", "--lease=6", "--population=1", f"--set=train.steps={STEPS}")
 
 
 def start(declared, workdir, log: pathlib.Path) -> Forked:  # noqa: F811
-    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    one_device = {"XLA_FLAGS": flags(QUICK | {"xla_force_host_platform_device_count": 1})}
     return Forked(command(declared, workdir, *FLAGS), environment(declared) | one_device, pathlib.Path(os.devnull), log)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import CACHE
 from tests.launch.test_slurm import AWKWARD
+from tests.quick import QUICK, flags
 
 SECOND_START = 3  # seconds that a job has been seen in the queue again before it is started: slurmd counts in whole ones
 NEEDED = "sbatch", "slurmctld", "slurmd", "munged"
@@ -217,7 +218,7 @@ def test_the_real_run_on_two_tasks(cluster, tmp_path):
     root = str(pathlib.Path(__file__).parents[2])
     env = {name: value for name, value in cluster.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "slurm")}
-    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}  # not the eight of these tests
+    env |= {"XLA_FLAGS": flags(QUICK | {"xla_force_host_platform_device_count": 1})}  # not the eight of these tests
     done = subprocess.run(
         [sys.executable, "-m", "launch.slurm", *ours, "--", *theirs, f"--workdir={folder}"],
         cwd=root,
