@@ -375,12 +375,13 @@ def test_what_goes_on_elsewhere_and_comes_back_has_all_records(declared, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2], ids=["devices of one thread", "one device of several threads"])
 def test_two_runs_give_the_same_bits(declared, tmp_path, threads):
-    """Each compiles for itself: nothing is shared but the text."""
-    finals = []
+    """Each compiles for itself, as a user's does: nothing is shared but the text."""
+    finals, one = [], declared.with_name("one_run.py")
+    one.write_text(declared.read_text() + "experiment = ablation.base\ndel ablation\n")
     for number in range(2):
         given = environment(declared) | {"LLM_JAX_CACHE": str(tmp_path / f"cache{number}")}
         given["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1" if threads > 1 else ""
-        line = command(declared, tmp_path / f"w{number}", "--deterministic", "--arms=rope", "--seeds=1", "--set=model.width=64")
+        line = command(one, tmp_path / f"w{number}", "--deterministic", "--set=model.width=64")
         done = subprocess.run(line, env=given, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / f"w{number}" / "groups").glob("*/checkpoints")
