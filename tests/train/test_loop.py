@@ -180,6 +180,24 @@ def test_a_signal_that_nobody_asked_for_is_passed_on():
     assert outer.value.step is None
 
 
+def test_one_that_comes_while_the_end_is_saved_waits_for_it(tmp_path, monkeypatch):
+    checkpointer, begun, ended = Checkpointer(tmp_path), list[int](), list[bool]()
+    save, wait = checkpointer.save, checkpointer.wait
+
+    def waited() -> bool:
+        if begun[-1:] == [RHYTHM.steps] and not ended:
+            signal.raise_signal(signal.SIGTERM)
+            ended.append(wait())
+        return wait()
+
+    monkeypatch.setattr(checkpointer, "save", lambda step, *rest: begun.append(step) or save(step, *rest))
+    monkeypatch.setattr(checkpointer, "wait", waited)
+    with pytest.raises(Interrupted) as stopped, interruptions():
+        fit(program(), feed, RHYTHM, session([], checkpointer))
+    assert stopped.value.step is None and ended == [True] and checkpointer.steps()[-1] == RHYTHM.steps
+    checkpointer.close()
+
+
 def test_one_that_was_swallowed_is_obeyed_by_the_next():
     """As by garbage collection, which only prints what is raised in it."""
 
