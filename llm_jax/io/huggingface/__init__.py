@@ -31,7 +31,7 @@ from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
 from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STABLELM
 from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
-from llm_jax.models.model import Model, Params, abstract_parameters
+from llm_jax.models.model import Model, Params, abstract_parameters, stack_layers, unstack_layers
 
 FAMILIES: dict[str, Family] = {
     family.kind: family
@@ -122,8 +122,11 @@ def load(
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: Model, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Path → shape of every parameter."""
-    return {path: leaf.shape for path, leaf in arrays.flatten(unbox(abstract_parameters(model, vocabulary))).items()}
+    """Path → shape of every parameter; soon also of many layers, of which one of a kind is traced."""
+    scanned = model.with_layers("scanned")
+    as_asked = lambda params: stack_layers(unstack_layers(params, scanned), model)  # noqa: E731
+    shapes = jax.eval_shape(as_asked, unbox(abstract_parameters(scanned, vocabulary)))
+    return {path: leaf.shape for path, leaf in arrays.flatten(shapes).items()}
 
 
 def _fields(file: pathlib.Path, tensors: Iterable[str] | None = None) -> Fields:
