@@ -77,6 +77,7 @@ def _run(argv: list[str], env: dict[str, str], out: pathlib.Path, err: pathlib.P
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["llm_jax", *argv]
     # of several processes on CPUs each has a key of its own, and only the first one's is written: the others would always compile
+    assert cache_key._hash_accelerator_config
     cache_key._hash_accelerator_config = cache_key._hash_devices
     from llm_jax.__main__ import main
 

@@ -90,7 +90,10 @@ EXPECTED_SHARE_OF_PEAK = 0.35  # what small models reach of the matrix-product p
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code: 0, 1 if a trial failed, and if stopped `Interrupted.code`. Raises `ConfigError`."""
+    """Runs the command; returns the exit code: 0, 1 if a trial failed, and `Interrupted.code` if stopped after a save.
+
+    Stopped before, the process ends where it stands. Raises `ConfigError`.
+    """
     parse(FLAGS, argv)
     try:
         with interruptions(leaves=True):

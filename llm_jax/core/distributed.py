@@ -5,6 +5,7 @@ Processes speak through the coordination service of `jax.distributed`, which the
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import json
@@ -31,6 +32,9 @@ _turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
 _leaving = threading.Event()
 _watcher: threading.Thread | None = None
 _epitaph: Epitaph | None = None
+
+farewells: list[Callable[[], None]] = []  # what is called, by another thread, when this process leaves
+FAREWELL = 10.0  # seconds
 
 
 class Missing(RuntimeError):
@@ -76,6 +80,7 @@ def start(*, coordinator: str | None = None, processes: int | None = None, proce
                 f"error: {_names([index()])} ended without a word: it was killed, or {_names([0])} is gone: run the same command "
                 "again, it goes on from the last checkpoint"
             )
+            farewells.append(_epitaph.withdraw)
         _watcher = threading.Thread(target=_watch, args=(heartbeat,), name="other processes", daemon=True)
         _watcher.start()
 
@@ -269,13 +274,27 @@ def everyones(what: str, value: str) -> list[str]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once, without waiting for others as an ordinary exit does. A handler of signals may call it."""
-    if _epitaph is not None:
-        _epitaph.withdraw()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(RuntimeError):  # that was interrupted while it wrote
-            stream.flush()
-    os._exit(code)
+    """Ends this process where it stands, without waiting for others or for its threads, as an ordinary exit does.
+
+    Farewells have `FAREWELL` seconds. A handler of signals may call it.
+    """
+    try:
+        said = _thread.allocate_lock()
+        said.acquire()
+        _thread.start_new_thread(_say, (said,))  # not `threading`'s, whose lock may be held by what a signal has interrupted
+        said.acquire(timeout=FAREWELL)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # closed, full, or interrupted while it wrote
+                stream.flush()
+    finally:
+        os._exit(code)
+
+
+def _say(said: _thread.LockType) -> None:
+    for farewell in farewells:
+        with contextlib.suppress(BaseException):
+            farewell()
+    said.release()
 
 
 def _watch(heartbeat: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
+from llm_jax.core.distributed import farewells
 from llm_jax.core.paths import in_bucket, opened
 
 NO_LINKS = errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP  # what file systems without hard links say
@@ -42,14 +44,17 @@ def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
-    """An empty folder to fill, which then gets the name `folder`; nothing is left of it after an error.
+    """An empty folder to fill, which then gets the name `folder`; nothing is left of it after an error, nor
+    if the process leaves.
 
     stands: whether a folder that has the name by then, another process's, stays in its stead; one that does not is removed.
     """
     partial = _beside(folder)
-    with _naming(partial, folder):
-        partial.mkdir(parents=True)
+    remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
+    farewells.append(remove)
     try:
+        with _naming(partial, folder):
+            partial.mkdir(parents=True)
         with _naming(partial, folder):
             yield partial
         if folder.exists() and not stands(folder):
@@ -60,7 +65,8 @@ def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove()
+        farewells.remove(remove)
 
 
 def write_whole(file: pathlib.Path, content: str | bytes) -> None:

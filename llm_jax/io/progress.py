@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import IO
 
 from rich.console import Console
+from rich.control import Control
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from llm_jax.core.distributed import farewells
 
 
 class Progress:
@@ -59,12 +63,18 @@ class Progress:
             )
             self.task = self.bars.add_task("compiling", total=self.total, numbers="")
             self.live = Live(self.bars, console=self.console, refresh_per_second=4, transient=True)
+            farewells.append(self._show_cursor)
             self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
         if self.live is not None:
             self.live.stop()
+            farewells.remove(self._show_cursor)
+
+    def _show_cursor(self) -> None:
+        """Which `Live` hides; past the console, which may be in the middle of a line."""
+        os.write(self.console.file.fileno(), f"{Control.show_cursor(True)}\n".encode())
 
     def update(self, step: int, **metrics: float) -> None:
         """Shows that `step` steps are done, with metrics by name; the rate is that since the first call."""

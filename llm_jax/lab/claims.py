@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_jax.core.config import ConfigError
+from llm_jax.core.distributed import farewells
 from llm_jax.io.shared import Shared
-from llm_jax.train.interruption import farewell
 
 SHORTEST = 2.0  # seconds of a lease
 BEATS = 4  # signs of life in a lease
@@ -126,14 +126,17 @@ class Crew:
         self._held: Claim | None = None
 
     def __enter__(self) -> Crew:
-        self._join()
-        self._told = contextlib.ExitStack()
-        self._told.enter_context(farewell(lambda: self._leave(0.0)))
+        farewells.append(self._say_farewell)
+        try:
+            self._join()
+        except BaseException:
+            farewells.remove(self._say_farewell)
+            raise
         return self
 
     def __exit__(self, *_) -> None:
-        self._told.close()
         self._leave()
+        farewells.remove(self._say_farewell)
 
     def rejoin(self) -> None:
         """Goes on as a worker of another name, which has claimed nothing yet."""
@@ -249,6 +252,9 @@ class Crew:
                 f"has a worker ({found}) of other code or libraries: {differ}. Start all from the same, or let the others end",
                 str(self.files.folder),
             )
+
+    def _say_farewell(self) -> None:
+        self._leave(wait=1.0)
 
     def _leave(self, wait: float | None = None) -> None:
         self._left.set()

@@ -7,14 +7,12 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from llm_jax.core.distributed import leads, leave
 
 _open: list[Stop] = []  # of this process's main thread, the innermost last
-_farewells: list[Callable[[], None]] = []  # what others are to hear of a process that leaves at once
 _POLLS = itertools.count()  # how often processes have asked each other: all as often, whatever they train
 
 
@@ -45,12 +43,13 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """Whether to stop. at_stake: set by who has done something that must be saved first; before, a signal is obeyed at once.
 
-    leaves: and then the process ends where it is, and nothing is raised.
+    leaves: and then the process ends where it is, and nothing is raised. obeyed: what says so is being raised.
     """
 
     def __init__(self, *, together: bool = False, leaves: bool = False):
         self.number: int | None = None
-        self.at_stake, self.leaves, self._together, self._agreed = False, leaves, together, False
+        self.previous = dict[int, Any]()  # number → handler
+        self.at_stake, self.obeyed, self.leaves, self._together, self._agreed = False, False, leaves, together, False
 
     def asked(self) -> bool:
         """Whether to stop here, as all processes are told at the same of their calls. Once it is true it stays so."""
@@ -62,6 +61,18 @@ class Stop:
             self._agreed = multihost_utils.reached_preemption_sync_point(next(_POLLS))
             self.number = signal.SIGTERM if self._agreed else None
         return self._agreed
+
+    def handle(self, number: int, _: Any) -> None:
+        """What a signal does."""
+        if self.obeyed and number == signal.SIGTERM:
+            return
+        if self.number is None:
+            self.number = number
+            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+        if not self.at_stake:
+            if self.leaves:
+                _leave(Interrupted(number))
+            raise Interrupted(number)
 
     def interrupted(self, step: int, saved: bool) -> Interrupted:
         """What to raise when that is done."""
@@ -75,61 +86,42 @@ def interruptions(*, together: bool = False, leaves: bool = False) -> Iterator[S
     leaves: a signal that comes while nothing is at stake, here and in what is called from here, ends the process with that sentence
     and code instead. A command wants this: what is raised at any moment may be raised in a function that C++ calls (garbage
     collection, the keys of JAX's caches), which swallows it, or ends the process by SIGABRT.
+    together: of several processes, whose SIGTERM JAX listens to, and has them agree.
 
     The second Ctrl-C does what it did before, for who does not want to wait; SIGTERM again changes nothing: schedulers send it
-    twice, and SIGKILL when the time of grace is over. together: of several processes, whose SIGTERM JAX listens to, and has them
-    agree. One that came too late to be asked for is passed on at the end, and one whose exception somebody swallowed, as garbage
-    collection does, is obeyed by the next who asks.
+    twice, and SIGKILL when the time of grace is over. One that came too late to be asked for is passed on at the end.
     """
-    if _open and (missed := _open[-1].number) is not None:
-        raise Interrupted(missed)
-    leaves = leaves or (bool(_open) and _open[-1].leaves)
-    stop, previous = Stop(together=together, leaves=leaves), dict[int, Any]()
-
-    def handle(number: int, _) -> None:
-        if stop.number is None:
-            stop.number = number
-            signal.signal(signal.SIGINT, previous[signal.SIGINT])
-        if not stop.at_stake:
-            if leaves:
-                _leave(Interrupted(number))
-            raise Interrupted(number)
-
+    stop = Stop(together=together, leaves=leaves or any(outer.leaves for outer in _open))
     _open.append(stop)
     try:
         for number in () if together else (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are not ours to take
-                previous[number] = signal.signal(number, handle)
+                stop.previous[number] = signal.signal(number, stop.handle)
         yield stop
+    except Interrupted:
+        for outer in _open:
+            outer.obeyed = True
+        raise
     except Exception as error:
         if stop.number is None or stop.at_stake:
             raise
         raise Interrupted(stop.number) from error  # which is what a library made of it
     finally:
         _open.remove(stop)
-        for number, handler in previous.items():
+        for number, handler in stop.previous.items():
             signal.signal(number, handler)
-    if stop.number is not None and stop.at_stake and previous:
+    if stop.number is not None and stop.at_stake and stop.previous:
         signal.raise_signal(stop.number)
-
-
-@contextlib.contextmanager
-def farewell(say: Callable[[], None]) -> Iterator[None]:
-    """Has it called too if the process leaves at once meanwhile. It may fail, and must not wait for long."""
-    _farewells.append(say)
-    try:
-        yield
-    finally:
-        _farewells.remove(say)
 
 
 def _leave(interrupted: Interrupted) -> NoReturn:
     """Ends this process and its children without waiting for threads, which may be compiling for minutes."""
-    if leads():
-        os.write(sys.__stderr__.fileno(), f"{interrupted}\n".encode())  # what is interrupted may be a print
-    for child in multiprocessing.active_children():
-        child.kill()
-    for say in _farewells:
-        with contextlib.suppress(Exception):
-            say()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one does not wait for farewells
+    with contextlib.suppress(Exception):  # nobody may be listening
+        if leads():
+            os.write(2, f"{interrupted}\n".encode())  # what is interrupted may be a print
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
     leave(interrupted.code)

@@ -156,7 +156,10 @@ class _Training:
                 checkpointer = self.session.checkpointer
                 raise self.stop.interrupted(self.step, saved and checkpointer is not None and checkpointer.wait())
         if self.session.checkpointer is not None:
-            self.session.checkpointer.wait()  # while a signal still is a question
+            with self.session.watchdog.resting():
+                saved = self.session.checkpointer.wait()  # while a signal still is a question
+            if self.stop.asked():
+                raise self.stop.interrupted(self.step, saved)
         # None: restored at the end
         return scores(self.program, self.state, self.session.final) if self.scored is None else self.scored
 

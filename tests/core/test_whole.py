@@ -7,6 +7,7 @@ import re
 import pytest
 
 from llm_jax.core import whole
+from llm_jax.core.distributed import farewells
 from llm_jax.core.whole import left, remove_left, whole_file, whole_folder, write_new, write_whole
 
 stands = pathlib.Path.is_dir
@@ -90,3 +91,13 @@ def test_what_was_killed_is_found_and_removed(tmp_path):
 def test_a_new_file_is_written_by_the_first_alone(tmp_path):
     assert write_new(tmp_path / "in" / "a", "one") and not write_new(tmp_path / "in" / "a", "two")
     assert (tmp_path / "in" / "a").read_text() == "one" and [f.name for f in (tmp_path / "in").iterdir()] == ["a"]
+
+
+def test_a_process_that_leaves_takes_what_it_had_of_a_folder_with_it(tmp_path):
+    with whole_folder(tmp_path / "a", stands) as partial:
+        (partial / "x").write_text("half")
+        (farewell,) = farewells
+        farewell()
+        assert names(tmp_path) == []
+        partial.mkdir()
+    assert farewells == [] and names(tmp_path) == ["a"]

@@ -1,9 +1,11 @@
 """What a person reads while training runs: the numbers are those of the clock and the counts."""
 
 import io
+import os
 
 import pytest
 
+from llm_jax.core.distributed import farewells
 from llm_jax.io import progress
 from llm_jax.io.progress import Progress
 
@@ -54,3 +56,13 @@ def test_what_changes_meanwhile_stands_beside_the_title(clock):
 def test_plain_lines_come_no_oftener_than_asked_and_the_end_is_told(clock):
     assert [line.split(" · ")[1] for line in shown(clock, interval=10.0)[:-1]] == ["step 10/40", "step 40/40"]
     assert [line.split(" · ")[1] for line in shown(clock, interval=7.0)[:-1]] == ["step 10/40", "step 30/40", "step 40/40"]
+
+
+def test_a_process_that_leaves_gives_the_terminal_its_cursor_back():
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        with Progress(40, "2 arms", file=terminal, flops_per_step=1, tokens_per_step=1, peak_flops=1, overall=(0, 1)):
+            (farewell,) = farewells
+            farewell()
+        said = os.read(ours, 100_000).decode()
+    assert farewells == [] and 0 <= said.find("\x1b[?25l") < said.find("\x1b[?25h")

@@ -53,16 +53,17 @@ import sys
 from llm_jax.io.shared import Shared
 from llm_jax.lab.claims import Crew
 from llm_jax.train.interruption import interruptions
-with interruptions(leaves=True), Crew(Shared(sys.argv[1])):
+with interruptions(leaves=True), Crew(Shared(sys.argv[1]), lease=3600.0) as one:
+    assert one.claim("group", None)
     signal.raise_signal(signal.SIGTERM)
 """
 
 
 def test_what_a_preempted_worker_had_claimed_is_free_at_once(tmp_path):
     subprocess.run([sys.executable, "-c", PREEMPTED, str(tmp_path)], check=True, timeout=60)
-    signs = claims.Signs(Shared(tmp_path))
-    signs.look()
-    assert signs.gone and not signs.here()
+    with crew(tmp_path) as other:
+        other.signs.look()
+        assert other.claim("group", newest(other, "group")).generation == 2
 
 
 RACE = """

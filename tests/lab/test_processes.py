@@ -21,9 +21,9 @@ from llm_jax.cli import run
 from llm_jax.core import platform
 from llm_jax.io import checkpoint
 from llm_jax.io.nearby import REST
+from tests import quick
 from tests.conftest import CACHE
 from tests.forked import Forked, started
-from tests.quick import QUICK, flags
 
 EXPERIMENT = """
 from llm_jax.core.config import override
@@ -54,8 +54,8 @@ def command(folder, *more, steps=60):
 
 def environment(devices):
     given = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("PYTEST_")}
-    options = {"xla_force_host_platform_device_count": devices, **QUICK}
-    return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": flags(options)}
+    options = {"xla_force_host_platform_device_count": devices, **quick.QUICK}
+    return given | {"JAX_PLATFORMS": "cpu", "LLM_JAX_CACHE": str(CACHE / "processes"), "XLA_FLAGS": quick.flags(options)}
 
 
 def start(count, folder, *more, devices=2, heartbeat=5, each=None, cwd=None, forked=True, **given):

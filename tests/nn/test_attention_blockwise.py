@@ -191,7 +191,7 @@ def test_32k_tokens_take_2_gib_and_are_the_closed_form(tmp_path):
         pytest.skip("the peak is read from Linux's /proc")
     length, rng = 32768, np.random.default_rng(0)
     rows = np.arange(0, length, 512) + rng.integers(0, 512, 64)
-    q, k, v, g = (rng.normal(size=(1, length, heads, 64)).astype(np.float32) for heads in (4, 2, 2, 4))
+    q, k, v, g = (rng.normal(size=(1, length, heads, 64)).astype(np.float32) for heads in (8, 2, 2, 8))
     g = g * np.isin(np.arange(length), rows)[None, :, None, None]
     np.savez(tmp_path / "given.npz", q=q, k=k, v=v, g=g, rows=rows)
     command = [sys.executable, "-c", LONG, str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from llm_jax.core.config import ConfigError, nearest
-from llm_jax.core.sharding import unbox
 from llm_jax.io.huggingface import arrays, weights
 from llm_jax.io.huggingface.classic import BLOOM, GPT2, NEOX
 from llm_jax.io.huggingface.encoders import BERT, T5
@@ -31,7 +30,7 @@ from llm_jax.io.huggingface.gemma import GEMMA2, GEMMA3
 from llm_jax.io.huggingface.llama import LLAMA, MISTRAL, QWEN2, QWEN3, STABLELM
 from llm_jax.io.huggingface.names import plans
 from llm_jax.io.huggingface.rotary import usual_length
-from llm_jax.models.model import Model, Params, abstract_parameters, stack_layers, unstack_layers
+from llm_jax.models.model import Model, Params, initial_parameters
 
 FAMILIES: dict[str, Family] = {
     family.kind: family
@@ -122,10 +121,8 @@ def load(
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: Model, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Path → shape of every parameter; soon also of many layers, of which one of a kind is traced."""
-    scanned = model.with_layers("scanned")
-    as_asked = lambda params: stack_layers(unstack_layers(params, scanned), model)  # noqa: E731
-    shapes = jax.eval_shape(as_asked, unbox(abstract_parameters(scanned, vocabulary)))
+    """Path → shape of every parameter. One layer of a kind is traced, however many there are."""
+    shapes = jax.eval_shape(functools.partial(initial_parameters, model, vocabulary), jax.random.key(0))
     return {path: leaf.shape for path, leaf in arrays.flatten(shapes).items()}
 
 
