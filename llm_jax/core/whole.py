@@ -44,8 +44,8 @@ def whole_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
-    """An empty folder to fill, which then gets the name `folder`; nothing is left of it after an error, nor
-    if the process leaves.
+    """An empty folder to fill, which then gets the name `folder`; nothing is left of it after an error,
+    nor when the process leaves.
 
     stands: whether a folder that has the name by then, another process's, stays in its stead; one that does not is removed.
     """
@@ -55,7 +55,6 @@ def whole_folder(folder: pathlib.Path, stands: Callable[[pathlib.Path], bool]) -
     try:
         with _naming(partial, folder):
             partial.mkdir(parents=True)
-        with _naming(partial, folder):
             yield partial
         if folder.exists() and not stands(folder):
             _remove(folder)

@@ -45,6 +45,7 @@ from llm_jax.nn.position import Alibi, Learned, Rope
 from llm_jax.nn.residual import ReZero, Scaled
 from llm_jax.nn.rope import NtkScaling
 from tests.io.published import CONFIGS
+from tests.quick import QUICK
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -65,7 +66,7 @@ def logits(model, vocabulary, params, given):
         inputs, more = (given["tokens"], jnp.maximum(real.cumsum(-1) - 1, 0), real - 1), {"types_BL": given.get("types")}
     # these run once: half of the time that it would take to compile them well
     forward = jax.jit(lambda p: network.apply({"params": p}, *inputs, **more)).lower(params)
-    return forward.compile(compiler_options={"xla_backend_optimization_level": 0})(params)
+    return forward.compile(compiler_options=QUICK)(params)
 
 
 def assert_equal_logits(actual, given, expected, tolerance=1e-4):
@@ -661,7 +662,7 @@ OTHER_FORMS = {
 def run(model, params, vocabulary=12):
     tokens = np.random.default_rng(1).integers(0, vocabulary, (2, 7))
     forward = jax.jit(lambda p: model.build(vocabulary).apply({"params": p}, tokens)).lower(params)
-    return tokens, forward.compile(compiler_options={"xla_backend_optimization_level": 0})(params)
+    return tokens, forward.compile(compiler_options=QUICK)(params)
 
 
 @pytest.mark.parametrize("family, model", OTHER_FORMS.values(), ids=OTHER_FORMS)

@@ -44,6 +44,7 @@ from llm_jax.models import count, experts
 from llm_jax.models.model import initial_parameters, stack_layers, unstack_layers
 from llm_jax.models.predict import predict
 from llm_jax.models.stack import smallest_pattern
+from tests.quick import QUICK
 
 V, B, L = 11, 2, 8
 RNG = np.random.default_rng(0)
@@ -346,7 +347,7 @@ def test_experts_of_a_head_that_looks_ahead_are_balanced_too():
         said = predict(model, V, params, batch, key, train=True)
         return said.penalty.mean, said.routing
 
-    step = jax.jit(jax.grad(penalty, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    step = jax.jit(jax.grad(penalty, has_aux=True), compiler_options=QUICK)
     grads, routing = step(params)
     settled, metrics = experts.settle(model, params, routing)
     grad, sown, before, after = (tree["head"]["ahead_1"]["block"]["ffn"] for tree in (grads, routing, params, settled))

@@ -19,9 +19,9 @@ from llm_jax.core.sharding import constrain
 from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, SlidingWindow, attend
 from llm_jax.nn.kernels import blockwise
 from tests.nn.attention_reference import expected
+from tests.quick import QUICK
 
 AXES = "heads_act", "kv_heads_act", "kv_heads_act"
-FAST = {"xla_backend_optimization_level": 0}  # LLVM takes longer than these programs run
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_hessian_vector_products_are_denses():
             def loss(given):
                 return (everything(*given, backend=backend) ** 2).sum()
 
-            return jax.jit(lambda x, d: jax.jvp(jax.grad(loss), (x,), (d,))[1], compiler_options=FAST)(given, direction)
+            return jax.jit(lambda x, d: jax.jvp(jax.grad(loss), (x,), (d,))[1], compiler_options=QUICK)(given, direction)
 
         for got, want in zip(product("blockwise"), product("dense"), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())  # dense softmax is float32
@@ -81,7 +81,7 @@ def test_hessian_vector_products_are_denses():
 def test_no_gradient_comes_from_later_tokens(backend):
     given = arrays()
     step = jax.grad(lambda *given: attend(*given, backend=backend)[:, 5].sum(), (0, 1, 2))
-    grads = jax.jit(step, compiler_options=FAST)(*given)
+    grads = jax.jit(step, compiler_options=QUICK)(*given)
     for grad in grads:
         assert (np.asarray(grad)[:, 6:] == 0).all()
     for grad in grads[1:]:
@@ -134,7 +134,7 @@ def test_hidden_blocks_are_not_visited(mask, met, indexed):
     """A NaN among the values of a block that is visited would spread, whatever its weight."""
     q, k, v = arrays(length=16)
     places = Places(jnp.arange(16)[None]) if indexed else None
-    run = jax.jit(lambda v: attend(q, k, v, mask=mask, queries=places, keys=places, backend="blockwise"), compiler_options=FAST)
+    run = jax.jit(lambda v: attend(q, k, v, mask=mask, queries=places, keys=places, backend="blockwise"), compiler_options=QUICK)
     for block in range(4):
         spoiled = v.copy()
         spoiled[:, 4 * block : 4 * block + 4] = np.nan
@@ -160,7 +160,7 @@ def test_memory_is_linear_in_length(mask):
     def temporaries(length):
         shapes = [jax.ShapeDtypeStruct((1, length, heads, 64), "float32") for heads in (8, 2, 2)]
         step = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, mask=mask, backend="blockwise").sum(), (0, 1, 2)))
-        return step.lower(*shapes).compile(FAST).memory_analysis().temp_size_in_bytes
+        return step.lower(*shapes).compile(QUICK).memory_analysis().temp_size_in_bytes
 
     sizes = [temporaries(length) for length in (8192, 16384, 32768)]
     for small, large in itertools.pairwise(sizes):
@@ -212,8 +212,8 @@ def test_a_population_is_its_members():
     step = jax.grad(
         lambda q, k, v, rate, key: (attend(q, k, v, rate=rate, key=key, backend="blockwise") ** 2).sum(), argnums=(0, 1, 2)
     )
-    together = jax.jit(jax.vmap(step), compiler_options=FAST)(*given, rates, keys)
-    one = jax.jit(step, compiler_options=FAST)
+    together = jax.jit(jax.vmap(step), compiler_options=QUICK)(*given, rates, keys)
+    one = jax.jit(step, compiler_options=QUICK)
     for index in range(3):
         alone = one(*(x[index] for x in given), rates[index], keys[index])
         for a, b in zip(together, alone, strict=True):
@@ -228,11 +228,11 @@ def test_a_mesh_gives_the_same():
         q, k, v = (constrain(x, "batch", "length", axis, None) for x, axis in zip((q, k, v), AXES, strict=True))
         return (attend(q, k, v, backend="blockwise") ** 2).sum()
 
-    alone = jax.jit(jax.grad(step, (0, 1, 2)), compiler_options=FAST)(*given)
+    alone = jax.jit(jax.grad(step, (0, 1, 2)), compiler_options=QUICK)(*given)
     mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         spec = jax.NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-        split = jax.jit(jax.grad(step, (0, 1, 2)), compiler_options=FAST)(*(jax.device_put(x, spec) for x in given))
+        split = jax.jit(jax.grad(step, (0, 1, 2)), compiler_options=QUICK)(*(jax.device_put(x, spec) for x in given))
     for a, b in zip(split, alone, strict=True):
         assert not a.sharding.is_fully_replicated
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -14,6 +14,7 @@ from llm_jax.core.mesh import Mesh
 from llm_jax.nn.attention import Bias, Bidirectional, Causal, Chunked, Places, Prefix, SlidingWindow, attend
 from llm_jax.nn.position import Alibi, T5Bias
 from tests.nn.attention_reference import expected, seen
+from tests.quick import QUICK
 
 HEADS, SIZE, WIDTH = 4, 8, 6
 MASKS = {
@@ -70,7 +71,7 @@ def results(given, mask, backend, dtype, queries, keys, extra):
     rest = {name: value for name, value in extra.items() if name not in tunable}
     step = jax.jit(
         jax.grad(lambda q, k, v, tuned: run(q, k, v, rest | tuned), (0, 1, 2, 3), has_aux=True),
-        compiler_options={"xla_backend_optimization_level": 0},
+        compiler_options=QUICK,
     )
     (*grads, tuned), out = step(*arrays, tunable)
     return out, *grads, tuned

@@ -27,6 +27,7 @@ from llm_jax.nn.rope import (
     inverse_frequencies,
 )
 from tests.golden import make_positions
+from tests.quick import QUICK
 
 RNG = np.random.default_rng(0)
 HEADS, SIZE = 2, 8
@@ -380,7 +381,7 @@ def test_a_t5_bias_keeps_little_besides_itself():
     """Temporaries of its gradient, as the compiler counts them; with one-hot rows written out they were eight times the bias."""
     step = jax.grad(lambda table, index: jnp.sin(T5Bias().bias({"embedding": table}, index, index, 8)).sum())
     shapes = jax.ShapeDtypeStruct((32, 8), "float32"), jax.ShapeDtypeStruct((1, 2048), "int32")
-    compiled = jax.jit(step).lower(*shapes).compile({"xla_backend_optimization_level": 0})
+    compiled = jax.jit(step).lower(*shapes).compile(QUICK)
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 8 * 2048**2 * 4
 
 
